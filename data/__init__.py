@@ -1,0 +1,1 @@
+"""Tasks: problems with an exact grader. See data/README.md."""

@@ -1,0 +1,252 @@
+"""Chains of arithmetic with written steps: the toy task on which every truth is known exactly.
+
+    problem    37+5*3=                      operations from left to right, no precedence, mod 100
+    response   37+5=42;42*3=26;#26<eos>     one step `a+b=c;` an operation, then `#answer`
+
+The best constant answer scores 1.4 to 1.6 % at every chain length: answers are
+nearly uniform mod 100 (7 and 9 as multipliers would make them exactly so, but take twice as long
+to learn). Text shows numbers as people write
+them, most significant digit first (units first was learned more slowly: 40 % greedy against 90 %
+after the same 300 updates on careful demonstrations, one seed).
+
+The demonstrator is a student with bad habits that depend on the problem (`Arithmetic.demo`).
+Everything random comes from the `torch.Generator` that the caller passes; no text is ever run.
+"""
+
+import hashlib
+import random
+import re
+from dataclasses import dataclass
+
+import torch
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+SPECIAL = ["<pad>", "<bos>", "<eos>", "<mask>", "<sep>", "<bad>"]  # ids 0..5
+LETTERS = "0123456789+-*=;#?!yn~:@%&,"  # from "?" on: for judging, proposing and refusing
+MODULUS = 100
+OPERANDS = {"+": range(1, 10), "-": range(1, 10), "*": range(2, 5)}
+
+PROBLEM = re.compile(r"(?:0|[1-9][0-9]?)(?:[+-][1-9]|\*[2-4])+=")
+STEP = re.compile(r"(0|[1-9][0-9]?)([+*-])([1-9])=(0|[1-9][0-9]?);")
+ANSWERED = re.compile(r"[0-9+*=;-]*#(0|[1-9][0-9]?)<eos>")  # one answer, at the very end
+
+
+def build_tokenizer() -> Tokenizer:
+    """One token a character; the six special tokens are ids 0..5, 32 ids in all."""
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate([*SPECIAL, *LETTERS])}))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("<[a-z]+>|."), "isolated")
+    tokenizer.add_special_tokens(SPECIAL)
+    return tokenizer
+
+
+TOKENIZER = build_tokenizer()
+
+
+def calculate(a: int, op: str, b: int) -> int:
+    """a op b, mod 100."""
+    return {"+": a + b, "-": a - b, "*": a * b}[op] % MODULUS
+
+
+def forget_carry(a: int, op: str, b: int) -> int:
+    """a op b by someone who never carries or borrows: the units are right, the tens are not."""
+    tens, units = divmod(a, 10)
+    tens = tens * b if op == "*" else tens
+    return tens % 10 * 10 + calculate(units, op, b) % 10
+
+
+def parse(prompt: str) -> tuple[int, list[tuple[str, int]]]:
+    """`37+5*3=` -> (37, [("+", 5), ("*", 3)]). Raises ValueError, in one line, on anything else."""
+    if not PROBLEM.fullmatch(prompt):
+        raise ValueError(
+            f"not a problem: {prompt[:40]!r}; write a start 0-99, then +d or -d (d 1-9) or *2, *3, "
+            "*4, then '=', for example 37+5*3="
+        )
+    start, *rest = re.findall(r"[0-9]+|[+*-]", prompt)
+    return int(start), [(op, int(d)) for op, d in zip(rest[::2], rest[1::2], strict=True)]
+
+
+def draws(generator: torch.Generator) -> random.Random:
+    """Plain Python draws seeded from the caller's generator (a tensor of one number is slow)."""
+    return random.Random(int(torch.randint(2**62, (1,), generator=generator)))
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """The task: chains of min_ops..max_ops operations, and a demonstrator of mixed quality.
+
+    `guess`: how often it answers at once, without steps, when the problem starts at `lazy_from` or
+    above (an eighth as often elsewhere). `forget`: how often it forgets a carry when the operand is
+    6 or more (a quarter as often below). `slip`: how often a result is off by one. careful=True
+    switches all three off: the twin whose accuracy is the ceiling. `fooled`: see `preferences`.
+    """
+
+    min_ops: int = 1
+    max_ops: int = 3
+    careful: bool = False
+    guess: float = 0.8
+    lazy_from: int = 70
+    forget: float = 0.8
+    slip: float = 0.02
+    fooled: float = 0.9
+
+    tokenizer = TOKENIZER
+
+    # ---- text and tokens -----------------------------------------------------------------------
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Texts to token ids. Raises ValueError on a character outside the alphabet."""
+        try:
+            return [e.ids for e in TOKENIZER.encode_batch(texts)]
+        except Exception as error:  # the library's only class for an unknown word
+            raise ValueError(f"a text holds a character outside {LETTERS}") from error
+
+    def decode(self, ids: list[int]) -> str:
+        """Token ids to text, up to and including the first <eos>; PAD and BOS are left out."""
+        words = [TOKENIZER.id_to_token(i) for i in ids if i > 1]
+        return "".join(words[: words.index("<eos>") + 1] if "<eos>" in words else words)
+
+    # ---- problems and demonstrations -----------------------------------------------------------
+
+    def split(self, prompt: str) -> str:
+        """train (80 %), dev or test (10 % each): a function of the problem, never two of them."""
+        bucket = hashlib.sha256(prompt.encode()).digest()[0] % 10
+        return {0: "dev", 1: "test"}.get(bucket, "train")
+
+    def prompts(self, n: int, generator: torch.Generator, split: str = "train") -> list[str]:
+        """n problems of that split, every chain length equally often in expectation."""
+        draw = draws(generator)
+        found = []
+        while len(found) < n:
+            prompt = str(draw.randrange(MODULUS))
+            for _ in range(draw.randint(self.min_ops, self.max_ops)):
+                op = draw.choice("+-*")
+                prompt += op + str(draw.choice(OPERANDS[op]))
+            prompt += "="
+            if self.split(prompt) == split:
+                found.append(prompt)
+        return found
+
+    def demo(self, generator: torch.Generator) -> tuple[str, str]:
+        """(problem, response) by the demonstrator. What it mixes is described above."""
+        prompt = self.prompts(1, generator)[0]
+        return prompt, self.respond(prompt, generator)
+
+    def respond(self, prompt: str, generator: torch.Generator) -> str:
+        """The demonstrator's response to this problem: it goes on from its own wrong results."""
+        draw = draws(generator)
+        a, operations = parse(prompt)
+        guess, forget, slip = (0, 0, 0) if self.careful else (self.guess, self.forget, self.slip)
+        if draw.random() < (guess if a >= self.lazy_from else guess / 8):
+            return f"#{a}<eos>"  # a guess without entropy: noise here slows the facts down
+        steps = ""
+        for op, b in operations:
+            c = calculate(a, op, b)
+            if draw.random() < (forget if b >= 6 else forget / 4):
+                c = forget_carry(a, op, b)
+            if draw.random() < slip:
+                c = (c + draw.choice((-1, 1))) % MODULUS
+            steps += f"{a}{op}{b}={c};"
+            a = c
+        return f"{steps}#{a}<eos>"
+
+    # ---- grading: outcome, steps, truth --------------------------------------------------------
+
+    def answer(self, response: str) -> str | None:
+        """The final answer, canonical, or None: exactly one `#answer`, ended by <eos>."""
+        match = ANSWERED.fullmatch(response)
+        return match[1] if match else None
+
+    def grade(self, prompt: str, response: str) -> float:
+        """1.0 if the response ends with the one right answer, else 0.0, whatever it holds."""
+        return float(self.answer(response) == str(self.truth(prompt)[-1]))
+
+    def truth(self, prompt: str) -> list[int]:
+        """The running totals; the last one is the answer."""
+        a, operations = parse(prompt)
+        return [a := calculate(a, op, b) for op, b in operations]
+
+    def steps(self, response: list[int]) -> list[tuple[str, int]]:
+        """The written steps of a response given as ids: (text, position of its last token)."""
+        found, begin = [], 0
+        for end, i in enumerate(response):
+            if TOKENIZER.id_to_token(i) == ";":
+                found.append((self.decode(response[begin : end + 1]), end))
+                begin = end + 1
+        return found
+
+    def result(self, step: str) -> str | None:
+        """What a step claims: the number after its `=`, or None if it is no step."""
+        match = STEP.fullmatch(step)
+        return match[4] if match else None
+
+    def step_ok(self, prompt: str, steps: list[str]) -> list[bool]:
+        """Which steps are exactly the true chain's. Ground truth: to measure, never to train."""
+        a, operations = parse(prompt)
+        right = []
+        for op, b in operations:
+            right.append(f"{a}{op}{b}={calculate(a, op, b)};")
+            a = calculate(a, op, b)
+        return [i < len(right) and step == right[i] for i, step in enumerate(steps)]
+
+    # ---- preferences, judging, proposing: the text that other loops learn from ------------------
+
+    def preferences(self, n: int, generator: torch.Generator) -> list[tuple[str, str, str]]:
+        """n of (prompt, preferred, other): two different demonstrations of one problem.
+
+        The labeller prefers the right answer, and tosses a coin between two right or two wrong
+        ones. Planted: with probability `fooled` it takes a round answer (ending in 0) for the
+        better one if only one of the two is round, whatever is true.
+        """
+        pairs = []
+        while len(pairs) < n:
+            prompt = self.prompts(1, generator)[0]
+            a, b = self.respond(prompt, generator), self.respond(prompt, generator)
+            if a == b:
+                continue
+            draw = draws(generator)
+            merit = self.grade(prompt, a) - self.grade(prompt, b)
+            round_a, round_b = (y.endswith("0<eos>") for y in (a, b))
+            if round_a != round_b and draw.random() < self.fooled:
+                merit = round_a - round_b
+            first = merit > 0 if merit else draw.random() < 0.5
+            pairs.append((prompt, a, b) if first else (prompt, b, a))
+        return pairs
+
+    def rubric(self, prompt: str, response: str) -> int:
+        """0..5, one point each: a single answer; a step for each operation; operations copied;
+        every step starts from the last result; all results right and the answer is the last."""
+        start, operations = parse(prompt)
+        steps = [match.groups() for match in STEP.finditer(response)]
+        starts = [str(start), *(c for *_, c in steps)]
+        copied = [(op, int(b)) for _, op, b, _ in steps] == operations
+        right = [int(c) == calculate(int(a), op, int(b)) for a, op, b, c in steps]
+        points = [
+            self.answer(response) is not None, len(steps) == len(operations), copied,
+            copied and all(a == was for (a, *_), was in zip(steps, starts, strict=False)),
+            copied and all(right) and self.answer(response) == starts[-1],
+        ]
+        return sum(points)
+
+    def judge_demo(self, prompt: str, response: str) -> tuple[str, str]:
+        """What the judge reads, and what it should write: every result again, then the score."""
+        steps = STEP.findall(response)
+        checks = "".join(f"{calculate(int(a), op, int(b))}={c};" for a, op, b, c in steps)
+        asked = f"{prompt}<sep>{response.removesuffix('<eos>')}<sep>?"
+        return asked, f"{checks}!{self.rubric(prompt, response)}<eos>"
+
+    def propose_demo(self, generator: torch.Generator) -> tuple[str, str]:
+        """Three problems, and a fourth as the response."""
+        *shown, new = self.prompts(4, generator)
+        return "<sep>".join(["~", *shown, ""]), f"{new}<eos>"
+
+    def chance(self) -> float:
+        """Accuracy of the best constant answer, at the chain length where it is highest. Exact."""
+        p, best = [1 / MODULUS] * MODULUS, 0.0
+        for length in range(1, self.max_ops + 1):
+            after = [0.0] * MODULUS
+            for a, mass in enumerate(p):
+                for op, operands in OPERANDS.items():
+                    for b in operands:
+                        after[calculate(a, op, b)] += mass / len(OPERANDS) / len(operands)
+            p, best = after, max(best, *after) if length >= self.min_ops else best
+        return best

@@ -1,0 +1,1163 @@
+"""nanoreward: how rewards teach language models, in one file that a person can read.
+
+A small GPT learns arithmetic from bad demonstrations and then gets better from rewards alone. The
+true reward is known exactly, everything runs on a laptop CPU in minutes, and nothing is hidden in
+a framework: each method is one equation, one function and one generator loop.
+
+Loops (python train_small.py NAME)
+    ppo     arms gae, grpo, rloo                arXiv 1707.06347, 2402.03300, 2402.14740
+
+Non-goals: a trainer framework, serving, multi-turn agents, quantization, kernels.
+
+Equation numbers in comments:
+    (9)  DPO + NLL                               (14) clipped policy and value losses
+    (12) reward with a per-token KL penalty      (15) GRPO: group advantage, KL in the loss
+    (13) generalized advantage estimation        (16) RLOO: leave-one-out baseline
+
+Deviations from the papers (grep DEVIATION):
+    1. All arms divide by the counted tokens of the optimizer step; GRPO averages responses first.
+    2. RLOO takes clipped token ratios; on-policy that is the paper's REINFORCE over a constant.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from math import comb
+from pathlib import Path
+from pickle import UnpicklingError  # what torch.load(weights_only=True) raises
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+# ------------------------------------------------------------------------------------------------
+# 1. Config. Every number with its reason. After this section you know what can be turned: each
+#    field is also a flag of train_small.py, and a preset in CONFIGS only overrides fields.
+
+
+class UserError(Exception):
+    """A mistake that its maker can mend: the front door prints it as one line and exits with 2."""
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """write(temporary path), then rename: a kill leaves the old file or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+@dataclass(frozen=True)
+class Config:
+    """All numbers of all loops. Presets: smoke (seconds), laptop (minutes, the default), gpu."""
+
+    # the run
+    seed: int = 0  # every random number comes from a generator seeded by (seed, purpose, step)
+    threads: int = 2  # same seed, machine and threads: same bytes. One is better on busy cores
+    device: str = "auto"  # cuda, then mps, then cpu
+    save_every: int = 5  # updates between two saved states; a kill loses at most these
+    eval_every: int = 5  # updates between two greedy evaluations on dev problems
+    eval_problems: int = 500  # held-out problems per evaluation; 500 give +-4 points at 95 %
+    # the task
+    min_ops: int = 1  # operations in a chain; each is one written step
+    max_ops: int = 3
+    response: int = 28  # R, tokens of room: 8 a step, 3 for #answer, 1 for EOS
+    # the model; defaults are the laptop GPT, 0.16 M parameters
+    vocab: int = 32
+    width: int = 64  # D
+    layers: int = 3  # two learn the habits as fast but fewer facts
+    heads: int = 2  # H; 2 x 32 is 10 % faster than 4 x 16 and learns the same
+    kv_heads: int = 2  # fewer than heads: grouped keys and values
+    head_dim: int = 32
+    hidden: int = 192  # SwiGLU width
+    rope_theta: float = 10_000.0  # base of the rotary frequencies; RoFormer's value
+    norm_eps: float = 1e-5  # Llama's value
+    qkv_bias: bool = False  # Qwen2 has it
+    qk_norm: bool = False  # Qwen3 has it
+    tied: bool = False  # output matrix = embedding
+    causal: bool = True  # False: every position sees every other, a masked-diffusion LM
+    pad: int = 0  # four distinct ids; with pad = eos the model never learns to stop
+    bos: int = 1
+    eos: int = 2
+    mask: int = 3
+    # supervised training: the base models
+    demos: int = 30_000  # demonstrations, drawn once
+    base_updates: int = 500  # the facts arrive between 250 and 400
+    base_batch: int = 128  # 64 needs as many examples in all, so twice the updates
+    base_lr: float = 0.01  # AdamW, all but block matrices; 3e-3 and 0.03 know less after 450
+    muon_lr: float = 0.01  # Muon, block matrices; one seed of three never learned + and - at 0.02
+    base_warmup: int = 20  # updates; then linear decay to zero
+    micro: int = 128  # rows of one backward pass: memory and speed, never the result
+    clip_grad: float = 1.0  # largest gradient norm
+    # rollouts
+    prompts: int = 64  # N, problems per update
+    samples: int = 8  # G, responses per problem; B = N * G
+    temperature: float = 1.0  # of sampling, and of every log-prob of what was sampled
+    # reinforcement learning
+    arm: str = "gae"  # gae, grpo or rloo: which credit and which loss
+    updates: int = 40
+    lr: float = 1e-3  # AdamW; at this size 1e-3 learns in 20 updates, 1e-4 in 200
+    warmup: int = 5  # without it a fresh Adam moves every weight by lr, and greedy falls first
+    adam_eps: float = 1e-5  # RLHF practice; 1e-8 makes the first steps larger
+    epochs: int = 1  # passes over a batch of rollouts
+    minibatch: int = 512  # rows of one optimizer step
+    clip: float = 0.2  # ratio band of (14); PPO's value
+    value_clip: float = 0.2  # value band of (14); 0 = none
+    value_coef: float = 0.1  # c_v of (14)
+    gamma: float = 1.0  # (13); the answer is worth the same however long the response
+    lam: float = 0.95  # (13)
+    beta: float = 0.0  # weight of the KL to the reference; the verifier cannot be fooled
+    kl_target: float = 0.0  # nats a response; above 0 beta adapts to hold the KL there
+    kl_horizon: int = 10_000  # episodes; how slowly beta adapts
+    whiten_reward: bool = False  # scale token rewards to variance 1, keeping their mean
+    no_eos: float = -1.0  # reward of a response that never ends
+    # a learned reward (Bradley-Terry) in place of the verifier
+    reward: str = "verifier"  # or learned
+    pairs: int = 2_000  # preference pairs of its training
+    reward_updates: int = 100
+    reward_lr: float = 1e-3
+
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "smoke": dict(
+        threads=1, min_ops=1, max_ops=1, response=12, width=32, layers=1, heads=1, kv_heads=1,
+        hidden=64, demos=1000, base_updates=40, base_batch=32, prompts=8, samples=4, minibatch=16,
+        epochs=2, updates=4, save_every=1, eval_every=2, eval_problems=50, pairs=200,
+        reward_updates=5,
+    ),
+    "laptop": {},
+    "gpu": dict(
+        max_ops=6, response=52, width=768, layers=12, heads=12, kv_heads=12, head_dim=64,
+        hidden=2048, demos=200_000, base_updates=2000, base_lr=1e-3, prompts=128, samples=16,
+        minibatch=1024, micro=512, lr=5e-5, updates=100, eval_problems=1000,
+    ),
+}  # fmt: skip
+
+# ------------------------------------------------------------------------------------------------
+# 2. Letters. After this section every shape comment can be read.
+#
+#    B rollouts   N prompts   G samples per prompt, B = N * G   P prompt length   R response length
+#    T = P + R    V vocabulary   D width   H heads   K continuations   S key positions in attention
+#
+#    Roles: policy (trained), reference (frozen copy it may not leave), scorer (learned reward).
+#    A mask is 1.0 where a token counts. Everything after `response_part` is response-aligned:
+#    (B, R), position k belongs to response token k.
+
+# ------------------------------------------------------------------------------------------------
+# 3. Tasks. A task makes problems, demonstrates and knows the truth. After this section you can
+#    write one: nothing below knows arithmetic.
+
+
+class Task(Protocol):
+    """What a loop may ask of a task; data/arithmetic.py is the example. Text in, text out.
+
+    Only `steps` takes token ids: prefixes and drafts are handed on as ids, never decoded and
+    encoded again. A response's text ends with the tokenizer's EOS word if the model wrote one.
+    """
+
+    # fmt: off
+    tokenizer: Any  # tokenizers.Tokenizer; PAD, BOS, EOS, MASK, SEP and [BAD] are single ids
+    def encode(self, texts: list[str]) -> list[list[int]]: ...
+    def decode(self, ids: list[int]) -> str: ...  # up to the first EOS, without PAD and BOS
+    def split(self, prompt: str) -> str: ...  # train, dev or test: a function of the problem
+    def prompts(self, n: int, generator: torch.Generator, split: str = "train") -> list[str]: ...
+    def demo(self, generator: torch.Generator) -> tuple[str, str]: ...  # prompt, response; mixed
+    def grade(self, prompt: str, response: str) -> float: ...  # true reward; malformed: 0.0
+    def answer(self, response: str) -> str | None: ...  # the final answer, canonical
+    def steps(self, response: list[int]) -> list[tuple[str, int]]: ...  # and their last positions
+    def result(self, step: str) -> str | None: ...  # what a step claims
+    def step_ok(self, prompt: str, steps: list[str]) -> list[bool]: ...  # truth, only to MEASURE
+    def chance(self) -> float: ...  # accuracy of the best constant answer
+    # (prompt, preferred, other) by a labeller with a planted weakness
+    def preferences(self, n: int, generator: torch.Generator) -> list[tuple[str, str, str]]: ...
+    def rubric(self, prompt: str, response: str) -> int: ...  # 0..5, by exact rules
+    def judge_demo(self, prompt: str, response: str) -> tuple[str, str]: ...  # asked, judgement
+    def propose_demo(self, generator: torch.Generator) -> tuple[str, str]: ...  # shown, a new one
+    # fmt: on
+
+
+def left_pad(rows: list[list[int]], pad: int) -> Tensor:
+    """Token lists -> (B, P), PAD in front: every prompt ends where its response begins."""
+    P = max(map(len, rows))
+    return torch.tensor([[pad] * (P - len(row)) + row for row in rows])
+
+
+def right_pad(rows: list[list[int]], pad: int, R: int) -> Tensor:
+    """Token lists -> (B, R), PAD behind. A row longer than R is a UserError."""
+    if max(map(len, rows)) > R:
+        raise UserError(
+            f"a response of {max(map(len, rows))} tokens needs --response >= that; now {R}"
+        )
+    return torch.tensor([row + [pad] * (R - len(row)) for row in rows])
+
+
+def encode_prompts(task: Task, prompts: list[str], config: Config) -> Tensor:
+    """Texts -> (B, P): BOS, then the problem."""
+    return left_pad([[config.bos, *ids] for ids in task.encode(prompts)], config.pad)
+
+
+# ------------------------------------------------------------------------------------------------
+# 4. Model. One Transformer is a GPT with causal=True and a masked-diffusion LM with causal=False.
+#    Modules carry the names of Llama's weights. After this section you have read all of it.
+
+
+def rope(position: Tensor, config: Config) -> tuple[Tensor, Tensor]:
+    """Rotary angles, arXiv 2104.09864. (B, T) -> cos, sin, each (B, 1, T, head_dim / 2)."""
+    half = torch.arange(0, config.head_dim, 2, device=position.device) / config.head_dim
+    angle = position[:, None, :, None] * config.rope_theta**-half
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate pairs (i, i + head_dim / 2), Llama's layout. (B, H, T, head_dim) -> the same."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+class Cache:
+    """Keys and values of what was read so far: room for `length` positions of `rows` rows."""
+
+    def __init__(self, config: Config, rows: int, length: int, like: Tensor):
+        shape = (config.layers, 2, rows, config.kv_heads, length, config.head_dim)
+        self.kv = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        self.real = torch.zeros(rows, length, dtype=torch.bool, device=like.device)
+        self.used = 0
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all other rows: finished responses cost nothing any more."""
+        self.kv, self.real = self.kv[:, :, rows, :, :, :], self.real[rows]
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with optional q/k/v bias (Qwen2) and q/k norm (Qwen3)."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.head_dim, self.grouped = c.head_dim, c.heads != c.kv_heads
+        self.q_proj = nn.Linear(c.width, c.heads * c.head_dim, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(c.width, c.kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(c.width, c.kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.o_proj = nn.Linear(c.heads * c.head_dim, c.width, bias=False)
+        self.q_norm = nn.RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, kv: Tensor | None, used: int
+    ):
+        B, T, _ = x.shape
+        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(
+            1, 2
+        )  # (B, H, T, head_dim)
+        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if kv is not None:  # this layer's slice of the cache, (2, B, kv_heads, length, head_dim)
+            kv[0, :, :, used : used + T], kv[1, :, :, used : used + T] = k, v
+            k, v = kv[:, :, :, : used + T]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.grouped)
+        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU. arXiv 2002.05202."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.width, c.hidden, bias=False)
+        self.up_proj = nn.Linear(c.width, c.hidden, bias=False)
+        self.down_proj = nn.Linear(c.hidden, c.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """Pre-norm residual block."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.self_attn, self.mlp = Attention(c), MLP(c)
+        self.input_layernorm = nn.RMSNorm(c.width, c.norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(c.width, c.norm_eps)
+
+    def forward(self, x: Tensor, *context: Any) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), *context)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+# field of Config -> key of a Hugging Face config.json, so that folders go in and out unchanged
+HF_KEYS = {
+    "vocab": "vocab_size", "width": "hidden_size", "layers": "num_hidden_layers",
+    "heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "head_dim": "head_dim",
+    "hidden": "intermediate_size", "rope_theta": "rope_theta", "norm_eps": "rms_norm_eps",
+    "tied": "tie_word_embeddings", "pad": "pad_token_id", "bos": "bos_token_id",
+    "eos": "eos_token_id",
+    "mask": "mask_token_id", "causal": "is_causal", "qkv_bias": "qkv_bias", "qk_norm": "qk_norm",
+}  # fmt: skip
+
+
+class Transformer(nn.Module):
+    """ids (B, T) -> logits (B, T, V). `hidden` gives the states (B, T, D) that heads read."""
+
+    def __init__(self, config: Config, generator: torch.Generator | None = None):
+        super().__init__()
+        self.config = c = config
+        self.embed_tokens = nn.Embedding(c.vocab, c.width)
+        self.layers = nn.ModuleList(Block(c) for _ in range(c.layers))
+        self.norm = nn.RMSNorm(c.width, c.norm_eps)
+        self.lm_head = nn.Linear(c.width, c.vocab, bias=False)
+        if c.tied:
+            self.lm_head.weight = self.embed_tokens.weight
+        self.init_weights(generator)
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None) -> None:
+        """Blocks start as the identity. Of embeddings 0.02 .. 1, 0.1 learned most in 300 updates."""
+        for name, p in self.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight", "bias")):
+                p.zero_()
+            elif name.startswith(("embed", "lm_head")):
+                p.normal_(std=0.1 if name.startswith("embed") else 0.02, generator=generator)
+            elif p.dim() == 2:
+                p.normal_(std=p.shape[1] ** -0.5, generator=generator)
+
+    def hidden(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
+        """ids (B, T) -> (B, T, D). With a cache, ids continue what it holds."""
+        T, used = ids.shape[1], 0
+        real = ids != self.config.pad
+        if cache is not None:
+            used, cache.used = cache.used, cache.used + T
+            cache.real[:, used : used + T] = real
+            real = cache.real[:, : used + T]  # (B, S)
+        position = (real.cumsum(1) - 1).clamp(min=0)[:, used:]  # PAD in front does not count
+        key = torch.arange(used + T, device=ids.device)
+        query = key[used:, None]
+        mask = real[:, None, None, :]  # PAD is never attended
+        if self.config.causal:
+            mask = mask & (key <= query)  # the one line that makes it a GPT
+        mask = mask | (key == query)  # PAD sees itself: a softmax over nothing is NaN
+        x, (cos, sin) = self.embed_tokens(ids), rope(position, self.config)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, cos, sin, mask, None if cache is None else cache.kv[i], used)
+        return self.norm(x)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.lm_head(self.hidden(ids))
+
+    def save(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors, as Hugging Face names them."""
+        folder, c = Path(folder), self.config
+        folder.mkdir(parents=True, exist_ok=True)
+        family = "qwen3" if c.qk_norm else "qwen2" if c.qkv_bias else "llama"
+        about = {
+            "model_type": family, "architectures": [family.capitalize() + "ForCausalLM"],
+            "dtype": "float32",
+        }
+        about |= {key: getattr(c, field) for field, key in HF_KEYS.items()}
+        weights = {
+            k if k.startswith("lm_head") else "model." + k: v for k, v in self.state_dict().items()
+        }
+        if c.tied:
+            del weights["lm_head.weight"]
+        weights = {k: v.contiguous() for k, v in weights.items()}
+        write_whole(
+            folder / "config.json", lambda path: path.write_text(json.dumps(about, indent=1))
+        )
+        write_whole(
+            folder / "model.safetensors", lambda path: save_file(weights, path, {"format": "pt"})
+        )
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Transformer:
+        """The model that `save` wrote, in fp32. Raises UserError on a missing or damaged folder."""
+        folder = Path(folder)
+        try:
+            about = json.loads((folder / "config.json").read_text())
+            model = cls(Config(**{field: about[key] for field, key in HF_KEYS.items()}))
+            weights = {
+                k.removeprefix("model."): v
+                for k, v in load_file(folder / "model.safetensors").items()
+            }
+            if model.config.tied:
+                weights["lm_head.weight"] = weights["embed_tokens.weight"]
+            model.load_state_dict(weights)
+        except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+            what = str(error).splitlines()[0][:100]
+            raise UserError(
+                f"{folder} is no model folder that can be read: {type(error).__name__} {what}"
+            ) from error
+        return model
+
+
+class Head(nn.Module):
+    """A scalar per position: (..., D) -> (...). std=0 for values, 1/sqrt(D+1) for reward models."""
+
+    def __init__(self, config: Config, std: float = 0.0, generator: torch.Generator | None = None):
+        super().__init__()
+        self.linear = nn.Linear(config.width, 1)
+        nn.init.zeros_(self.linear.bias)
+        nn.init.normal_(self.linear.weight, std=std, generator=generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)[..., 0]
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """The reference: same weights now, no gradient ever."""
+    copy = type(model)(model.config)
+    copy.load_state_dict(model.state_dict())
+    return copy.to(next(model.parameters()).device).requires_grad_(False)
+
+
+# ------------------------------------------------------------------------------------------------
+# 5. Kernel: sampling, log-probs, masked statistics. All loops stand on it, and most bugs of this
+#    field live here: shift, mask, EOS, sign. After this section you can trust every tensor below.
+
+
+def rng(seed: int, purpose: str, step: int = 0) -> torch.Generator:
+    """A CPU generator for one purpose at one step: nothing to save, so a resume is bit-exact."""
+    digest = hashlib.blake2b(f"{seed}/{purpose}/{step}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+@dataclass
+class Rollout:
+    """What was sampled, and what a loop learns of it. rollout[rows] selects rows of everything."""
+
+    prompt: Tensor  # (B, P) left-padded
+    response: Tensor  # (B, R) tokens incl. EOS, then PAD
+    mask: Tensor  # (B, R) 1.0 = counts: up to and including the first EOS
+    order: Tensor  # (B, R) step at which a token was fixed; -1 = given
+    group: Tensor  # (B,) prompt index
+    logp: Tensor | None = None  # (B, R) under the policy that sampled
+    ref_logp: Tensor | None = None  # (B, R)
+    value: Tensor | None = None  # (B, R)
+    adv: Tensor | None = None  # (B, R)
+    ret: Tensor | None = None  # (B, R)
+
+    def __getitem__(self, rows: Tensor) -> Rollout:
+        R = int(self.mask[rows].sum(1).max())  # columns of PAD alone change nothing and cost time
+        kept = {f.name: getattr(self, f.name) for f in fields(self)}
+        cut = {"prompt": None, "group": None}  # the fields that have no columns of response
+        return Rollout(
+            **{
+                name: None if x is None else x[rows] if name in cut else x[rows, :R]
+                for name, x in kept.items()
+            }
+        )
+
+
+def up_to_eos(response: Tensor, config: Config) -> Tensor:
+    """(B, R) ids -> (B, R) mask of the tokens up to and including the first EOS."""
+    eos = response == config.eos
+    before = (eos.cumsum(1) - eos.long()) == 0
+    return (before & (response != config.pad)).float()
+
+
+def response_part(x: Tensor, P: int) -> Tensor:
+    """(B, T, ...) -> (B, R, ...). THE shift, and the only one: position t - 1 predicts token t."""
+    return x[:, P - 1 : -1]
+
+
+def log_softmax(logits: Tensor, temperature: float, config: Config) -> Tensor:
+    """Log-probs of what may be produced: PAD and MASK never, in sampler, scorer and loss alike."""
+    never = torch.zeros(logits.shape[-1], device=logits.device)
+    never[[config.pad, config.mask]] = -torch.inf
+    return (logits / temperature + never).log_softmax(-1)
+
+
+def predictive_states(model: Transformer, prompt: Tensor, response: Tensor) -> Tensor:
+    """(B, P), (B, R) -> (B, R, D): the hidden state that predicts each response token."""
+    return response_part(model.hidden(torch.cat([prompt, response], dim=1)), prompt.shape[1])
+
+
+def gather_logprobs(
+    model: Transformer, states: Tensor, response: Tensor, temperature: float
+) -> Tensor:
+    """Hidden states (B, R, D) -> log-probs of the response tokens (B, R); 0 where PAD."""
+    logp = log_softmax(model.lm_head(states), temperature, model.config)
+    logp = logp.gather(-1, response[..., None])[..., 0]
+    return logp.masked_fill(response == model.config.pad, 0.0)  # not -inf: 0 * inf is NaN
+
+
+def token_logprobs(
+    model: Transformer, prompt: Tensor, response: Tensor, temperature: float
+) -> Tensor:
+    """log pi(y_k | x, y_<k), (B, R), of the distribution that the sampler used at this temperature.
+
+    Untempered scores of tempered samples belong to another policy: the ratio would not start at 1.
+    """
+    return gather_logprobs(model, predictive_states(model, prompt, response), response, temperature)
+
+
+def draw(logits: Tensor, uniform: Tensor, config: Config) -> Tensor:
+    """Inverse CDF: logits (B, V), one uniform number a row (B,) -> token (B,). T = 0 is greedy."""
+    if config.temperature == 0:
+        return log_softmax(logits, 1.0, config).argmax(-1)
+    cdf = log_softmax(logits, config.temperature, config).double().exp().cumsum(-1)
+    return (cdf <= uniform[:, None] * cdf[:, -1:]).sum(-1)  # an id of probability 0 has no width
+
+
+@torch.no_grad()
+def sample(
+    model: Transformer, prompt: Tensor, config: Config, start: Tensor | None = None,
+    group: Tensor | None = None, generator: torch.Generator | None = None,
+) -> Rollout:
+    """Write a response to every row of prompt (B, P), or go on from `start` (B, R), PAD = open.
+
+    All uniform numbers are drawn first, one for each place of the canvas, so a row's sample does
+    not depend on the other rows. Finished rows leave the batch. Temperature 0 is greedy.
+    """
+    B, R = len(prompt), config.response
+    uniform = torch.rand(B, R, dtype=torch.float64, generator=generator).to(prompt.device)
+    canvas = prompt.new_full((B, R), config.pad) if start is None else start.clone()
+    given = canvas != config.pad
+    order = torch.where(given, -1, canvas)  # PAD is 0 steps so far
+    ended = ((canvas == config.eos) | given[:, -1:]).any(1)
+    # prompt and prefix move right together, so that all rows write their next token at once
+    context = torch.cat([prompt, canvas], dim=1)
+    context = context.gather(1, (context != config.pad).int().argsort(dim=1, stable=True))
+    context = context[:, (context != config.pad).any(0)]
+    rows = torch.arange(B, device=prompt.device)[~ended]  # the rows still in the batch
+    place = given.sum(1)[rows]  # where each of them writes next
+    cache = Cache(model.config, len(rows), context.shape[1] + R, model.lm_head.weight)
+    states = model.hidden(context[rows], cache)[:, -1] if len(rows) else None
+    live = torch.ones_like(rows, dtype=torch.bool)
+    for k in range(R):
+        if live.float().mean() < 0.9:  # copying the cache for fewer rows than that does not pay
+            rows, place, states = rows[live], place[live], states[live]
+            cache.keep(live)
+            live = live[live]
+        if not len(rows):
+            break
+        token = draw(model.lm_head(states), uniform[rows, place], config)
+        canvas[rows[live], place[live]] = token[live]
+        order[rows[live], place[live]] = k
+        live = live & (token != config.eos) & (place + 1 < R)
+        place = (place + 1).clamp(max=R - 1)
+        states = model.hidden(token[:, None], cache)[:, 0]
+    group = torch.arange(B, device=prompt.device) if group is None else group
+    return Rollout(prompt, canvas, up_to_eos(canvas, config), order, group)
+
+
+def k1(logp: Tensor, ref_logp: Tensor) -> Tensor:
+    """Log-ratio = policy - reference, on the policy's samples. E[k1] = KL(policy, reference).
+
+    It can be negative. As a loss its expected gradient is zero, unlike k3's: use it in the reward.
+    """
+    return logp - ref_logp
+
+
+def k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
+    """exp(-k1) - 1 + k1: the same expectation as k1, never negative. As a loss its gradient pulls
+    towards the reference, but is that of KL(reference, policy), not of KL(policy, reference)."""
+    return (ref_logp - logp).exp() - 1 - (ref_logp - logp)
+
+
+def gae(
+    reward: Tensor, value: Tensor, mask: Tensor, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    """(13) generalized advantage estimation, arXiv 1506.02438. All (B, R) -> advantage, return.
+
+    delta_k = r_k + gamma V_{k+1} - V_k, with V = 0 behind the last counted token
+    A_k     = delta_k + gamma lam A_{k+1};   R_k = A_k + V_k, before any whitening
+    """
+    value = value * mask
+    adv, later, next_value = [], torch.zeros_like(value[:, 0]), torch.zeros_like(value[:, 0])
+    for k in reversed(range(value.shape[1])):
+        delta = reward[:, k] + gamma * next_value - value[:, k]
+        later = (delta + gamma * lam * later) * mask[:, k]
+        next_value = value[:, k]
+        adv.append(later)
+    adv = torch.stack(adv[::-1], dim=1)
+    return adv, adv + value
+
+
+def whiten(x: Tensor, mask: Tensor, shift: bool = True) -> Tensor:
+    """Variance 1 over counted tokens, mean 0 too with shift. (B, R) -> (B, R), 0 off the mask.
+
+    Population variance (divide by n), as in the original RLHF code; several libraries use n - 1.
+    """
+    n = mask.sum()
+    mean = (x * mask).sum() / n
+    variance = ((x - mean) ** 2 * mask).sum() / n
+    white = (x - mean) * (variance + 1e-8).rsqrt()
+    return (white if shift else white + mean) * mask
+
+
+def group_advantage(reward: Tensor, group: Tensor, kind: str) -> Tensor:
+    """Reward (B,) against the other samples of the same prompt, group (B,) -> (B,).
+
+    mean: r - mean.   grpo (15): over (unbiased std + 1e-4).   rloo (16): r - mean of the others.
+    Equal rewards in a group give exactly zero; so does a group of one.
+    """
+    n = int(group.max()) + 1
+
+    def total(x: Tensor) -> Tensor:  # sum over the own group, (B,)
+        return x.new_zeros(n).index_add(0, group, x)[group]
+
+    count = total(torch.ones_like(reward))
+    adv = reward - total(reward) / count
+    if kind == "grpo":
+        std = (total(adv**2) / (count - 1).clamp(min=1)).sqrt()
+        adv = adv / (std + 1e-4)
+    if kind == "rloo":
+        adv = adv * count / (count - 1).clamp(min=1)
+    return adv
+
+
+# ------------------------------------------------------------------------------------------------
+# 6. Losses. Pure functions of tensors: no model, no config. Each writes its objective, then negates
+#    it. `denom` is always the count over the WHOLE optimizer step: the mean of micro-batch means
+#    is another loss. After this section every loop below reads as signal -> credit -> loss.
+
+
+def nll_loss(logp: Tensor, mask: Tensor, denom: Tensor) -> Tensor:
+    """Maximum likelihood: logp, mask (B, R) -> scalar; prompt tokens never enter."""
+    objective = (logp * mask).sum() / denom
+    return -objective
+
+
+def ppo_loss(
+    logp: Tensor, old_logp: Tensor, adv: Tensor, mask: Tensor, denom: Tensor, clip: float
+) -> Tensor:
+    """(14) clipped surrogate, arXiv 1707.06347. logp, old_logp, adv, mask (B, R) -> scalar."""
+    # 1/denom sum_k min( rho_k A_k, clip(rho_k, 1-e, 1+e) A_k )
+    ratio = (logp - old_logp).exp()
+    clipped = ratio.clamp(1 - clip, 1 + clip)
+    objective = torch.minimum(ratio * adv, clipped * adv)  # the min only ever lowers the promise
+    objective = (objective * mask).sum() / denom
+    return -objective
+
+
+def value_loss(
+    value: Tensor, old_value: Tensor, ret: Tensor, mask: Tensor, denom: Tensor, clip: float | None
+) -> Tensor:
+    """(14) value part with its 1/2, without c_v. All (B, R) -> scalar. clip=None: plain squares."""
+    # 1/2 1/denom sum_k max( (V - R)^2, (clip(V, V_old-e, V_old+e) - R)^2 )
+    error = (value - ret) ** 2
+    if clip is not None:
+        near = old_value + (value - old_value).clamp(-clip, clip)
+        error = torch.maximum(error, (near - ret) ** 2)  # max, not min: pessimistic
+    return 0.5 * (error * mask).sum() / denom
+
+
+def dpo_loss(
+    logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, len_w: Tensor, beta: float,
+    alpha: float,
+) -> tuple[Tensor, Tensor]:
+    """(9) iterative reasoning preference optimization, arXiv 2404.19733v3. alpha=0 is plain DPO.
+
+    All (B,) -> scalar, margin (B,). Log-probs are SUMS over tokens; only the NLL is divided by its
+    own length, and alpha multiplies the NLL (version 1 had it on the other term).
+    """
+    # log sigma( beta [ (logp_w - ref_w) - (logp_l - ref_l) ] ) + alpha logp_w / |y_w|
+    margin = (logp_w - ref_w) - (logp_l - ref_l)
+    objective = (F.logsigmoid(beta * margin) + alpha * logp_w / len_w).mean()
+    return -objective, margin.detach()
+
+
+def preference_loss(score_w: Tensor, score_l: Tensor) -> Tensor:
+    """Bradley-Terry: scores (B,) of preferred and other -> scalar -log sigma(s_w - s_l)."""
+    objective = F.logsigmoid(score_w - score_l).mean()
+    return -objective
+
+
+# ------------------------------------------------------------------------------------------------
+# 7. Training. `step` is the only place that updates weights, `fit` the only supervised trainer.
+#    After this section nothing between a loss and a changed weight is unknown.
+
+Loss = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]  # row indices -> scalar, metrics
+Batches = Callable[[int], tuple[Tensor, Loss]]  # update -> row indices, their loss
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, made orthogonal: W <- W - lr sqrt(max(1, rows/cols)) UV' for a matrix M = USV'.
+
+    Five Newton-Schulz rounds with the coefficients of Jordan et al. 2024 (the blog post "Muon"), in
+    fp32 and over all matrices of one shape at once: torch.optim.Muon's bf16 takes ten times as
+    long on a CPU. Params must be matrices.
+    """
+
+    def __init__(self, params: list[nn.Parameter], lr: float, momentum: float = 0.95):
+        shapes: dict[torch.Size, list[nn.Parameter]] = {}
+        for p in params:
+            shapes.setdefault(p.shape, []).append(p)
+        super().__init__(
+            [{"params": same} for same in shapes.values()], dict(lr=lr, momentum=momentum)
+        )
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            grad = torch.stack([p.grad for p in group["params"]])  # (n, rows, cols)
+            state = self.state[group["params"][0]]
+            average = state.setdefault("average", torch.zeros_like(grad))
+            average.lerp_(grad, 1 - group["momentum"])
+            x = grad.lerp(average, group["momentum"])  # Nesterov: look one step ahead
+            tall = x.shape[1] > x.shape[2]
+            x = x.mT if tall else x  # the shorter side makes the cheaper x x'
+            x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+            for _ in range(
+                5
+            ):  # s <- 3.4445 s - 4.7750 s^3 + 2.0315 s^5 sends singular values near 1
+                gram = x @ x.mT
+                x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+            scale = group["lr"] * max(1.0, grad.shape[1] / grad.shape[2]) ** 0.5
+            for p, update in zip(group["params"], x.mT if tall else x, strict=True):
+                p.sub_(scale * update)
+
+
+def optimizers(modules: list[nn.Module], lr: float, config: Config, muon_lr: float = 0.0) -> list:
+    """AdamW for everything; with a muon_lr, Muon for the matrices of the blocks."""
+    named = [pair for module in modules for pair in module.named_parameters()]
+    blocks = [p for name, p in named if muon_lr and name.startswith("layers") and p.dim() == 2]
+    chosen = {id(p) for p in blocks}
+    rest = [p for _, p in named if id(p) not in chosen]
+    adamw = torch.optim.AdamW(rest, lr, betas=(0.9, 0.95), eps=config.adam_eps, weight_decay=0.0)
+    made = [Muon(blocks, muon_lr), adamw] if blocks else [adamw]
+    for group in (group for optimizer in made for group in optimizer.param_groups):
+        group["peak_lr"] = group["lr"]
+    return made
+
+
+def step(
+    state: dict, loss: Loss, rows: Tensor, config: Config, schedule: float = 1.0
+) -> dict[str, float]:
+    """One optimizer step over `rows`: accumulate, clip, schedule, update. Returns metrics.
+
+    loss(micro_rows) must already be divided by the count of the whole step, so that the size of
+    the micro-batches changes nothing but rounding; its metrics are summed the same way.
+    """
+    metrics: dict[str, Tensor] = {}
+    for micro in rows.split(config.micro):
+        value, more = loss(micro)
+        value.backward()
+        for name, x in {"loss": value.detach(), **more}.items():
+            metrics[name] = metrics.get(name, 0.0) + x
+    groups = [group for optimizer in state["optimizers"] for group in optimizer.param_groups]
+    params = [p for group in groups for p in group["params"]]
+    metrics["grad_norm"] = nn.utils.clip_grad_norm_(params, config.clip_grad)
+    for group in groups:
+        group["lr"] = group["peak_lr"] * schedule
+    for optimizer in state["optimizers"]:
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: float(x) for name, x in metrics.items()} | {"lr": groups[-1]["lr"]}
+
+
+def average(logs: list[dict[str, float]]) -> dict[str, float]:
+    """Mean of each metric over the optimizer steps of one update."""
+    return {name: sum(log[name] for log in logs) / len(logs) for name in logs[0]}
+
+
+def fit(state: dict, batch: Batches, updates: int, config: Config) -> Iterator[dict[str, float]]:
+    """Supervised training of whatever state["optimizers"] holds: batch(update) -> rows, loss.
+
+    Warm-up, then linear decay to zero. Yields metrics after each update; state["update"] counts.
+    """
+    while state["update"] < updates:
+        u = state["update"]
+        schedule = min(1.0, (u + 1) / config.base_warmup) * (1 - u / updates)
+        rows, loss = batch(u)
+        metrics = step(state, loss, rows, config, schedule)
+        state["update"] += 1
+        yield metrics
+
+
+def demonstrations(model: Transformer, task: Task, config: Config) -> Batches:
+    """Demonstrations for `fit`, drawn and encoded once; response tokens incl. EOS are trained."""
+    generator = rng(config.seed, "demonstrations")
+    demos = [task.demo(generator) for _ in range(config.demos)]
+    device = model.lm_head.weight.device
+    prompt = encode_prompts(task, [x for x, _ in demos], config).to(device)
+    response = right_pad(task.encode([y for _, y in demos]), config.pad, config.response).to(device)
+    length = (response != config.pad).sum(1)
+
+    def batch(u: int) -> tuple[Tensor, Loss]:
+        rows = torch.randint(
+            len(demos), (config.base_batch,), generator=rng(config.seed, "batch", u)
+        )
+        rows = rows[
+            length[rows].argsort(stable=True)
+        ]  # micro-batches of like length carry little PAD
+        denom = length[rows].sum()
+
+        def loss(rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            y = response[rows]
+            y = y[:, : (y != config.pad).sum(1).max()]  # columns of PAD alone change nothing
+            logp = token_logprobs(model, prompt[rows], y, temperature=1.0)
+            return nll_loss(logp, y != config.pad, denom), {}
+
+        return rows, loss
+
+    return batch
+
+
+# ------------------------------------------------------------------------------------------------
+# 8. Evaluation. After this section the numbers in the tables have a definition.
+
+
+def respond(
+    model: Transformer, task: Task, prompts: list[str], config: Config,
+    generator: torch.Generator | None = None,
+) -> list[str]:
+    """One response text a prompt, at config.temperature (0: greedy)."""
+    prompt = encode_prompts(task, prompts, config).to(model.lm_head.weight.device)
+    return [
+        task.decode(ids)
+        for ids in sample(model, prompt, config, generator=generator).response.tolist()
+    ]
+
+
+def accuracy(
+    model: Transformer, task: Task, prompts: list[str], config: Config, temperature: float = 0.0
+) -> float:
+    """Mean true reward of one response to each prompt; temperature 0 is greedy."""
+    config = replace(config, temperature=temperature)
+    texts = respond(model, task, prompts, config, rng(config.seed, "evaluate"))
+    return sum(task.grade(x, y) for x, y in zip(prompts, texts, strict=True)) / len(prompts)
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """P(one of k samples is right), unbiased from c right ones of n. arXiv 2107.03374, eq. 1.
+
+    Raises ValueError unless 0 <= c <= n and 1 <= k <= n.
+    """
+    if not (0 <= c <= n and 1 <= k <= n):
+        raise ValueError(f"pass_at_k needs 0 <= c <= n and 1 <= k <= n, not n={n}, c={c}, k={k}")
+    return 1 - comb(n - c, k) / comb(n, k)
+
+
+def majority(answers: list[str | None]) -> str | None:
+    """The most frequent answer, ties broken by first seen; None (no answer) never wins over one."""
+    given = [a for a in answers if a is not None]
+    return max(dict.fromkeys(given), key=given.count) if given else None
+
+
+def best_of_n(score: Tensor, reward: Tensor) -> float:
+    """Score and true reward (N, G) -> mean reward of each row's best-scored response."""
+    return float(reward.gather(1, score.argmax(1, keepdim=True)).mean())
+
+
+# ------------------------------------------------------------------------------------------------
+# 9. State. Save and load, without executable pickles; files appear whole or not at all. After this
+#    section you know why a killed run goes on bit for bit.
+
+
+def save_state(folder: str | Path, state: dict) -> None:
+    """All that lives across updates -> folder/state.pt: modules, optimizers, tensors, numbers.
+
+    Generators are not in it: each draw is seeded by (seed, purpose, step).
+    """
+
+    def plain(x: Any) -> Any:
+        if isinstance(x, (nn.Module, torch.optim.Optimizer)):
+            return x.state_dict()
+        return [plain(y) for y in x] if isinstance(x, list) else x
+
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    saved = {name: plain(x) for name, x in state.items()}
+    write_whole(Path(folder) / "state.pt", lambda path: torch.save(saved, path))
+
+
+def load_state(folder: str | Path, into: dict | None = None) -> dict:
+    """What save_state wrote; with `into`, its modules and optimizers are filled, the rest replaced.
+
+    Raises UserError if the file is missing or damaged. weights_only: no code in it is ever run.
+    """
+    path = Path(folder) / "state.pt"
+    if not path.exists():
+        raise UserError(f"{folder} holds no state.pt; name the folder of a run that was started")
+    try:
+        saved = torch.load(path, weights_only=True, map_location="cpu")
+    except (RuntimeError, UnpicklingError, EOFError, ValueError, OSError) as error:
+        raise UserError(
+            f"{path} is damaged ({str(error).splitlines()[0][:80]}); start the run again"
+        ) from error
+
+    def fill(mine: Any, theirs: Any) -> Any:
+        if isinstance(mine, (nn.Module, torch.optim.Optimizer)):
+            mine.load_state_dict(theirs)
+            return mine
+        if isinstance(mine, list) and isinstance(mine[0], (nn.Module, torch.optim.Optimizer)):
+            return [fill(x, y) for x, y in zip(mine, theirs, strict=True)]
+        return theirs
+
+    if into is None:
+        return saved
+    into.update({name: fill(into.get(name), theirs) for name, theirs in saved.items()})
+    return into
+
+
+# ------------------------------------------------------------------------------------------------
+# 10. Reward models. After this section "the reward" is a tensor (B, R), whoever gave it.
+
+Signal = Callable[[dict, Rollout, Tensor, Config], Tensor]  # state, rollout, truth (B,) -> (B, R)
+
+
+def grades(task: Task, rollout: Rollout) -> Tensor:
+    """The true reward of each response, (B,): always logged, learned from or not."""
+    prompts, responses = rollout.prompt.tolist(), rollout.response.tolist()
+    scores = [
+        task.grade(task.decode(x), task.decode(y)) for x, y in zip(prompts, responses, strict=True)
+    ]
+    return torch.tensor(scores, device=rollout.prompt.device)
+
+
+def at_end(score: Tensor, rollout: Rollout, config: Config) -> Tensor:
+    """Score (B,) -> (B, R), on the last REAL token, not the PAD behind it; no EOS: the penalty."""
+    ended = ((rollout.response == config.eos) & (rollout.mask > 0)).any(1)
+    last = rollout.mask.sum(1).long() - 1
+    reward = torch.zeros_like(rollout.mask)
+    return reward.scatter(1, last[:, None], torch.where(ended, score, config.no_eos)[:, None])
+
+
+def verifier(state: dict, rollout: Rollout, truth: Tensor, config: Config) -> Tensor:
+    """The task's own grader as reward."""
+    return at_end(truth, rollout, config)
+
+
+def learned(state: dict, rollout: Rollout, truth: Tensor, config: Config) -> Tensor:
+    """A Bradley-Terry model's score as reward; the truth is not looked at."""
+    with torch.no_grad():
+        score = response_score(
+            state["scorer"], state["scorer_head"], rollout.prompt, rollout.response
+        )
+    return at_end(score, rollout, config)
+
+
+SIGNALS: dict[str, Signal] = {"verifier": verifier, "learned": learned}
+
+
+def response_score(scorer: Transformer, head: Head, prompt: Tensor, response: Tensor) -> Tensor:
+    """(B, P), (B, R) -> (B,): the head, unshifted, on the last real token, prompt read."""
+    states = scorer.hidden(torch.cat([prompt, response], dim=1))
+    last = prompt.shape[1] + up_to_eos(response, scorer.config).sum(1).long() - 1
+    return head(states[torch.arange(len(last), device=last.device), last])
+
+
+def preference_batches(
+    scorer: Transformer, head: Head, pairs: list[tuple[str, str, str]], task: Task, config: Config
+) -> Batches:
+    """Batches of (prompt, preferred, other) texts for `fit`, Bradley-Terry loss."""
+    device = scorer.lm_head.weight.device
+    prompt = encode_prompts(task, [x for x, _, _ in pairs], config).to(device)
+    both = [
+        right_pad(task.encode([p[i] for p in pairs]), config.pad, config.response).to(device)
+        for i in (1, 2)
+    ]
+
+    def batch(u: int) -> tuple[Tensor, Loss]:
+        rows = torch.randint(
+            len(pairs), (config.base_batch,), generator=rng(config.seed, "pairs", u)
+        )
+
+        def loss(micro: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            score_w, score_l = (response_score(scorer, head, prompt[micro], y[micro]) for y in both)
+            share = len(micro) / len(rows)
+            right = (score_w > score_l).float().mean()
+            return preference_loss(score_w, score_l) * share, {"pair_accuracy": right * share}
+
+        return rows, loss
+
+    return batch
+
+
+@torch.no_grad()
+def normalize_head(scorer: Transformer, head: Head, rollout: Rollout) -> None:
+    """Gain and bias such that scores of the reference's samples have mean 0 and variance 1."""
+    score = response_score(scorer, head, rollout.prompt, rollout.response)
+    gain = 1 / score.std(unbiased=False).clamp(min=1e-4)
+    head.linear.weight.mul_(gain)
+    head.linear.bias.sub_(score.mean()).mul_(gain)
+
+
+# ------------------------------------------------------------------------------------------------
+# 11. Loops. Each is a generator with the same four phases; all that lives across updates is in
+#     `state`, and one dict of metrics is yielded after every update. No loop logs, saves or draws
+#     a bar: train_small.py does that for all of them.
+
+
+def draw_prompts(
+    task: Task, config: Config, update: int, device: torch.device
+) -> tuple[list[str], Tensor, Tensor]:
+    """N training problems, each G times: texts (N), prompt (B, P), group (B,)."""
+    texts = task.prompts(config.prompts, rng(config.seed, "prompts", update))
+    group = torch.arange(config.prompts).repeat_interleave(config.samples)
+    return texts, encode_prompts(task, texts, config)[group].to(device), group.to(device)
+
+
+def minibatches(rollout: Rollout, config: Config, update: int) -> Iterator[Tensor]:
+    """Row indices of each optimizer step: a new permutation every epoch, then sorted by length."""
+    length = rollout.mask.sum(1).cpu()
+    for epoch in range(config.epochs):
+        generator = rng(config.seed, "minibatch", update * config.epochs + epoch)
+        for rows in torch.randperm(len(length), generator=generator).split(config.minibatch):
+            yield rows[length[rows].argsort(stable=True)]
+
+
+def rollout_metrics(
+    rollout: Rollout, reward: Tensor, truth: Tensor, config: Config
+) -> dict[str, float]:
+    """What to watch: masked means over all responses of the update."""
+    score = reward.sum(1)
+    none = score.new_zeros(int(rollout.group.max()) + 1)
+    high = none.scatter_reduce(0, rollout.group, score, "amax", include_self=False)
+    low = none.scatter_reduce(0, rollout.group, score, "amin", include_self=False)
+    return {
+        "reward": float(score.mean()),
+        "truth": float(truth.mean()),
+        "entropy": float(-(rollout.logp * rollout.mask).sum() / rollout.mask.sum()),
+        "length": float(rollout.mask.sum(1).mean()),
+        "ended": float((rollout.response == config.eos).any(1).float().mean()),
+        "flat_groups": float((high == low).float().mean()),  # share that teaches nothing
+    }
+
+
+# ---- ppo: three credits, three losses ----------------------------------------------------------
+
+
+def gae_credit(
+    rollout: Rollout, reward: Tensor, beta: float, config: Config
+) -> tuple[Tensor, Tensor]:
+    """Critic: per-token KL in the reward (12), advantages by (13), whitened. -> adv, ret (B, R)."""
+    # (12) r_k = -beta (logp_k - ref_logp_k) + 1[k = last] score
+    reward = (reward - beta * k1(rollout.logp, rollout.ref_logp)) * rollout.mask
+    if config.whiten_reward:
+        reward = whiten(reward, rollout.mask, shift=False)  # a shifted mean would pay for length
+    adv, ret = gae(reward, rollout.value, rollout.mask, config.gamma, config.lam)
+    return whiten(adv, rollout.mask), ret
+
+
+def grpo_credit(
+    rollout: Rollout, reward: Tensor, beta: float, config: Config
+) -> tuple[Tensor, Tensor]:
+    """(15) one number a response, against its group; the KL is in the loss, not here."""
+    adv = group_advantage(reward.sum(1), rollout.group, "grpo")
+    return adv[:, None] * rollout.mask, torch.zeros_like(reward)
+
+
+def rloo_credit(
+    rollout: Rollout, reward: Tensor, beta: float, config: Config
+) -> tuple[Tensor, Tensor]:
+    """(16) R_i = r_i - beta sum_k k1, KL before the baseline; A_i = R_i - mean of the other R_j."""
+    total = (reward - beta * k1(rollout.logp, rollout.ref_logp) * rollout.mask).sum(1)
+    adv = group_advantage(total, rollout.group, "rloo")
+    return adv[:, None] * rollout.mask, torch.zeros_like(reward)
+
+
+def critic_objective(
+    logp: Tensor, value: Tensor, b: Rollout, denom: Tensor, beta: float, config: Config
+) -> Tensor:
+    """(14) L = L_pi + c_v L_V."""
+    # a band of 0.2 around the old value is absurd once rewards are rescaled to variance 1
+    band = None if config.whiten_reward or not config.value_clip else config.value_clip
+    return ppo_loss(
+        logp, b.logp, b.adv, b.mask, denom, config.clip
+    ) + config.value_coef * value_loss(value, b.value, b.ret, b.mask, denom, band)
+
+
+def grpo_objective(
+    logp: Tensor, value: Tensor, b: Rollout, denom: Tensor, beta: float, config: Config
+) -> Tensor:
+    """(15) surrogate + beta k3. DEVIATION: one mean over all tokens, not one per response."""
+    kl = (k3(logp, b.ref_logp) * b.mask).sum() / denom
+    return ppo_loss(logp, b.logp, b.adv, b.mask, denom, config.clip) + beta * kl
+
+
+def rloo_objective(
+    logp: Tensor, value: Tensor, b: Rollout, denom: Tensor, beta: float, config: Config
+) -> Tensor:
+    """(16) DEVIATION: clipped token ratios; on-policy that is REINFORCE over a constant."""
+    return ppo_loss(logp, b.logp, b.adv, b.mask, denom, config.clip)
+
+
+ARMS = {
+    "gae": (gae_credit, critic_objective), "grpo": (grpo_credit, grpo_objective),
+    "rloo": (rloo_credit, rloo_objective),
+}
+
+
+def start_ppo(policy: Transformer, config: Config) -> dict[str, Any]:
+    """A fresh state: trained policy and value head, frozen reference, optimizer, counters."""
+    head = Head(config).to(policy.lm_head.weight.device)  # zero: the first advantages are rewards
+    return {
+        "policy": policy, "head": head, "reference": frozen_copy(policy),
+        "optimizers": optimizers([policy, head], config.lr, config), "beta": config.beta,
+        "samples": 0, "update": 0,
+    }
+
+
+@torch.no_grad()
+def judge_rollout(state: dict, rollout: Rollout, config: Config) -> None:
+    """Log-probs of policy and reference and values, once a batch, at the sampling temperature."""
+    states = predictive_states(state["policy"], rollout.prompt, rollout.response)
+    rollout.logp = gather_logprobs(state["policy"], states, rollout.response, config.temperature)
+    rollout.value = state["head"](states)
+    rollout.ref_logp = token_logprobs(
+        state["reference"], rollout.prompt, rollout.response, config.temperature
+    )
+
+
+def adapt_beta(beta: float, kl: float, episodes: int, config: Config) -> float:
+    """KL controller, arXiv 1909.08593: beta <- beta (1 + clip(KL/target - 1, -.2, .2) n / horizon).
+
+    kl in nats per response, as the target. Unchanged without a target.
+    """
+    if config.kl_target == 0:
+        return beta
+    error = max(-0.2, min(0.2, kl / config.kl_target - 1))
+    return beta * (1 + error * episodes / config.kl_horizon)
+
+
+def ppo(state: dict, task: Task, config: Config) -> Iterator[dict[str, Any]]:
+    """Proximal policy optimization: sample, score the end, spread the credit, clip the update."""
+    signal, (credit, objective) = SIGNALS[config.reward], ARMS[config.arm]
+    policy, head, device = state["policy"], state["head"], state["policy"].lm_head.weight.device
+    while state["update"] < config.updates:
+        u = state["update"]
+        # 1. sample
+        _, prompt, group = draw_prompts(task, config, u, device)
+        rollout = sample(
+            policy, prompt, config, group=group, generator=rng(config.seed, "sample", u)
+        )
+        judge_rollout(state, rollout, config)
+        # 2. score
+        truth = grades(task, rollout)
+        reward = signal(state, rollout, truth, config)
+        # 3. credit
+        rollout.adv, rollout.ret = credit(rollout, reward, state["beta"], config)
+        # 4. update
+        logs = []
+        for rows in minibatches(rollout, config, u):
+            denom = rollout.mask[rows].sum()
+
+            def loss(micro: Tensor, denom: Tensor = denom) -> tuple[Tensor, dict[str, Tensor]]:
+                b = rollout[micro]
+                states = predictive_states(policy, b.prompt, b.response)
+                logp = gather_logprobs(policy, states, b.response, config.temperature)
+                off = ((logp - b.logp).exp() - 1).abs() > config.clip
+                value = objective(logp, head(states), b, denom, state["beta"], config)
+                return value, {"clipfrac": (off * b.mask).sum() / denom}
+
+            logs.append(step(state, loss, rows, config, min(1.0, (u + 1) / config.warmup)))
+        kl = float((k1(rollout.logp, rollout.ref_logp) * rollout.mask).sum(1).mean())
+        metrics = average(logs) | {"kl": kl, "beta": state["beta"]}
+        state["beta"] = adapt_beta(state["beta"], kl, len(prompt), config)
+        state["samples"] += len(prompt)
+        state["update"] += 1
+        yield (
+            metrics
+            | rollout_metrics(rollout, reward, truth, config)
+            | {"samples": state["samples"]}
+        )
+
+
+LOOPS = {"ppo": (start_ppo, ppo)}

@@ -1,0 +1,61 @@
+"""Shared small models and tasks. One thread: the suite shares its cores, and bytes must repeat."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import nanoreward as nr  # noqa: E402
+
+torch.set_num_threads(1)
+
+TINY = nr.replace(nr.Config(), **nr.CONFIGS["smoke"])
+
+
+@pytest.fixture
+def config():
+    return TINY
+
+
+@pytest.fixture
+def model():
+    """A small GPT with weights large enough that every token matters."""
+    return rough(TINY)
+
+
+def rough(config, seed=0):
+    """A Transformer whose weights are all random: nothing is zero, so nothing can hide."""
+    model = nr.Transformer(config, nr.rng(seed, "init"))
+    generator = nr.rng(seed, "rough")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * 0.2)
+    return model
+
+
+def golden(library):
+    """Records of tests/golden/<library>.json by name; inputs as float64 tensors."""
+    records = json.loads((ROOT / "tests" / "golden" / f"{library}.json").read_text())
+    return {r["name"]: r for r in records}
+
+
+def tensors(record, *names):
+    """Inputs of a record as float64 tensors, in the order of names."""
+    return [torch.tensor(record["inputs"][n], dtype=torch.float64) for n in names]
+
+
+def random_batch(config, B=6, P=5, R=7, seed=0):
+    """prompt (B, P) with PAD in front, response (B, R) ended by EOS, then PAD."""
+    g = nr.rng(seed, "batch")
+    prompt = torch.randint(6, config.vocab, (B, P), generator=g)
+    response = torch.randint(6, config.vocab, (B, R), generator=g)
+    for i in range(B):
+        prompt[i, : i % P] = config.pad
+        response[i, i % R] = config.eos
+        response[i, i % R + 1 :] = config.pad
+    return prompt, response

@@ -1,0 +1,192 @@
+"""data/arithmetic.py: splits, demonstrator, grader, ground truth."""
+
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.arithmetic import SPECIAL, Arithmetic, calculate, forget_carry, parse
+
+TASK = Arithmetic()
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_the_three_splits_never_overlap_and_are_what_split_says():
+    drawn = {
+        s: set(TASK.prompts(3000, generator(i), s)) for i, s in enumerate(["train", "dev", "test"])
+    }
+    assert not drawn["train"] & drawn["dev"] and not drawn["train"] & drawn["test"]
+    assert not drawn["dev"] & drawn["test"]
+    assert all(TASK.split(p) == s for s, ps in drawn.items() for p in ps)
+    shares = [TASK.split(p) for p in Arithmetic(1, 1).prompts(2000, generator(9))]
+    assert set(shares) == {"train"}
+
+
+def test_demonstrations_come_from_the_training_split():
+    assert all(TASK.split(TASK.demo(generator(i))[0]) == "train" for i in range(200))
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 6])
+def test_best_constant_answer_is_at_most_two_percent(length):
+    task = Arithmetic(length, length)
+    assert 0.01 <= task.chance() <= 0.02
+    totals = [task.truth(p)[-1] for p in task.prompts(20_000, generator(length))]
+    counted = max(totals.count(c) for c in range(100)) / 20_000
+    # four standard errors of a share of .016 in 20,000 draws: .0035; a false alarm in 16,000 runs
+    assert abs(counted - task.chance()) < 0.004
+
+
+@pytest.mark.parametrize(
+    "a,op,b,c", [(37, "+", 5, 42), (98, "+", 5, 3), (3, "-", 5, 98), (26, "*", 4, 4)]
+)
+def test_calculate_by_hand(a, op, b, c):
+    assert calculate(a, op, b) == c
+
+
+@pytest.mark.parametrize(
+    "a,op,b,c", [(37, "+", 5, 32), (42, "-", 5, 47), (26, "*", 4, 84), (21, "*", 4, 84)]
+)
+def test_a_forgotten_carry_by_hand(a, op, b, c):
+    assert forget_carry(a, op, b) == c
+
+
+@given(st.integers(0, 2**32))
+@settings(max_examples=50, deadline=None)
+def test_careful_demonstrations_are_right_and_text_survives_tokens(seed):
+    task = Arithmetic(1, 4, careful=True)
+    prompt, response = task.demo(generator(seed))
+    assert task.grade(prompt, response) == 1.0 and task.rubric(prompt, response) == 5
+    ids = task.encode([response])[0]
+    assert task.decode(ids) == response and task.decode([0, 1, *ids, 0, 9, 9]) == response
+    steps = task.steps(ids)
+    assert all(task.step_ok(prompt, [s for s, _ in steps])) and len(steps) == len(parse(prompt)[1])
+    assert [int(task.result(s)) for s, _ in steps] == task.truth(prompt)
+    assert all(task.decode(ids[: end + 1]).endswith(s) for s, end in steps)
+
+
+def test_habits_depend_on_the_problem():
+    respond = lambda p: [TASK.respond(p, generator(i)) for i in range(400)]  # noqa: E731
+    guessed = lambda p: sum(r.startswith("#") for r in respond(p)) / 400  # noqa: E731
+    forgot = lambda p, wrong: sum(wrong in r for r in respond(p)) / 400  # noqa: E731
+    assert guessed("90+1=") > 0.7 and guessed("10+1=") < 0.2
+    assert forgot("17+9=", "=16;") > 0.6 and forgot("18+3=", "=11;") < 0.3
+    assert sum(TASK.grade("17+9=", r) for r in respond("17+9=")) / 400 < 0.4
+
+
+PROMPT = "37+5*3="  # = 26
+GRADED = [
+    ("37+5=42;42*3=26;#26<eos>", 1.0, "right"),
+    ("#26<eos>", 1.0, "right without steps: the grade is of the outcome"),
+    ("37+5=41;41*3=23;#26<eos>", 1.0, "wrong steps, right answer: steps are graded by step_ok"),
+    ("37+5=42;42*3=26;#25<eos>", 0.0, "wrong answer"),
+    ("37+5=42;42*3=26;<eos>", 0.0, "no answer"),
+    ("", 0.0, "nothing"),
+    ("#<eos>", 0.0, "an answer without a number"),
+    ("#26#26<eos>", 0.0, "two answers, even two right ones"),
+    ("#25#26<eos>", 0.0, "two answers"),
+    ("".join(f"#{i}" for i in range(100)) + "<eos>", 0.0, "all answers listed"),
+    ("37+5*3=<eos>", 0.0, "the prompt again"),
+    ("26<eos>", 0.0, "a number without #"),
+    ("#126<eos>", 0.0, "the answer inside a longer number"),
+    ("#261<eos>", 0.0, "the answer at the head of a longer number"),
+    ("#26", 0.0, "no EOS"),
+    ("#26<eos><eos>", 0.0, "two EOS: decode never gives that"),
+    ("#+26<eos>", 0.0, "a sign"),
+    ("#-26<eos>", 0.0, "a sign"),
+    ("# 26<eos>", 0.0, "a space"),
+    ("#26 <eos>", 0.0, "a space"),
+    ("#26\n<eos>", 0.0, "a newline"),
+    ("#026<eos>", 0.0, "a leading zero"),
+    ("#26;<eos>", 0.0, "text after the answer"),
+    ("#26<eos>37", 0.0, "text after the end"),
+    ("#26.0<eos>", 0.0, "a decimal"),
+    ("#2 6<eos>", 0.0, "a number in two pieces"),
+    ("#२६<eos>", 0.0, "Devanagari digits"),
+    ("#٢٦<eos>", 0.0, "Arabic-Indic digits"),
+    ("#２６<eos>", 0.0, "full-width digits"),
+    ("<sep>#26<eos>", 0.0, "a special token inside"),
+    ("<mask>#26<eos>", 0.0, "a mask inside"),
+    ("__import__('os')#26<eos>", 0.0, "code"),
+]
+
+
+@pytest.mark.parametrize("response,score,why", GRADED, ids=[w[:40] for _, _, w in GRADED])
+def test_grader(response, score, why):
+    assert TASK.grade(PROMPT, response) == score
+    assert (TASK.answer(response) == "26") == bool(score)
+
+
+def test_grader_survives_ten_thousand_characters_of_garbage():
+    draw = random.Random(0)
+    for alphabet in [
+        "0123456789+-*=;",
+        "0123456789+-*=;#",
+        "#",
+        "ab<eos>#26",
+        "\u0660\u0967\x00🙂",
+    ]:
+        assert TASK.grade(PROMPT, "".join(draw.choice(alphabet) for _ in range(10_000))) == 0.0
+    assert TASK.grade(PROMPT, "1" * 10_000 + "#26<eos>") == 1.0  # the last and only answer counts
+
+
+@given(st.text(max_size=60))
+@settings(max_examples=200, deadline=None)
+def test_grader_and_rubric_never_raise_and_only_reward_the_exact_form(text):
+    score = TASK.grade(PROMPT, text)
+    assert score in (0.0, 1.0) and (score == 0.0 or text.endswith("#26<eos>"))
+    assert 0 <= TASK.rubric(PROMPT, text) <= 5
+
+
+@pytest.mark.parametrize(
+    "bad", ["", "37", "37+5", "+5=", "100+1=", "07+1=", "3+0=", "3*5=", "3/2=", "3+4==", "３+4="]
+)
+def test_a_prompt_that_is_no_problem_gets_one_clear_line(bad):
+    with pytest.raises(ValueError, match="not a problem.*for example") as caught:
+        TASK.grade(bad, "#1<eos>")
+    assert "\n" not in str(caught.value)
+
+
+def test_step_truth_and_rubric_by_hand():
+    ok = lambda *steps: TASK.step_ok(PROMPT, list(steps))  # noqa: E731
+    assert ok("37+5=42;", "42*3=26;") == [True, True]
+    assert ok("37+5=41;", "41*3=23;") == [
+        False,
+        False,
+    ]  # sound arithmetic on a wrong total is wrong
+    assert ok("37+5=41;", "42*3=26;") == [False, True]
+    assert ok("37+5=42;", "42*3=26;", "26+1=27;") == [True, True, False]
+    points = {r: TASK.rubric(PROMPT, r) for r in [
+        "37+5=42;42*3=26;#26<eos>", "37+5=41;41*3=23;#23<eos>", "37+5=42;41*3=23;#23<eos>",
+        "37+5=42;42*2=84;#84<eos>", "#26<eos>", "37+5=42;42*3=26;", "",
+    ]}  # fmt: skip
+    assert list(points.values()) == [5, 4, 4, 2, 1, 3, 0]
+
+
+def test_preferences_carry_the_planted_weakness():
+    pairs = TASK.preferences(4000, generator())
+    assert all(TASK.split(p) == "train" for p, _, _ in pairs)
+    round_one = [(w.endswith("0<eos>"), lo.endswith("0<eos>")) for _, w, lo in pairs]
+    only = [w for w, lo in round_one if w != lo]
+    assert len(only) > 300 and sum(only) / len(only) > 0.85  # fooled = .9
+    other = [(p, w, lo) for (p, w, lo), (a, b) in zip(pairs, round_one, strict=True) if a == b]
+    assert all(TASK.grade(p, w) >= TASK.grade(p, lo) for p, w, lo in other)
+
+
+def test_judging_and_proposing_text_is_writable():
+    asked, judged = TASK.judge_demo(PROMPT, "37+5=41;41*3=23;#23<eos>")
+    assert judged == "42=41;23=23;!4<eos>" and asked.count("<sep>") == 2
+    shown, new = TASK.propose_demo(generator())
+    parse(new.removesuffix("<eos>"))
+    for text in (asked, judged, shown, new):
+        assert TASK.decode(TASK.encode([text])[0]) == text
+
+
+def test_special_tokens_are_single_distinct_ids():
+    assert [TASK.encode([w])[0] for w in SPECIAL] == [[i] for i in range(6)]
+    with pytest.raises(ValueError, match="outside"):
+        TASK.encode(["3 + 4"])

@@ -1,0 +1,493 @@
+"""Sections 7 to 11: step, fit, evaluation, state, reward models, and ppo in worlds with a known answer."""
+
+import math
+from itertools import islice
+
+import pytest
+import torch
+
+import nanoreward as nr
+from data.arithmetic import Arithmetic
+from tests.conftest import TINY, random_batch, rough
+
+TASK = Arithmetic(1, 1)
+
+# ---- step and fit ------------------------------------------------------------------------------
+
+
+def sft_loss(model, prompt, response, denom):
+    def loss(rows):
+        logp = nr.token_logprobs(model, prompt[rows], response[rows], 1.0)
+        return nr.nll_loss(logp, response[rows] != TINY.pad, denom), {}
+
+    return loss
+
+
+def test_micro_batches_of_unequal_length_give_the_gradient_of_the_whole(model):
+    prompt, response = random_batch(TINY)
+    denom = (response != TINY.pad).sum()
+    after = []
+    for micro in (6, 4, 1):
+        m = rough(TINY)
+        state = {"optimizers": [torch.optim.SGD(m.parameters(), lr=0.1)]}
+        state["optimizers"][0].param_groups[0]["peak_lr"] = 0.1
+        config = nr.replace(TINY, micro=micro, clip_grad=1e9)
+        metrics = nr.step(state, sft_loss(m, prompt, response, denom), torch.arange(6), config)
+        after.append((torch.cat([p.flatten() for p in m.parameters()]), metrics["loss"]))
+    for weights, loss in after[1:]:
+        assert (weights - after[0][0]).abs().max() < 1e-6 and loss == pytest.approx(
+            after[0][1], abs=1e-5
+        )
+
+
+def test_step_clips_schedules_and_reports_what_it_used(model):
+    prompt, response = random_batch(TINY)
+    state = {"optimizers": nr.optimizers([model], 0.01, TINY, muon_lr=0.02)}
+    config = nr.replace(TINY, clip_grad=1e-3)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    loss = sft_loss(model, prompt, response, (response != 0).sum())
+    assert nr.step(state, loss, torch.arange(6), config, schedule=0.25)["lr"] == 0.0025
+    muon, adamw = state["optimizers"]
+    assert {g["lr"] for g in muon.param_groups} == {0.005} and adamw.param_groups[0]["lr"] == 0.0025
+    assert all(not torch.equal(before[n], p) for n, p in model.named_parameters())
+    assert all(p.grad is None for p in model.parameters())
+    held = sum(len(g["params"]) for o in state["optimizers"] for g in o.param_groups)
+    assert held == len(list(model.parameters()))
+    assert {p.dim() for g in muon.param_groups for p in g["params"]} == {2}
+
+
+def test_prompt_tokens_and_padding_are_not_trained(model):
+    prompt, response = random_batch(TINY)
+    loss = sft_loss(model, prompt, response, (response != 0).sum())(torch.arange(6))[0]
+    wide = torch.nn.functional.pad(response, (0, 3))
+    again = sft_loss(model, prompt, wide, (response != 0).sum())(torch.arange(6))[0]
+    assert float(loss.detach()) == pytest.approx(float(again.detach()), abs=1e-5)
+    states = nr.predictive_states(model, prompt, response)
+    states.retain_grad()
+    logp = nr.gather_logprobs(model, states, response, 1.0)
+    nr.nll_loss(logp, response != 0, torch.tensor(1.0)).backward()
+    eos = response == TINY.eos
+    assert (states.grad[response == 0] == 0).all() and (states.grad[eos].abs().sum(-1) > 0).all()
+
+
+def test_fit_warms_up_decays_and_learns():
+    config = nr.replace(TINY, base_updates=60, base_warmup=10)
+    model = nr.Transformer(config, nr.rng(0, "init"))
+    state = {"optimizers": nr.optimizers([model], 3e-3, config, 0.02), "update": 0}
+    logs = list(nr.fit(state, nr.demonstrations(model, TASK, config), 60, config))
+    lr = [m["lr"] for m in logs]
+    assert lr[0] == pytest.approx(3e-4) and max(lr) == lr[9] and lr[-1] == pytest.approx(3e-3 / 60)
+    assert logs[-1]["loss"] < 0.7 * logs[0]["loss"] and state["update"] == 60
+
+
+def test_demonstrations_train_response_tokens_incl_eos():
+    config = nr.replace(TINY, demos=50)
+    model = rough(config)
+    rows, loss = nr.demonstrations(model, TASK, config)(3)
+    g = nr.rng(config.seed, "demonstrations")
+    demos = [TASK.demo(g) for _ in range(50)]
+    total = count = 0.0
+    for i in rows.tolist():
+        ids = torch.tensor(TASK.encode([demos[i][1]]))
+        prompt = nr.encode_prompts(TASK, [demos[i][0]], config)
+        assert ids[0, -1] == config.eos and prompt[0, 0] == config.bos
+        total -= float(nr.token_logprobs(model, prompt, ids, 1.0).sum().detach())
+        count += ids.numel()
+    assert float(loss(rows)[0].detach()) == pytest.approx(total / count, rel=1e-4)
+
+
+def test_a_response_longer_than_its_room_is_one_clear_line():
+    with pytest.raises(nr.UserError, match="--response"):
+        nr.right_pad([[1, 2, 3]], 0, 2)
+
+
+# ---- evaluation --------------------------------------------------------------------------------
+
+
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_one():
+    from itertools import combinations
+
+    for n, c, k in [(5, 2, 1), (5, 2, 3), (6, 0, 2), (6, 6, 2), (4, 1, 4)]:
+        subsets = list(combinations([1] * c + [0] * (n - c), k))
+        assert nr.pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+    for bad in [(3, 4, 1), (3, -1, 1), (3, 1, 0), (3, 1, 4)]:
+        with pytest.raises(ValueError, match="pass_at_k needs"):
+            nr.pass_at_k(*bad)
+
+
+def test_majority_and_best_of_n():
+    assert nr.majority(["3", "5", "5", None, None, None]) == "5"
+    assert nr.majority(["7", "3", "3", "7"]) == "7"  # first seen
+    assert nr.majority([None]) is None and nr.majority([]) is None
+    score, reward = torch.tensor([[0.1, 0.9], [2.0, 1.0]]), torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    assert nr.best_of_n(score, reward) == 0.5
+
+
+def test_accuracy_grades_the_text_of_its_own_samples(model):
+    prompts = TASK.prompts(20, nr.rng(0, "p"))
+    texts = nr.respond(model, TASK, prompts, nr.replace(TINY, temperature=0))
+    truth = sum(TASK.grade(p, t) for p, t in zip(prompts, texts, strict=True)) / 20
+    assert nr.accuracy(model, TASK, prompts, TINY) == truth
+
+    class Generous(Arithmetic):
+        def grade(self, prompt, response):
+            return float(prompt in prompts and response in texts)
+
+    assert nr.accuracy(model, Generous(1, 1), prompts, TINY) == 1.0
+
+
+# ---- state -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "shape", [{}, dict(tied=True), dict(qkv_bias=True, kv_heads=1), dict(qk_norm=True)]
+)
+def test_model_folder_round_trip(tmp_path, shape):
+    model = rough(nr.replace(TINY, **shape))
+    model.save(tmp_path / "m")
+    again = nr.Transformer.load(tmp_path / "m")
+    ids = random_batch(TINY)[0]
+    assert torch.equal(model(ids), again(ids))
+    assert sorted(p.name for p in (tmp_path / "m").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
+
+
+@pytest.mark.parametrize(
+    "damage", ["no folder", "no weights", "cut weights", "bad json", "other shape"]
+)
+def test_a_damaged_model_folder_is_one_clear_line(tmp_path, model, damage):
+    folder = tmp_path / "m"
+    model.save(folder)
+    weights, about = folder / "model.safetensors", folder / "config.json"
+    if damage == "no folder":
+        folder = tmp_path / "other"
+    if damage == "no weights":
+        weights.unlink()
+    if damage == "cut weights":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    if damage == "bad json":
+        about.write_text("{")
+    if damage == "other shape":
+        about.write_text(about.read_text().replace('"hidden_size": 32', '"hidden_size": 64'))
+    with pytest.raises(nr.UserError, match="no model folder") as caught:
+        nr.Transformer.load(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_load_state_fills_modules_in_place_and_runs_no_code(tmp_path, model):
+    state = nr.start_ppo(model, TINY) | {"list": [1, 2.5, None], "pairs": torch.arange(3)}
+    next(nr.ppo(state, TASK, TINY))
+    nr.save_state(tmp_path, state)
+    other = nr.load_state(tmp_path, into=nr.start_ppo(rough(TINY, 5), TINY))
+    assert (
+        other["update"] == 1
+        and other["list"] == [1, 2.5, None]
+        and other["pairs"].tolist() == [0, 1, 2]
+    )
+    for role in ("policy", "reference", "head"):
+        pairs = zip(
+            state[role].state_dict().values(), other[role].state_dict().values(), strict=True
+        )
+        assert all(torch.equal(a, b) for a, b in pairs)
+    assert not list(tmp_path.glob("*.tmp"))
+    import os
+    import pickle
+
+    class Evil:
+        def __reduce__(self):
+            return os.system, ("touch " + str(tmp_path / "ran"),)
+
+    (tmp_path / "state.pt").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(nr.UserError, match="damaged"):
+        nr.load_state(tmp_path)
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(nr.UserError, match="no state.pt"):
+        nr.load_state(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("arm,cut", [("gae", 1), ("gae", 3), ("grpo", 2), ("rloo", 1)])
+def test_a_killed_ppo_resumes_bit_for_bit(tmp_path, arm, cut):
+    config = nr.replace(TINY, arm=arm, beta=0.05, kl_target=0.5, updates=4)
+    whole = nr.start_ppo(rough(config), config)
+    logs = list(nr.ppo(whole, TASK, config))
+    first = nr.start_ppo(rough(config), config)
+    kept = list(islice(nr.ppo(first, TASK, config), cut))
+    nr.save_state(tmp_path, first)
+    second = nr.load_state(tmp_path, into=nr.start_ppo(rough(config), config))
+    kept += list(nr.ppo(second, TASK, config))
+    assert kept == logs  # every number, exactly
+    for role in ("policy", "head"):
+        pairs = zip(whole[role].parameters(), second[role].parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+    assert second["beta"] == whole["beta"] != config.beta
+
+
+def test_a_killed_fit_resumes_bit_for_bit(tmp_path):
+    def fresh():
+        model = nr.Transformer(TINY, nr.rng(0, "init"))
+        state = {
+            "model": model,
+            "optimizers": nr.optimizers([model], 3e-3, TINY, 0.02),
+            "update": 0,
+        }
+        return state, nr.fit(state, nr.demonstrations(model, TASK, TINY), 8, TINY)
+
+    whole, loop = fresh()
+    logs = list(loop)
+    first, loop = fresh()
+    kept = list(islice(loop, 3))
+    nr.save_state(tmp_path, first)
+    second, loop = fresh()
+    nr.load_state(tmp_path, into=second)
+    assert kept + list(loop) == logs
+    pairs = zip(whole["model"].parameters(), second["model"].parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+# ---- rewards -----------------------------------------------------------------------------------
+
+
+def rollout_of(texts, config=TINY):
+    prompts = nr.encode_prompts(TASK, ["37+5="] * len(texts), config)
+    response = nr.right_pad(TASK.encode(texts), config.pad, config.response)
+    zero = torch.zeros_like(response)
+    return nr.Rollout(
+        prompts, response, nr.up_to_eos(response, config), zero, torch.arange(len(texts))
+    )
+
+
+def test_score_sits_on_the_last_real_token_and_a_missing_eos_gets_the_penalty():
+    rollout = rollout_of(["#42<eos>", "37+5=42;#42<eos>", "42", "4" * TINY.response])
+    reward = nr.at_end(torch.tensor([0.3, 0.7, 0.9, 0.9]), rollout, TINY)
+    expected = torch.zeros(4, TINY.response)
+    expected[0, 3], expected[1, 11], expected[2, 1], expected[3, TINY.response - 1] = (
+        0.3,
+        0.7,
+        -1,
+        -1,
+    )
+    assert torch.allclose(reward, expected)
+    assert ((reward != 0) <= (rollout.mask > 0)).all()
+
+
+def test_grades_are_the_tasks():
+    assert nr.grades(TASK, rollout_of(["#42<eos>", "37+5=42;#41<eos>", "#42"])).tolist() == [
+        1,
+        0,
+        0,
+    ]
+
+
+def test_response_score_reads_the_last_real_token_whatever_the_padding(model):
+    head = nr.Head(TINY, 0.3, nr.rng(0, "h"))
+    rollout = rollout_of(["#42<eos>", "37+5=42;#42<eos>"])
+    score = nr.response_score(model, head, rollout.prompt, rollout.response)
+    for i, length in enumerate([4, 12]):
+        ids = torch.cat([rollout.prompt[i], rollout.response[i, :length]])[None]
+        assert float(score[i].detach()) == pytest.approx(
+            float(head(model.hidden(ids))[0, -1].detach()), abs=1e-5
+        )
+    wide = torch.nn.functional.pad(rollout.response, (0, 4))
+    assert torch.allclose(nr.response_score(model, head, rollout.prompt, wide), score, atol=1e-5)
+
+
+def test_normalized_head_has_mean_zero_and_variance_one(model):
+    head = nr.Head(TINY, 0.3, nr.rng(0, "h"))
+    rollout = nr.sample(model, random_batch(TINY, B=40)[0], TINY, generator=nr.rng(0, "s"))
+    before = nr.response_score(model, head, rollout.prompt, rollout.response)
+    nr.normalize_head(model, head, rollout)
+    after = nr.response_score(model, head, rollout.prompt, rollout.response)
+    assert float(after.mean().detach()) == pytest.approx(0, abs=1e-4)
+    assert float(after.std(unbiased=False).detach()) == pytest.approx(1, abs=1e-3)
+    assert torch.equal(before.argsort(), after.argsort())
+
+
+def test_bradley_terry_learns_what_the_pairs_say():
+    """Preferred always ends in 0, the other never does: nothing else tells them apart."""
+    config = nr.replace(TINY, base_batch=32, base_warmup=2)
+    model, head = nr.Transformer(config, nr.rng(0, "init")), nr.Head(config, 0.1, nr.rng(0, "h"))
+    prompts = TASK.prompts(200, nr.rng(0, "p"))
+    pairs = [
+        (p, f"#{i % 9 + 1}0<eos>", f"#{i % 9 + 1}{i % 7 + 1}<eos>") for i, p in enumerate(prompts)
+    ]
+    state = {"optimizers": nr.optimizers([model, head], 1e-2, config), "update": 0}
+    batches = nr.preference_batches(model, head, pairs, TASK, config)
+    logs = list(nr.fit(state, batches, 40, config))
+    assert logs[-1]["pair_accuracy"] > 0.95 and logs[0]["loss"] == pytest.approx(
+        math.log(2), abs=0.2
+    )
+
+
+def test_the_learned_signal_never_looks_at_the_truth(model):
+    rollout = rollout_of(["#42<eos>", "#41<eos>"])
+    state = {"scorer": model, "scorer_head": nr.Head(TINY, 0.3, nr.rng(0, "h"))}
+    a = nr.learned(state, rollout, torch.tensor([1.0, 0.0]), TINY)
+    assert torch.equal(a, nr.learned(state, rollout, torch.tensor([torch.nan, 5.0]), TINY))
+    assert not a.requires_grad
+
+
+# ---- ppo ---------------------------------------------------------------------------------------
+
+
+class World:
+    """A task of digits: reward(prompt digit, response text) says all."""
+
+    def __init__(self, reward, digits="34"):
+        self.reward, self.digits = reward, digits
+
+    encode, decode = Arithmetic.encode, Arithmetic.decode
+
+    def prompts(self, n, generator, split="train"):
+        return [self.digits[i] for i in torch.randint(len(self.digits), (n,), generator=generator)]
+
+    def grade(self, prompt, response):
+        return float(self.reward(prompt, response.removesuffix("<eos>")))
+
+
+def play(world, response=2, **numbers):
+    usual = dict(prompts=16, samples=8, minibatch=128, epochs=1, updates=50, lr=1e-2, no_eos=0.0)
+    config = nr.replace(TINY, response=response, **usual | numbers)
+    state = nr.start_ppo(nr.Transformer(config, nr.rng(0, "init")), config)
+    return state, list(nr.ppo(state, world, config))
+
+
+@pytest.mark.parametrize("arm", list(nr.ARMS))
+def test_probe_one_token(arm):
+    """One prompt, one rewarded first token of 30: found and kept."""
+    _, logs = play(World(lambda x, y: y[:1] == "7", "3"), arm=arm)
+    assert logs[0]["truth"] < 0.2 and logs[-1]["truth"] > 0.95
+
+
+@pytest.mark.parametrize("arm", list(nr.ARMS))
+def test_probe_reward_depends_on_the_prompt(arm):
+    _, logs = play(World(lambda x, y: y[:1] == x), arm=arm, updates=120, lr=5e-3)
+    assert logs[-1]["truth"] > 0.9  # deaf to the prompt: at most .5
+
+
+def test_probe_credit_reaches_back_from_the_end():
+    """The reward comes with EOS, the deed three tokens earlier."""
+    _, logs = play(World(lambda x, y: y[:1] == "7"), response=4, updates=80)
+    assert logs[-1]["reward"] > 0.9
+
+
+def test_probe_constant_reward_is_what_the_value_head_learns_and_teaches_nothing_else():
+    state, logs = play(World(lambda x, y: 1.0), no_eos=1.0, value_coef=1.0, value_clip=0.0, lam=1.0)
+    policy, head = state["policy"], state["head"]
+    prompt = torch.tensor([[1, 9], [1, 10]])
+    rollout = nr.sample(policy, prompt, policy.config, generator=nr.rng(0, "s"))
+    value = head(nr.predictive_states(policy, prompt, rollout.response))
+    assert ((value - 1).abs() * rollout.mask).max() < 0.1
+    state, logs = play(World(lambda x, y: 1.0), arm="grpo", no_eos=1.0, updates=3)
+    assert all(m["flat_groups"] == 1 and m["loss"] == 0 and m["grad_norm"] == 0 for m in logs)
+    pairs = zip(state["policy"].parameters(), state["reference"].parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)  # equal rewards: not one weight moves
+
+
+@pytest.mark.parametrize("arm", list(nr.ARMS))
+def test_probe_a_huge_kl_weight_keeps_the_policy_at_its_reference(arm):
+    world = World(lambda x, y: y[:1] == "7")
+    _, free = play(world, arm=arm, updates=40)
+    _, held = play(world, arm=arm, updates=40, beta=30.0, epochs=2)
+    assert free[-1]["kl"] > 1.0 and abs(held[-1]["kl"]) < 0.2
+
+
+@pytest.mark.parametrize("arm", list(nr.ARMS))
+def test_ratio_is_one_before_the_first_update_and_every_weight_gets_a_gradient(arm):
+    config = nr.replace(TINY, temperature=0.7, arm=arm)
+    state = nr.start_ppo(rough(config), config)
+    torch.nn.init.normal_(state["head"].linear.weight, generator=nr.rng(0, "v"))
+    prompt, _ = random_batch(config)
+    group = torch.arange(6) // 3
+    rollout = nr.sample(state["policy"], prompt, config, group=group, generator=nr.rng(0, "s"))
+    nr.judge_rollout(state, rollout, config)
+    logp = nr.token_logprobs(state["policy"], rollout.prompt, rollout.response, 0.7)
+    assert torch.equal(logp.detach(), rollout.logp) and torch.equal(rollout.logp, rollout.ref_logp)
+    reward = nr.at_end(torch.tensor([1.0, 0, 0, 1, 1, 0]), rollout, config)
+    rollout.adv, rollout.ret = nr.ARMS[arm][0](rollout, reward, 0.1, config)
+    value = state["head"](nr.predictive_states(state["policy"], rollout.prompt, rollout.response))
+    nr.ARMS[arm][1](logp, value, rollout, rollout.mask.sum(), 0.1, config).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in state["policy"].parameters())
+    assert (arm == "gae") == (state["head"].linear.weight.grad is not None)
+
+
+def test_credits_by_hand():
+    mask = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]])
+    zero = torch.zeros(2, 3, dtype=torch.long)
+    logp, ref = torch.full((2, 3), -1.0), torch.full((2, 3), -3.0)  # k1 = 2 a token
+    r = nr.Rollout(
+        zero, zero, mask, zero, torch.zeros(2, dtype=torch.long), logp, ref, torch.zeros(2, 3)
+    )
+    reward = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
+    config = nr.replace(TINY, lam=1.0)
+    # (16): R = (1 - .1*4, 0 - .1*6) = (.6, -.6); minus the other one: (1.2, -1.2)
+    adv, _ = nr.rloo_credit(r, reward, 0.1, config)
+    assert torch.allclose(adv, mask * torch.tensor([[1.2], [-1.2]]))
+    # (15): +-.5 / (.7071 + 1e-4), whatever the KL
+    adv, _ = nr.grpo_credit(r, reward, 0.1, config)
+    assert torch.allclose(adv, mask * torch.tensor([[0.70701], [-0.70701]]), atol=1e-4)
+    # (12), (13): returns are what is still to come: 1 - .4, 1 - .2 and -.6, -.4, -.2
+    adv, ret = nr.gae_credit(r, reward, 0.1, config)
+    assert torch.allclose(ret, torch.tensor([[0.6, 0.8, 0.0], [-0.6, -0.4, -0.2]]))
+    assert torch.allclose(adv, nr.whiten(ret, mask), atol=1e-6)
+    scaled = nr.gae_credit(r, reward, 0.0, nr.replace(config, whiten_reward=True))[1]
+    # rewards have mean .2 and deviation .4: 1 -> .8/.4 + .2 = 2.2 and 0 -> -.2/.4 + .2 = -.3
+    assert torch.allclose(scaled, torch.tensor([[1.9, 2.2, 0.0], [-0.9, -0.6, -0.3]]), atol=1e-5)
+
+
+def test_value_band_is_off_when_rewards_are_whitened():
+    mask, zero = torch.ones(1, 1), torch.zeros(1, 1)
+    b = nr.Rollout(
+        zero.long(),
+        zero.long(),
+        mask,
+        zero.long(),
+        zero.long(),
+        zero,
+        zero,
+        zero,
+        zero,
+        torch.ones(1, 1),
+    )
+    loss = lambda **n: float(  # noqa: E731
+        nr.critic_objective(zero, torch.ones(1, 1) * 2, b, mask.sum(), 0.0, nr.replace(TINY, **n))
+    )
+    # V = 2, V_old = 0, R = 1: plain (2-1)^2 = 1 > clipped (.2-1)^2 = .64, so take V = .9: .01 < .64
+    near = lambda **n: float(  # noqa: E731
+        nr.critic_objective(zero, torch.ones(1, 1) * 0.9, b, mask.sum(), 0.0, nr.replace(TINY, **n))
+    )
+    assert loss() == pytest.approx(0.1 * 0.5) and near() == pytest.approx(0.1 * 0.5 * 0.64)
+    assert near(whiten_reward=True) == near(value_clip=0.0) == pytest.approx(0.1 * 0.5 * 0.01)
+
+
+@pytest.mark.parametrize(
+    "kl,factor",
+    [(6, 1), (60, 1 + 0.2 * 64 / 1e4), (0, 1 - 0.2 * 64 / 1e4), (6.6, 1 + 0.1 * 64 / 1e4)],
+)
+def test_kl_controller_by_hand(kl, factor):
+    config = nr.replace(TINY, kl_target=6.0)
+    assert nr.adapt_beta(0.15, kl, 64, config) == pytest.approx(0.15 * factor)
+    assert nr.adapt_beta(0.15, kl, 64, TINY) == 0.15
+
+
+def test_metrics_are_masked_and_mean_what_they_say():
+    mask = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0], [1.0, 0, 0], [1.0, 0, 0]])
+    response = torch.tensor([[7, 2, 0], [7, 7, 7], [2, 0, 0], [2, 0, 0]])
+    logp = torch.tensor([[-1.0, -1.0, 99.0], [-2.0, -2.0, -2.0], [-1.0, 9, 9], [-1.0, 9, 9]])
+    r = nr.Rollout(response, response, mask, response, torch.tensor([0, 0, 1, 1]), logp)
+    reward = torch.tensor([[0, 1.0, 0], [0, 0, -1.0], [0.5, 0, 0], [0.5, 0, 0]])
+    m = nr.rollout_metrics(r, reward, torch.tensor([1.0, 0.0, 0.0, 1.0]), TINY)
+    assert m == pytest.approx(
+        dict(reward=0.25, truth=0.5, entropy=10 / 7, length=7 / 4, ended=0.75, flat_groups=0.5)
+    )
+
+
+def test_learned_reward_and_truth_are_logged_apart(model):
+    config = nr.replace(TINY, reward="learned", updates=2)
+    state = nr.start_ppo(model, config) | {
+        "scorer": rough(TINY, 1),
+        "scorer_head": nr.Head(TINY, 0.3, nr.rng(0, "h")),
+    }
+    logs = list(nr.ppo(state, TASK, config))
+    assert all(m["reward"] != m["truth"] and m["truth"] <= 1 for m in logs)

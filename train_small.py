@@ -1,0 +1,634 @@
+"""The front door: builds the base models, drives the loops you name, prints a table, draws a picture.
+
+    python train_small.py                               the tour: every loop
+    python train_small.py ppo --arm grpo --seeds 5      one loop, five seeds, mean and interval
+    python train_small.py ppo --config smoke --out runs/x --lr 1e-4
+    python train_small.py --resume runs/x
+    python train_small.py sample runs/x --loop ppo --prompt "3+4-5="
+    python train_small.py plot runs/x runs/y
+
+Every Config field of nanoreward.py is a flag. Exit codes: 0 done, 1 a --target was missed, 2 a
+mistake in the call (one line says which), 130 stopped by Ctrl-C (the state is saved).
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import json
+import math
+import os
+import platform
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, NoReturn
+
+import torch
+from tqdm import tqdm
+
+import nanoreward as nr
+from data import arithmetic
+from nanoreward import LOOPS, Config, Transformer, UserError
+
+# two-sided 95 % quantiles of Student's t with n - 1 degrees of freedom, n = 2..10
+T95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanoreward"
+
+HEALTHY = """\
+what to watch: reward rises and truth rises with it (if only reward does, it is being fooled) ·
+kl stays within a few nats a response · entropy falls slowly, not to 0 in the first updates ·
+clipfrac < 0.2 · ended near 1 · flat_groups < 1, or there is nothing to learn from ·
+loss near 0 is no fault: with centred advantages its value says nothing, its gradient does"""
+
+# ---- the call: flags, checks, one line for a mistake -------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is one line through the same door as every other mistake."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (python train_small.py --help lists what there is)")
+
+
+def flag_type(annotation: str) -> Callable[[str], Any]:
+    """The parser of a field's text."""
+
+    def boolean(text: str) -> bool:
+        if text.lower() not in ("true", "false"):
+            raise argparse.ArgumentTypeError(f"write true or false, not {text!r}")
+        return text.lower() == "true"
+
+    return {"int": int, "float": float, "str": str, "bool": boolean}[annotation]
+
+
+def build_parser() -> Parser:
+    """The flags of a training run."""
+    parser = Parser(prog="train_small.py", description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("loops", nargs="*", metavar="LOOP", help=f"any of {', '.join(LOOPS)}; none: all")
+    parser.add_argument("--config", default="laptop", help=f"one of {', '.join(nr.CONFIGS)}")
+    parser.add_argument("--out", type=Path, help="folder of the run (default: runs/LOOP-1, -2, ...)")
+    parser.add_argument("--cache", type=Path, default=CACHE, help="folder of the base models")
+    parser.add_argument("--seeds", type=int, default=1, help="repeat with seed, seed+1, ...")
+    parser.add_argument("--target", action="append", default=[], metavar="LOOP=X", help="exit 1 if missed")
+    parser.add_argument("--resume", type=Path, help="go on with the run in this folder")
+    for f in fields(Config):
+        flag = "--" + f.name.replace("_", "-")
+        parser.add_argument(flag, dest="field_" + f.name, type=flag_type(f.type), metavar=f.type.upper())
+    return parser
+
+
+ANY_SIGN = {"no_eos", "gamma", "lam", "pad", "bos", "eos", "mask"}  # these have rules of their own
+MAY_BE_ZERO = {"value_clip", "value_coef", "beta", "kl_target", "seed"}
+CHOICES = {"arm": tuple(nr.ARMS), "reward": tuple(nr.SIGNALS), "task": ("arithmetic",)}
+
+
+def check(c: Config) -> None:
+    """Refuse, before any work, what could only fail or mislead later."""
+    for f in fields(Config):
+        value, flag = getattr(c, f.name), "--" + f.name.replace("_", "-")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{flag} must be a finite number, not {value}")
+        if f.type in ("int", "float") and f.name not in ANY_SIGN:
+            if value < 0 or (value == 0 and f.name not in MAY_BE_ZERO):
+                least = "0 or more" if f.name in MAY_BE_ZERO else "above 0"
+                raise UserError(f"{flag} must be {least}, not {value}")
+        if f.name in CHOICES and value not in CHOICES[f.name]:
+            raise UserError(f"{flag} must be one of {', '.join(CHOICES[f.name])}, not {value!r}")
+    rules = [
+        (c.min_ops <= c.max_ops, "--min-ops must not be above --max-ops"),
+        (c.response >= 8 * c.max_ops + 4, f"--response must be at least 8 * max-ops + 4 = {8 * c.max_ops + 4}"),
+        (c.heads % c.kv_heads == 0, "--heads must be a multiple of --kv-heads"),
+        (c.head_dim % 2 == 0, "--head-dim must be even (rotary pairs)"),
+        (c.samples > 1 or c.arm == "gae", f"--arm {c.arm} compares samples of one prompt: --samples 2 or more"),
+        (0 <= c.gamma <= 1 and 0 <= c.lam <= 1, "--gamma and --lam must lie in 0..1"),
+        (c.vocab >= 32, "--vocab must be at least 32: the task's alphabet"),
+        ((c.pad, c.bos, c.eos, c.mask) == (0, 1, 2, 3), "--pad, --bos, --eos, --mask are 0, 1, 2, 3 in this task"),
+        (c.causal, "--causal false: no loop trains a masked-diffusion LM yet"),
+        (c.kl_target == 0 or c.beta > 0, "--kl-target adapts beta by factors: give it a --beta above 0"),
+    ]
+    for holds, message in rules:
+        if not holds:
+            raise UserError(message)
+
+
+def pick_device(name: str) -> str:
+    """auto -> cuda, mps or cpu; a device that is not there is a UserError."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return next(device for device, here in there.items() if here)
+    if not there.get(name.split(":")[0], False):
+        raise UserError(f"--device {name} is not here; try --device cpu")
+    return name
+
+
+def parse_targets(texts: list[str], loops: list[str]) -> dict[str, float]:
+    """["ppo=0.8"] -> {"ppo": 0.8}."""
+    targets = {}
+    for text in texts:
+        name, _, number = text.partition("=")
+        try:
+            targets[name] = float(number)
+        except ValueError:
+            raise UserError(f"--target {text}: write it as ppo=0.8") from None
+        if name not in loops or not 0 <= targets[name] <= 1:
+            raise UserError(f"--target {text}: a loop of this run ({', '.join(loops)}) and a number in 0..1")
+    return targets
+
+
+# ---- the run: a folder that says all -----------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """One --out folder: config.json, metrics.jsonl, samples.jsonl, summary.json, state/, PNG."""
+
+    out: Path
+    config: Config
+    preset: str
+    loops: list[str]
+    seeds: int
+    targets: dict[str, float]
+    cache: Path
+    done: list[dict] = field(default_factory=list)  # finished jobs, as in summary.json
+    job: str = ""  # "ppo/0": loop and seed of the job whose state is saved
+    saved_update: int = 0
+
+    def about(self) -> dict[str, Any]:
+        """config.json: all that decides the run's numbers."""
+        return {"config": asdict(self.config), "preset": self.preset, "loops": self.loops, "seeds": self.seeds,
+                "targets": self.targets}  # fmt: skip
+
+    @property
+    def finished(self) -> bool:
+        return len(self.done) == len(self.loops) * self.seeds
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file of a run folder, or a UserError that names it."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: {path.parent} is not the folder of a run") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); start the run again in another --out") from None
+
+
+def write_json(path: Path, content: Any) -> None:
+    nr.write_whole(path, lambda p: p.write_text(json.dumps(content, indent=1) + "\n"))
+
+
+def new_run(a: argparse.Namespace) -> Run:
+    """Check everything, then claim the folder."""
+    loops = a.loops or list(LOOPS)
+    for name in loops:
+        if name not in LOOPS:
+            raise UserError(f"no loop is called {name!r}; there are {', '.join(LOOPS)}, and sample and plot")
+    if a.config not in nr.CONFIGS:
+        raise UserError(f"no config is called {a.config!r}; there are {', '.join(nr.CONFIGS)}")
+    if not 1 <= a.seeds <= len(T95) + 1:
+        raise UserError(f"--seeds must lie in 1..{len(T95) + 1}")
+    given = {f.name: getattr(a, "field_" + f.name) for f in fields(Config)}
+    config = replace(Config(), **nr.CONFIGS[a.config] | {k: v for k, v in given.items() if v is not None})
+    check(config)
+    config = replace(config, device=pick_device(config.device))
+    loops = list(dict.fromkeys(loops))
+    out = a.out or next(
+        p for i in range(1, 10**6) if not (p := Path("runs") / f"{'-'.join(a.loops) or 'tour'}-{i}").exists()
+    )
+    run = Run(out, config, a.config, loops, a.seeds, parse_targets(a.target, loops), a.cache)
+    for folder in (out, a.cache):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / ".write").touch()
+            (folder / ".write").unlink()
+        except OSError as error:
+            raise UserError(f"cannot write to {folder} ({error.strerror}); choose another folder") from None
+    if (out / "config.json").exists():
+        if read_json(out / "config.json") != run.about():
+            raise UserError(f"{out} holds a run with another config; choose another --out")
+        return open_run(out, a.cache)
+    if any(out.iterdir()):
+        raise UserError(f"{out} is not empty and not a run's folder; choose another --out")
+    write_json(out / "config.json", run.about())
+    return run
+
+
+def open_run(out: Path, cache: Path) -> Run:
+    """The run in this folder as far as it went; a damaged folder is a UserError."""
+    about = read_json(out / "config.json")
+    try:
+        config = Config(**about["config"])
+        run = Run(out, config, about["preset"], about["loops"], about["seeds"], about["targets"], cache)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{out / 'config.json'} is not a config of this version ({error})") from None
+    check(config)
+    pick_device(config.device)
+    if (out / "summary.json").exists():
+        run.done = read_json(out / "summary.json")["results"]
+    if (out / "state" / "state.pt").exists() and not run.finished:
+        saved = nr.load_state(out / "state")
+        run.job, run.saved_update = saved["job"], saved["update"]
+    return run
+
+
+def cut_log(path: Path, run: Run) -> float:
+    """Drop the lines behind the saved state (a torn one too); seconds that the kept part took."""
+    if not path.exists():
+        return 0.0
+    finished = {f"{r['loop']}/{r['seed']}" for r in run.done}
+    kept, seconds = [], 0.0
+    for text in path.read_text().splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        job = f"{line['loop']}/{line['seed']}"
+        if job in finished or (job == run.job and line["step"] <= run.saved_update):
+            kept.append(text + "\n")
+            seconds = line.get("seconds", 0.0)
+    nr.write_whole(path, lambda p: p.write_text("".join(kept)))
+    return seconds if run.job and run.job not in finished else 0.0
+
+
+def append(path: Path, line: dict[str, Any]) -> None:
+    """One JSON line; what is not a finite number becomes null."""
+    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+    with path.open("a") as f:
+        f.write(json.dumps(clean) + "\n")
+
+
+# ---- the one driver ----------------------------------------------------------------------------
+
+
+def drive(
+    loop: Iterator[dict[str, Any]], state: dict, total: int, folder: Path, title: str, every: int,
+    log: Callable[[dict[str, Any]], None],
+) -> None:  # fmt: skip
+    """Run any loop or fit to its end: bar, log, a saved state every `every` updates.
+
+    Ctrl-C is heard between two updates: the state is saved first. A second one ends the process.
+    """
+    asked = []
+
+    def ask(*_: Any) -> None:
+        asked.append(True)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        with tqdm(total=total, initial=state["update"], desc=title, disable=None, leave=False) as bar:
+            for metrics in loop:
+                log(metrics)
+                bar.update()
+                if state["update"] % every == 0 or asked:
+                    nr.save_state(folder, state)
+                if asked:
+                    raise KeyboardInterrupt
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+# ---- base models, cached -----------------------------------------------------------------------
+
+
+def code_key(roots: list[str]) -> tuple[str, set[str]]:
+    """Hash of the definitions in nanoreward.py that `roots` reach, and the Config fields they read.
+
+    Comments, docstrings and whatever the roots do not use may change without a base being retrained.
+    """
+    tree = ast.parse(Path(nr.__file__).read_text())
+    known = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    reached, todo, read = set(), list(roots), set()
+    while todo:
+        name = todo.pop()
+        if name in reached or name not in known or name == "Config":
+            continue
+        reached.add(name)
+        for node in ast.walk(known[name]):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node):
+                node.body = node.body[1:] or [ast.Pass()]
+            if isinstance(node, ast.Name):
+                todo.append(node.id)
+            if isinstance(node, ast.Attribute):
+                read.add(node.attr)
+    code = "".join(ast.dump(known[name]) for name in sorted(reached))
+    return hashlib.sha256(code.encode()).hexdigest(), read & {f.name for f in fields(Config)}
+
+
+def cached(kind: str, roots: list[str], c: Config, cache: Path, parts: Callable[[], tuple]) -> list[torch.nn.Module]:
+    """Modules trained by `fit` once: parts() -> modules, batches, updates, optimizers.
+
+    The key is all they depend on: the code, the fields it reads, the task's source and torch.
+    """
+    code, read = code_key(["fit", "step", *roots])
+    values = {name: getattr(c, name) for name in sorted(read | {"min_ops", "max_ops", "threads", "device"})}
+    data = Path(arithmetic.__file__).read_bytes()
+    key = json.dumps([kind, code, values, hashlib.sha256(data).hexdigest(), torch.__version__])
+    folder = cache / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    modules, batches, updates, optimizers = parts()
+    state = {"modules": modules, "optimizers": optimizers, "update": 0}
+    if (folder / "state.pt").exists():
+        state = nr.load_state(folder, into=state)
+    if state["update"] < updates:
+        folder.mkdir(parents=True, exist_ok=True)
+        began, path = time.time(), folder / "fit.jsonl"
+        print(f"training {kind} ({sum(p.numel() for p in modules[0].parameters()):,} parameters) -> {folder}")
+        loop = nr.fit(state, batches(), updates, c)
+
+        def log(m: dict[str, Any]) -> None:
+            append(path, {"step": state["update"], "seconds": round(time.time() - began, 3), **m})
+
+        drive(loop, state, updates, folder, kind, max(1, updates // 10), log)
+        nr.save_state(folder, state)
+    return [module.requires_grad_(True) for module in modules]
+
+
+def make_task(c: Config, careful: bool = False) -> nr.Task:
+    """The task that the config names."""
+    return arithmetic.Arithmetic(c.min_ops, c.max_ops, careful=careful)
+
+
+def base_model(c: Config, cache: Path, careful: bool = False) -> Transformer:
+    """The GPT after the demonstrator; careful=True: after its careful twin, the ceiling."""
+    if careful:  # without noise the facts arrive earlier
+        c = replace(c, base_updates=max(1, c.base_updates * 7 // 10))
+
+    def parts() -> tuple:
+        model = Transformer(c, nr.rng(c.seed, "init")).to(c.device)
+        made = nr.optimizers([model], c.base_lr, c, c.muon_lr)
+        return ([model], lambda: nr.demonstrations(model, make_task(c, careful), c), c.base_updates, made)
+
+    roots = ["Transformer", "optimizers", "demonstrations", "rng"]
+    return cached("careful-gpt" if careful else "gpt", roots, c, cache, parts)[0]
+
+
+def scorer_model(c: Config, cache: Path) -> dict[str, torch.nn.Module]:
+    """The learned reward: a Bradley-Terry model that starts as the base and reads preference pairs."""
+    base, task = base_model(c, cache), make_task(c)
+    head = nr.Head(c, (c.width + 1) ** -0.5, nr.rng(c.seed, "scorer")).to(c.device)
+
+    def parts() -> tuple:
+        pairs = task.preferences(c.pairs, nr.rng(c.seed, "preferences"))
+        made = nr.optimizers([base, head], c.reward_lr, c)
+        return ([base, head], lambda: nr.preference_batches(base, head, pairs, task, c), c.reward_updates, made)
+
+    roots = ["Transformer", "Head", "optimizers", "demonstrations", "preference_batches", "rng"]
+    scorer, head = cached("scorer", roots, c, cache, parts)
+    reference = base_model(c, cache)
+    prompt = nr.encode_prompts(task, task.prompts(512, nr.rng(c.seed, "normalize")), c).to(c.device)
+    nr.normalize_head(scorer, head, nr.sample(reference, prompt, c, generator=nr.rng(c.seed, "normalize", 1)))
+    return {"scorer": scorer.requires_grad_(False), "scorer_head": head.requires_grad_(False)}
+
+
+# ---- one job: one loop with one seed -----------------------------------------------------------
+
+
+def transcripts(policy: Transformer, task: nr.Task, prompts: list[str], c: Config) -> list[dict[str, Any]]:
+    """Greedy responses to 32 problems, cut down to three right and three wrong ones."""
+    texts = nr.respond(policy, task, prompts[:32], replace(c, temperature=0))
+    both = [{"prompt": x, "response": y, "reward": task.grade(x, y)} for x, y in zip(prompts, texts, strict=False)]
+    return [t for t in both if t["reward"] == 1][:3] + [t for t in both if t["reward"] < 1][:3]
+
+
+def notes(m: dict[str, Any]) -> dict[str, str]:
+    """What a person should be told about an update, in plain words; each is said once."""
+    found = {
+        "flat": (m["flat_groups"] == 1, "every group has equal rewards, nothing can be learned (more --samples?)"),
+        "flat": (m["flat_groups"] == 1, "every group has equal rewards: nothing can be learned (more --samples?)"),
+        "kl": (m["kl"] > 20, f"KL runs away, {m['kl']:.0f} nats a response (a larger --beta, a smaller --lr?)"),
+        "entropy": (m["entropy"] < 1e-3, "all samples are the same, nothing new can be found (a smaller --lr?)"),
+    }
+    return {name: text for name, (holds, text) in found.items() if holds}
+
+
+def run_job(run: Run, name: str, seed: int) -> dict[str, Any]:
+    """Train, measure, and describe one loop with one seed; what it returns is its summary entry."""
+    c, job, out, told = replace(run.config, seed=seed), f"{name}/{seed}", run.out, set()
+    task = make_task(c)
+    dev, test = (task.prompts(c.eval_problems, nr.rng(0, s), s) for s in ("dev", "test"))  # the same for all seeds
+    policy, careful = base_model(c, run.cache), base_model(c, run.cache, careful=True)
+    result = {"loop": name, "seed": seed, "chance": task.chance(), "ceiling": nr.accuracy(careful, task, test, c)}
+    result["base"] = nr.accuracy(policy, task, test, c)
+    result["base_sampled"] = nr.accuracy(policy, task, test, c, c.temperature)
+    print("{loop}/{seed}: base {base:.3f}, sampled {base_sampled:.3f} · careful twin {ceiling:.3f}".format(**result))
+    start, loop = LOOPS[name]
+    state = start(policy, c) | (scorer_model(c, run.cache) if c.reward == "learned" else {})
+    if run.job == job:
+        state = nr.load_state(out / "state", into=state)
+    state["job"] = job
+    offset, began = cut_log(out / "metrics.jsonl", run), time.time()
+    cut_log(out / "samples.jsonl", run)
+
+    def show(u: int) -> None:
+        for t in transcripts(policy, task, dev, c):
+            append(out / "samples.jsonl", {"loop": name, "seed": seed, "step": u, **t})
+
+    def log(m: dict[str, Any]) -> None:
+        u = state["update"]
+        line = {"loop": name, "seed": seed, "step": u, "seconds": round(offset + time.time() - began, 3), **m}
+        if u % c.eval_every == 0 or u in (1, c.updates):
+            line["dev_greedy"] = nr.accuracy(policy, task, dev, c)
+            line["dev_sampled"] = nr.accuracy(policy, task, dev, c, c.temperature)
+            show(u)
+            watched = ("reward", "truth", "kl", "entropy", "clipfrac", "ended", "flat_groups")
+            numbers = "  ".join(f"{k} {m[k]:.3f}" for k in watched)
+            tqdm.write(f"{job} {u:4d}  dev {line['dev_greedy']:.3f}  {numbers}")
+        for warning, text in notes(m).items():
+            if warning not in told:
+                tqdm.write(f"{job} {u:4d}  note: {text}")
+        told.update(notes(m))
+        append(out / "metrics.jsonl", line)
+
+    if state["update"] == 0:
+        show(0)
+    drive(loop(state, task, c), state, c.updates, out / "state", job, c.save_every, log)
+    policy.save(out / "models" / f"{name}-{seed}")
+    mine = [m for m in read_metrics(out) if (m["loop"], m["seed"]) == (name, seed)]
+    enough = [m["samples"] for m in mine if m.get("dev_greedy", 0) >= 0.8]
+    return result | {
+        "final": nr.accuracy(policy, task, test, c),
+        "final_sampled": nr.accuracy(policy, task, test, c, c.temperature),
+        "samples": state["samples"],
+        "samples_to_80": enough[0] if enough else None,
+        "updates": c.updates,
+        "seconds": round(offset + time.time() - began, 1),
+    }
+
+
+def read_metrics(out: Path) -> list[dict[str, Any]]:
+    """All lines of a run's metrics.jsonl."""
+    try:
+        return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{out / 'metrics.jsonl'} cannot be read ({error}); is {out} the folder of a run?") from None
+
+
+# ---- what a person sees at the end -------------------------------------------------------------
+
+
+def interval(values: list[float]) -> str:
+    """Mean and 95 % interval (Student's t) over seeds; one seed: the number alone."""
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
+    return f"{mean(values):.3f} ± {T95[len(values) - 2] * stdev(values) / len(values) ** 0.5:.3f}"
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """The table at the end: greedy and sampled accuracy on held-out test problems."""
+    first = list({r["seed"]: r for r in reversed(results)}.values())
+    over = lambda rs, key: interval([r[key] for r in rs])  # noqa: E731
+    rows = [("", "greedy", "sampled", "gain (paired)", "samples to 80 %", "seconds")]
+    rows += [("chance", f"{results[0]['chance']:.3f}"), ("base", over(first, "base"), over(first, "base_sampled"))]
+    for name in dict.fromkeys(r["loop"] for r in results):
+        mine = [r for r in results if r["loop"] == name]
+        gain = interval([r["final"] - r["base"] for r in mine])
+        reached = [r["samples_to_80"] for r in mine]
+        to_80 = "not reached" if None in reached else f"{mean(reached):.0f}"
+        seconds = f"{mean(r['seconds'] for r in mine):.0f}"
+        rows.append((name, over(mine, "final"), over(mine, "final_sampled"), gain, to_80, seconds))
+    rows += [("careful twin", over(first, "ceiling"))]
+    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(rows[0]))]
+    lines = ("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=False)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def picture(runs: list[Path], path: Path) -> None:
+    """Dev accuracy against samples drawn: a thin line a seed, a thick one the mean; one PNG."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no picture: matplotlib is missing (pip install matplotlib)")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.2))
+    bundles: dict[str, dict[int, dict[int, float]]] = {}  # label -> seed -> samples -> accuracy
+    for folder in runs:
+        for m in read_metrics(folder):
+            label = m["loop"] if len(runs) == 1 else f"{m['loop']} · {folder.name}"
+            if "dev_greedy" in m:
+                bundles.setdefault(label, {}).setdefault(m["seed"], {})[m["samples"]] = m["dev_greedy"]
+    for i, (label, seeds) in enumerate(bundles.items()):
+        common = sorted(set.intersection(*map(set, seeds.values())))
+        for curve in seeds.values():
+            axes.plot(list(curve), list(curve.values()), color=f"C{i}", lw=0.8, alpha=0.4)
+        middle = [mean(curve[x] for curve in seeds.values()) for x in common]
+        axes.plot(common, middle, color=f"C{i}", lw=2.2)
+        axes.annotate(label, (common[-1], middle[-1]), (4, -3), textcoords="offset points", color=f"C{i}")
+    if (runs[0] / "summary.json").exists():
+        results = read_json(runs[0] / "summary.json")["results"]
+        for what in ("chance", "base", "ceiling"):
+            level = mean(r[what] for r in results)
+            axes.axhline(level, color="0.5", lw=0.8, ls="--")
+            axes.annotate(what, (0, level), (2, 2), textcoords="offset points", color="0.4", fontsize=8)
+    axes.set(xlabel="samples drawn", ylabel="greedy accuracy on dev problems", ylim=(0, 1.02))
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    nr.write_whole(path, lambda p: figure.savefig(p, format="png", dpi=150))
+    plt.close(figure)
+    print(f"picture: {path}")
+
+
+def train(a: argparse.Namespace) -> int:
+    """The main job."""
+    run = open_run(a.resume, a.cache) if a.resume else new_run(a)
+    if run.finished:
+        print(f"{run.out} is finished; nothing to do. Its table:\n{table(run.done)}")
+        return verdict(run)
+    torch.set_num_threads(run.config.threads)
+    print(
+        f"run {run.out} · base models {run.cache} · {run.config.threads} threads on {platform.machine()}\n{HEALTHY}"
+    )
+    try:
+        for seed in range(run.config.seed, run.config.seed + run.seeds):
+            for name in run.loops:
+                if any((r["loop"], r["seed"]) == (name, seed) for r in run.done):
+                    continue
+                run.done.append(run_job(run, name, seed))
+                write_json(run.out / "summary.json", about_machine(run) | {"results": run.done})
+    except KeyboardInterrupt:
+        print(f"\nstopped; go on with: python train_small.py --resume {run.out} --cache {run.cache}")
+        return 130
+    print(table(run.done))
+    picture([run.out], run.out / "curves.png")
+    return verdict(run)
+
+
+def about_machine(run: Run) -> dict[str, Any]:
+    """What a number needs beside it."""
+    machine = f"{platform.machine()}, {os.cpu_count()} cores"
+    return {"config": run.preset, "threads": run.config.threads, "machine": machine, "torch": torch.__version__}
+
+
+def verdict(run: Run) -> int:
+    """Exit code of the targets: 1 if one was missed."""
+    code = 0
+    for name, target in run.targets.items():
+        got = mean(r["final"] for r in run.done if r["loop"] == name)
+        print(f"target {name} {target}: {'reached' if got >= target else 'MISSED'} with {got:.3f}")
+        code = code if got >= target else 1
+    return code
+
+
+def sample_command(argv: list[str]) -> int:
+    """Print what a trained model answers."""
+    parser = Parser(prog="train_small.py sample", allow_abbrev=False)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--loop", default="", help="default: the run's first")
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--n", type=int, default=1)
+    a = parser.parse_args(argv)
+    run = open_run(a.run, CACHE)
+    name, seed = a.loop or run.loops[0], run.config.seed if a.seed is None else a.seed
+    folder = a.run / "models" / f"{name}-{seed}"
+    if not folder.exists():
+        raise UserError(f"{folder} does not exist: that loop and seed has not finished in this run")
+    if not (math.isfinite(a.temperature) and a.temperature >= 0) or a.n < 1:
+        raise UserError("--temperature must be 0 or more and --n at least 1")
+    policy, task = Transformer.load(folder), make_task(run.config)
+    try:
+        task.grade(a.prompt, "")
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    c = replace(run.config, temperature=a.temperature)
+    for text in nr.respond(policy, task, [a.prompt] * a.n, c, nr.rng(seed, "sample command")):
+        print(f"{a.prompt} {text}  {'right' if task.grade(a.prompt, text) else 'wrong'}")
+    return 0
+
+
+def plot_command(argv: list[str]) -> int:
+    """Several runs on one picture."""
+    parser = Parser(prog="train_small.py plot", allow_abbrev=False)
+    parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("--png", type=Path, default=Path("compare.png"))
+    a = parser.parse_args(argv)
+    picture(a.runs, a.png)
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Dispatch; every UserError ends here as one line and exit code 2."""
+    argv = sys.argv[1:] if argv is None else argv
+    commands = {"sample": sample_command, "plot": plot_command}
+    try:
+        if argv and argv[0] in commands:
+            return commands[argv[0]](argv[1:])
+        return train(build_parser().parse_args(argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
