@@ -57,15 +57,12 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (python train_small.py --help lists what there is)")
 
 
-def flag_type(annotation: str) -> Callable[[str], Any]:
-    """The parser of a field's text."""
+def true_or_false(text: str) -> bool:
+    """The parser of a boolean flag; its name is what argparse shows on a mistake."""
+    return ["false", "true"].index(text.lower()) == 1
 
-    def boolean(text: str) -> bool:
-        if text.lower() not in ("true", "false"):
-            raise argparse.ArgumentTypeError(f"write true or false, not {text!r}")
-        return text.lower() == "true"
 
-    return {"int": int, "float": float, "str": str, "bool": boolean}[annotation]
+FLAG_TYPES = {"int": int, "float": float, "str": str, "bool": true_or_false}
 
 
 def build_parser() -> Parser:
@@ -81,13 +78,13 @@ def build_parser() -> Parser:
     parser.add_argument("--resume", type=Path, help="go on with the run in this folder")
     for f in fields(Config):
         flag = "--" + f.name.replace("_", "-")
-        parser.add_argument(flag, dest="field_" + f.name, type=flag_type(f.type), metavar=f.type.upper())
+        parser.add_argument(flag, dest="field_" + f.name, type=FLAG_TYPES[f.type], metavar=f.type.upper())
     return parser
 
 
 ANY_SIGN = {"no_eos", "gamma", "lam", "pad", "bos", "eos", "mask"}  # these have rules of their own
 MAY_BE_ZERO = {"value_clip", "value_coef", "beta", "kl_target", "seed"}
-CHOICES = {"arm": tuple(nr.ARMS), "reward": tuple(nr.SIGNALS), "task": ("arithmetic",)}
+CHOICES = {"arm": tuple(nr.ARMS), "reward": tuple(nr.SIGNALS)}
 
 
 def check(c: Config) -> None:
@@ -163,8 +160,8 @@ class Run:
 
     def about(self) -> dict[str, Any]:
         """config.json: all that decides the run's numbers."""
-        return {"config": asdict(self.config), "preset": self.preset, "loops": self.loops, "seeds": self.seeds,
-                "targets": self.targets}  # fmt: skip
+        told = {name: getattr(self, name) for name in ("preset", "loops", "seeds", "targets")}
+        return {"config": asdict(self.config), **told}
 
     @property
     def finished(self) -> bool:
@@ -200,9 +197,8 @@ def new_run(a: argparse.Namespace) -> Run:
     check(config)
     config = replace(config, device=pick_device(config.device))
     loops = list(dict.fromkeys(loops))
-    out = a.out or next(
-        p for i in range(1, 10**6) if not (p := Path("runs") / f"{'-'.join(a.loops) or 'tour'}-{i}").exists()
-    )
+    free = (Path("runs") / f"{'-'.join(a.loops) or 'tour'}-{i}" for i in range(1, 10**6))
+    out = a.out or next(path for path in free if not path.exists())
     run = Run(out, config, a.config, loops, a.seeds, parse_targets(a.target, loops), a.cache)
     for folder in (out, a.cache):
         try:
@@ -239,23 +235,24 @@ def open_run(out: Path, cache: Path) -> Run:
     return run
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a .jsonl; a torn last one is left out."""
+    try:
+        return [json.loads(text) for text in path.read_text().splitlines() if text.endswith("}")]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); is {path.parent} the folder of a run?") from None
+
+
 def cut_log(path: Path, run: Run) -> float:
-    """Drop the lines behind the saved state (a torn one too); seconds that the kept part took."""
+    """Drop the lines behind the saved state, and say how many seconds the kept part took."""
     if not path.exists():
         return 0.0
     finished = {f"{r['loop']}/{r['seed']}" for r in run.done}
-    kept, seconds = [], 0.0
-    for text in path.read_text().splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        job = f"{line['loop']}/{line['seed']}"
-        if job in finished or (job == run.job and line["step"] <= run.saved_update):
-            kept.append(text + "\n")
-            seconds = line.get("seconds", 0.0)
-    nr.write_whole(path, lambda p: p.write_text("".join(kept)))
-    return seconds if run.job and run.job not in finished else 0.0
+    job = lambda line: f"{line['loop']}/{line['seed']}"  # noqa: E731
+    mine = [x for x in read_lines(path) if job(x) == run.job and x["step"] <= run.saved_update]
+    kept = [x for x in read_lines(path) if job(x) in finished and job(x) != run.job] + mine
+    nr.write_whole(path, lambda p: p.write_text("".join(json.dumps(x) + "\n" for x in kept)))
+    return mine[-1].get("seconds", 0.0) if mine and run.job not in finished else 0.0
 
 
 def append(path: Path, line: dict[str, Any]) -> None:
@@ -299,17 +296,17 @@ def drive(
 # ---- base models, cached -----------------------------------------------------------------------
 
 
-def code_key(roots: list[str]) -> tuple[str, set[str]]:
-    """Hash of the definitions in nanoreward.py that `roots` reach, and the Config fields they read.
+def code_key(root: str) -> tuple[str, set[str]]:
+    """Hash of all definitions here and in nanoreward.py that `root` reaches, and the fields they read.
 
-    Comments, docstrings and whatever the roots do not use may change without a base being retrained.
+    Comments, docstrings and whatever root does not use may change without anything being retrained.
     """
-    tree = ast.parse(Path(nr.__file__).read_text())
-    known = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-    reached, todo, read = set(), list(roots), set()
+    trees = [ast.parse(Path(module).read_text()) for module in (nr.__file__, __file__)]
+    known = {n.name: n for t in trees for n in t.body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+    reached, todo, read = set(), [root, "fit"], set()
     while todo:
         name = todo.pop()
-        if name in reached or name not in known or name == "Config":
+        if name in reached or name not in known or name in ("Config", "cached"):
             continue
         reached.add(name)
         for node in ast.walk(known[name]):
@@ -318,35 +315,39 @@ def code_key(roots: list[str]) -> tuple[str, set[str]]:
             if isinstance(node, ast.Name):
                 todo.append(node.id)
             if isinstance(node, ast.Attribute):
-                read.add(node.attr)
+                owner = ast.unparse(node.value).split(".")[-1]
+                if owner == "nr":
+                    todo.append(node.attr)
+                elif owner in ("c", "config"):
+                    read.add(node.attr)
     code = "".join(ast.dump(known[name]) for name in sorted(reached))
     return hashlib.sha256(code.encode()).hexdigest(), read & {f.name for f in fields(Config)}
 
 
-def cached(kind: str, roots: list[str], c: Config, cache: Path, parts: Callable[[], tuple]) -> list[torch.nn.Module]:
+def cached(kind: str, root: str, c: Config, cache: Path, parts: Callable[[], tuple]) -> list[torch.nn.Module]:
     """Modules trained by `fit` once: parts() -> modules, batches, updates, optimizers.
 
-    The key is all they depend on: the code, the fields it reads, the task's source and torch.
+    The key is all they depend on: the code behind `root`, the fields it reads, the task and torch.
     """
-    code, read = code_key(["fit", "step", *roots])
-    values = {name: getattr(c, name) for name in sorted(read | {"min_ops", "max_ops", "threads", "device"})}
-    data = Path(arithmetic.__file__).read_bytes()
-    key = json.dumps([kind, code, values, hashlib.sha256(data).hexdigest(), torch.__version__])
-    folder = cache / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    code, read = code_key(root)
+    values = {name: getattr(c, name) for name in sorted(read | {"threads"})}
+    data = hashlib.sha256(Path(arithmetic.__file__).read_bytes()).hexdigest()
+    key = hashlib.sha256(json.dumps([code, values, data, torch.__version__]).encode()).hexdigest()
+    folder = cache / f"{kind}-{key[:16]}"
     modules, batches, updates, optimizers = parts()
     state = {"modules": modules, "optimizers": optimizers, "update": 0}
     if (folder / "state.pt").exists():
         state = nr.load_state(folder, into=state)
     if state["update"] < updates:
         folder.mkdir(parents=True, exist_ok=True)
-        began, path = time.time(), folder / "fit.jsonl"
         print(f"training {kind} ({sum(p.numel() for p in modules[0].parameters()):,} parameters) -> {folder}")
-        loop = nr.fit(state, batches(), updates, c)
+        began = time.time()
 
         def log(m: dict[str, Any]) -> None:
-            append(path, {"step": state["update"], "seconds": round(time.time() - began, 3), **m})
+            seconds = round(time.time() - began, 3)
+            append(folder / "fit.jsonl", {"step": state["update"], "seconds": seconds, **m})
 
-        drive(loop, state, updates, folder, kind, max(1, updates // 10), log)
+        drive(nr.fit(state, batches(), updates, c), state, updates, folder, kind, max(1, updates // 10), log)
         nr.save_state(folder, state)
     return [module.requires_grad_(True) for module in modules]
 
@@ -366,8 +367,7 @@ def base_model(c: Config, cache: Path, careful: bool = False) -> Transformer:
         made = nr.optimizers([model], c.base_lr, c, c.muon_lr)
         return ([model], lambda: nr.demonstrations(model, make_task(c, careful), c), c.base_updates, made)
 
-    roots = ["Transformer", "optimizers", "demonstrations", "rng"]
-    return cached("careful-gpt" if careful else "gpt", roots, c, cache, parts)[0]
+    return cached("careful-gpt" if careful else "gpt", "base_model", c, cache, parts)[0]
 
 
 def scorer_model(c: Config, cache: Path) -> dict[str, torch.nn.Module]:
@@ -380,8 +380,7 @@ def scorer_model(c: Config, cache: Path) -> dict[str, torch.nn.Module]:
         made = nr.optimizers([base, head], c.reward_lr, c)
         return ([base, head], lambda: nr.preference_batches(base, head, pairs, task, c), c.reward_updates, made)
 
-    roots = ["Transformer", "Head", "optimizers", "demonstrations", "preference_batches", "rng"]
-    scorer, head = cached("scorer", roots, c, cache, parts)
+    scorer, head = cached("scorer", "scorer_model", c, cache, parts)
     reference = base_model(c, cache)
     prompt = nr.encode_prompts(task, task.prompts(512, nr.rng(c.seed, "normalize")), c).to(c.device)
     nr.normalize_head(scorer, head, nr.sample(reference, prompt, c, generator=nr.rng(c.seed, "normalize", 1)))
@@ -402,7 +401,7 @@ def notes(m: dict[str, Any]) -> dict[str, str]:
     """What a person should be told about an update, in plain words; each is said once."""
     found = {
         "flat": (m["flat_groups"] == 1, "every group has equal rewards, nothing can be learned (more --samples?)"),
-        "flat": (m["flat_groups"] == 1, "every group has equal rewards: nothing can be learned (more --samples?)"),
+        "eos": (m["ended"] == 0, "no response ends with EOS (a larger --response, more --base-updates?)"),
         "kl": (m["kl"] > 20, f"KL runs away, {m['kl']:.0f} nats a response (a larger --beta, a smaller --lr?)"),
         "entropy": (m["entropy"] < 1e-3, "all samples are the same, nothing new can be found (a smaller --lr?)"),
     }
@@ -451,7 +450,7 @@ def run_job(run: Run, name: str, seed: int) -> dict[str, Any]:
         show(0)
     drive(loop(state, task, c), state, c.updates, out / "state", job, c.save_every, log)
     policy.save(out / "models" / f"{name}-{seed}")
-    mine = [m for m in read_metrics(out) if (m["loop"], m["seed"]) == (name, seed)]
+    mine = [m for m in read_lines(out / "metrics.jsonl") if (m["loop"], m["seed"]) == (name, seed)]
     enough = [m["samples"] for m in mine if m.get("dev_greedy", 0) >= 0.8]
     return result | {
         "final": nr.accuracy(policy, task, test, c),
@@ -461,14 +460,6 @@ def run_job(run: Run, name: str, seed: int) -> dict[str, Any]:
         "updates": c.updates,
         "seconds": round(offset + time.time() - began, 1),
     }
-
-
-def read_metrics(out: Path) -> list[dict[str, Any]]:
-    """All lines of a run's metrics.jsonl."""
-    try:
-        return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{out / 'metrics.jsonl'} cannot be read ({error}); is {out} the folder of a run?") from None
 
 
 # ---- what a person sees at the end -------------------------------------------------------------
@@ -513,7 +504,7 @@ def picture(runs: list[Path], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.2))
     bundles: dict[str, dict[int, dict[int, float]]] = {}  # label -> seed -> samples -> accuracy
     for folder in runs:
-        for m in read_metrics(folder):
+        for m in read_lines(folder / "metrics.jsonl"):
             label = m["loop"] if len(runs) == 1 else f"{m['loop']} · {folder.name}"
             if "dev_greedy" in m:
                 bundles.setdefault(label, {}).setdefault(m["seed"], {})[m["samples"]] = m["dev_greedy"]
@@ -545,28 +536,22 @@ def train(a: argparse.Namespace) -> int:
         print(f"{run.out} is finished; nothing to do. Its table:\n{table(run.done)}")
         return verdict(run)
     torch.set_num_threads(run.config.threads)
-    print(
-        f"run {run.out} · base models {run.cache} · {run.config.threads} threads on {platform.machine()}\n{HEALTHY}"
-    )
+    beside = {"config": run.preset, "threads": run.config.threads, "torch": torch.__version__}
+    beside["machine"] = f"{platform.machine()}, {os.cpu_count()} cores"  # what a number needs beside it
+    print(f"run {run.out} · base models {run.cache} · {beside}\n{HEALTHY}", flush=True)
     try:
         for seed in range(run.config.seed, run.config.seed + run.seeds):
             for name in run.loops:
                 if any((r["loop"], r["seed"]) == (name, seed) for r in run.done):
                     continue
                 run.done.append(run_job(run, name, seed))
-                write_json(run.out / "summary.json", about_machine(run) | {"results": run.done})
+                write_json(run.out / "summary.json", beside | {"results": run.done})
     except KeyboardInterrupt:
         print(f"\nstopped; go on with: python train_small.py --resume {run.out} --cache {run.cache}")
         return 130
     print(table(run.done))
     picture([run.out], run.out / "curves.png")
     return verdict(run)
-
-
-def about_machine(run: Run) -> dict[str, Any]:
-    """What a number needs beside it."""
-    machine = f"{platform.machine()}, {os.cpu_count()} cores"
-    return {"config": run.preset, "threads": run.config.threads, "machine": machine, "torch": torch.__version__}
 
 
 def verdict(run: Run) -> int:
@@ -587,23 +572,22 @@ def sample_command(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int)
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--n", type=int, default=1)
     a = parser.parse_args(argv)
     run = open_run(a.run, CACHE)
     name, seed = a.loop or run.loops[0], run.config.seed if a.seed is None else a.seed
     folder = a.run / "models" / f"{name}-{seed}"
     if not folder.exists():
         raise UserError(f"{folder} does not exist: that loop and seed has not finished in this run")
-    if not (math.isfinite(a.temperature) and a.temperature >= 0) or a.n < 1:
-        raise UserError("--temperature must be 0 or more and --n at least 1")
+    if not (math.isfinite(a.temperature) and a.temperature >= 0):
+        raise UserError("--temperature must be 0 or more")
     policy, task = Transformer.load(folder), make_task(run.config)
     try:
         task.grade(a.prompt, "")
     except ValueError as error:
         raise UserError(str(error)) from None
     c = replace(run.config, temperature=a.temperature)
-    for text in nr.respond(policy, task, [a.prompt] * a.n, c, nr.rng(seed, "sample command")):
-        print(f"{a.prompt} {text}  {'right' if task.grade(a.prompt, text) else 'wrong'}")
+    text = nr.respond(policy, task, [a.prompt], c)[0]
+    print(f"{a.prompt} {text}  {'right' if task.grade(a.prompt, text) else 'wrong'}")
     return 0
 
 

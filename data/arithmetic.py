@@ -3,11 +3,10 @@
     problem    37+5*3=                      operations from left to right, no precedence, mod 100
     response   37+5=42;42*3=26;#26<eos>     one step `a+b=c;` an operation, then `#answer`
 
-The best constant answer scores 1.4 to 1.6 % at every chain length: answers are
-nearly uniform mod 100 (7 and 9 as multipliers would make them exactly so, but take twice as long
-to learn). Text shows numbers as people write
-them, most significant digit first (units first was learned more slowly: 40 % greedy against 90 %
-after the same 300 updates on careful demonstrations, one seed).
+The best constant answer scores 1.2 % at every chain length. Text shows numbers as people write them;
+token ids hold each number units digit first, so that a carry flows in reading order. Both orders learn
+the facts in 500 updates, but after 40 PPO updates 91 % is reached the other way and 98 % this way
+(greedy, dev, one seed): a forgotten carry is then one decision made with the units in sight.
 
 The demonstrator is a student with bad habits that depend on the problem (`Arithmetic.demo`).
 Everything random comes from the `torch.Generator` that the caller passes; no text is ever run.
@@ -24,7 +23,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<mask>", "<sep>", "<bad>"]  # ids 0..5
 LETTERS = "0123456789+-*=;#?!yn~:@%&,"  # from "?" on: for judging, proposing and refusing
 MODULUS = 100
-OPERANDS = {"+": range(1, 10), "-": range(1, 10), "*": range(2, 5)}
+OPERATIONS = [*(("+", d) for d in range(1, 10)), *(("-", d) for d in range(1, 10)), *(("*", d) for d in (2, 3, 4))]
 
 PROBLEM = re.compile(r"(?:0|[1-9][0-9]?)(?:[+-][1-9]|\*[2-4])+=")
 STEP = re.compile(r"(0|[1-9][0-9]?)([+*-])([1-9])=(0|[1-9][0-9]?);")
@@ -52,6 +51,11 @@ def forget_carry(a: int, op: str, b: int) -> int:
     tens, units = divmod(a, 10)
     tens = tens * b if op == "*" else tens
     return tens % 10 * 10 + calculate(units, op, b) % 10
+
+
+def turn(text: str) -> str:
+    """Turn every number round: 37+5=42; <-> 73+5=24; (its own inverse)."""
+    return re.sub(r"[0-9]+", lambda digits: digits[0][::-1], text)
 
 
 def parse(prompt: str) -> tuple[int, list[tuple[str, int]]]:
@@ -84,7 +88,7 @@ class Arithmetic:
     max_ops: int = 3
     careful: bool = False
     guess: float = 0.8
-    lazy_from: int = 70
+    lazy_from: int = 80
     forget: float = 0.8
     slip: float = 0.02
     fooled: float = 0.9
@@ -96,14 +100,14 @@ class Arithmetic:
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Texts to token ids. Raises ValueError on a character outside the alphabet."""
         try:
-            return [e.ids for e in TOKENIZER.encode_batch(texts)]
+            return [e.ids for e in TOKENIZER.encode_batch([turn(t) for t in texts])]
         except Exception as error:  # the library's only class for an unknown word
             raise ValueError(f"a text holds a character outside {LETTERS}") from error
 
     def decode(self, ids: list[int]) -> str:
         """Token ids to text, up to and including the first <eos>; PAD and BOS are left out."""
         words = [TOKENIZER.id_to_token(i) for i in ids if i > 1]
-        return "".join(words[: words.index("<eos>") + 1] if "<eos>" in words else words)
+        return turn("".join(words[: words.index("<eos>") + 1] if "<eos>" in words else words))
 
     # ---- problems and demonstrations -----------------------------------------------------------
 
@@ -119,8 +123,7 @@ class Arithmetic:
         while len(found) < n:
             prompt = str(draw.randrange(MODULUS))
             for _ in range(draw.randint(self.min_ops, self.max_ops)):
-                op = draw.choice("+-*")
-                prompt += op + str(draw.choice(OPERANDS[op]))
+                prompt += "{}{}".format(*draw.choice(OPERATIONS))
             prompt += "="
             if self.split(prompt) == split:
                 found.append(prompt)
@@ -245,8 +248,7 @@ class Arithmetic:
         for length in range(1, self.max_ops + 1):
             after = [0.0] * MODULUS
             for a, mass in enumerate(p):
-                for op, operands in OPERANDS.items():
-                    for b in operands:
-                        after[calculate(a, op, b)] += mass / len(OPERANDS) / len(operands)
+                for op, b in OPERATIONS:
+                    after[calculate(a, op, b)] += mass / len(OPERATIONS)
             p, best = after, max(best, *after) if length >= self.min_ops else best
         return best
