@@ -87,13 +87,13 @@ class Config:
     eos: int = 2
     mask: int = 3
     # supervised training: the base models
-    demos: int = 30_000  # demonstrations, drawn once
-    base_updates: int = 500  # the facts arrive between 250 and 400
+    demos: int = 20_000  # demonstrations, drawn once, each seen 2 to 3 times
+    base_updates: int = 400  # the facts arrive between 200 and 350
     base_batch: int = 128  # 64 needs as many examples in all, so twice the updates
     base_lr: float = 0.01  # AdamW, all but block matrices; 3e-3 and 0.03 know less after 450
     muon_lr: float = 0.01  # Muon, block matrices; one seed of three never learned + and - at 0.02
     base_warmup: int = 20  # updates; then linear decay to zero
-    micro: int = 128  # rows of one backward pass: memory and speed, never the result
+    micro: int = 64  # rows of one backward pass: memory and speed, never the result
     clip_grad: float = 1.0  # largest gradient norm
     # rollouts
     prompts: int = 64  # N, problems per update
@@ -252,11 +252,10 @@ class Attention(nn.Module):
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, kv: Tensor | None, used: int
     ):
         B, T, _ = x.shape
-        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(
-            1, 2
-        )  # (B, H, T, head_dim)
-        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        shape = (B, T, -1, self.head_dim)
+        q = self.q_norm(self.q_proj(x).view(shape)).transpose(1, 2)  # (B, H, T, head_dim)
+        k = self.k_norm(self.k_proj(x).view(shape)).transpose(1, 2)
+        v = self.v_proj(x).view(shape).transpose(1, 2)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if kv is not None:  # this layer's slice of the cache, (2, B, kv_heads, length, head_dim)
             kv[0, :, :, used : used + T], kv[1, :, :, used : used + T] = k, v
@@ -298,8 +297,8 @@ HF_KEYS = {
     "heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "head_dim": "head_dim",
     "hidden": "intermediate_size", "rope_theta": "rope_theta", "norm_eps": "rms_norm_eps",
     "tied": "tie_word_embeddings", "pad": "pad_token_id", "bos": "bos_token_id",
-    "eos": "eos_token_id",
-    "mask": "mask_token_id", "causal": "is_causal", "qkv_bias": "qkv_bias", "qk_norm": "qk_norm",
+    "eos": "eos_token_id", "mask": "mask_token_id", "causal": "is_causal", "qkv_bias": "qkv_bias",
+    "qk_norm": "qk_norm",
 }  # fmt: skip
 
 
@@ -356,23 +355,15 @@ class Transformer(nn.Module):
         folder, c = Path(folder), self.config
         folder.mkdir(parents=True, exist_ok=True)
         family = "qwen3" if c.qk_norm else "qwen2" if c.qkv_bias else "llama"
-        about = {
-            "model_type": family, "architectures": [family.capitalize() + "ForCausalLM"],
-            "dtype": "float32",
-        }
+        about = {"model_type": family, "architectures": [family.capitalize() + "ForCausalLM"]}
         about |= {key: getattr(c, field) for field, key in HF_KEYS.items()}
-        weights = {
-            k if k.startswith("lm_head") else "model." + k: v for k, v in self.state_dict().items()
-        }
+        prefix = lambda name: name if name.startswith("lm_head") else "model." + name  # noqa: E731
+        weights = {prefix(name): x.contiguous() for name, x in self.state_dict().items()}
         if c.tied:
             del weights["lm_head.weight"]
-        weights = {k: v.contiguous() for k, v in weights.items()}
-        write_whole(
-            folder / "config.json", lambda path: path.write_text(json.dumps(about, indent=1))
-        )
-        write_whole(
-            folder / "model.safetensors", lambda path: save_file(weights, path, {"format": "pt"})
-        )
+        text = json.dumps(about | {"dtype": "float32"}, indent=1)
+        write_whole(folder / "config.json", lambda path: path.write_text(text))
+        write_whole(folder / "model.safetensors", lambda path: save_file(weights, path))
 
     @classmethod
     def load(cls, folder: str | Path) -> Transformer:
@@ -381,18 +372,14 @@ class Transformer(nn.Module):
         try:
             about = json.loads((folder / "config.json").read_text())
             model = cls(Config(**{field: about[key] for field, key in HF_KEYS.items()}))
-            weights = {
-                k.removeprefix("model."): v
-                for k, v in load_file(folder / "model.safetensors").items()
-            }
+            weights = load_file(folder / "model.safetensors")
+            weights = {name.removeprefix("model."): x for name, x in weights.items()}
             if model.config.tied:
                 weights["lm_head.weight"] = weights["embed_tokens.weight"]
             model.load_state_dict(weights)
         except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-            what = str(error).splitlines()[0][:100]
-            raise UserError(
-                f"{folder} is no model folder that can be read: {type(error).__name__} {what}"
-            ) from error
+            what = f"{type(error).__name__} {str(error).splitlines()[0][:100]}"
+            raise UserError(f"{folder} is no model folder that can be read: {what}") from error
         return model
 
 
@@ -434,7 +421,7 @@ class Rollout:
     prompt: Tensor  # (B, P) left-padded
     response: Tensor  # (B, R) tokens incl. EOS, then PAD
     mask: Tensor  # (B, R) 1.0 = counts: up to and including the first EOS
-    order: Tensor  # (B, R) step at which a token was fixed; -1 = given
+    order: Tensor  # (B, R) step at which a token was fixed; -1 = given, or never written
     group: Tensor  # (B,) prompt index
     logp: Tensor | None = None  # (B, R) under the policy that sampled
     ref_logp: Tensor | None = None  # (B, R)
@@ -444,14 +431,12 @@ class Rollout:
 
     def __getitem__(self, rows: Tensor) -> Rollout:
         R = int(self.mask[rows].sum(1).max())  # columns of PAD alone change nothing and cost time
-        kept = {f.name: getattr(self, f.name) for f in fields(self)}
-        cut = {"prompt": None, "group": None}  # the fields that have no columns of response
-        return Rollout(
-            **{
-                name: None if x is None else x[rows] if name in cut else x[rows, :R]
-                for name, x in kept.items()
-            }
-        )
+        taken = {}
+        for name in (f.name for f in fields(self)):
+            x = getattr(self, name)
+            if x is not None:
+                taken[name] = x[rows] if name in ("prompt", "group") else x[rows, :R]
+        return Rollout(**taken)
 
 
 def up_to_eos(response: Tensor, config: Config) -> Tensor:
@@ -519,7 +504,7 @@ def sample(
     uniform = torch.rand(B, R, dtype=torch.float64, generator=generator).to(prompt.device)
     canvas = prompt.new_full((B, R), config.pad) if start is None else start.clone()
     given = canvas != config.pad
-    order = torch.where(given, -1, canvas)  # PAD is 0 steps so far
+    order = torch.full_like(canvas, -1)
     ended = ((canvas == config.eos) | given[:, -1:]).any(1)
     # prompt and prefix move right together, so that all rows write their next token at once
     context = torch.cat([prompt, canvas], dim=1)
@@ -528,21 +513,20 @@ def sample(
     rows = torch.arange(B, device=prompt.device)[~ended]  # the rows still in the batch
     place = given.sum(1)[rows]  # where each of them writes next
     cache = Cache(model.config, len(rows), context.shape[1] + R, model.lm_head.weight)
-    states = model.hidden(context[rows], cache)[:, -1] if len(rows) else None
-    live = torch.ones_like(rows, dtype=torch.bool)
+    ids, live = context[rows], torch.ones_like(rows, dtype=torch.bool)
     for k in range(R):
+        if not live.any():
+            break
         if live.float().mean() < 0.9:  # copying the cache for fewer rows than that does not pay
-            rows, place, states = rows[live], place[live], states[live]
+            rows, place, ids = rows[live], place[live], ids[live]
             cache.keep(live)
             live = live[live]
-        if not len(rows):
-            break
+        states = model.hidden(ids, cache)[:, -1]
         token = draw(model.lm_head(states), uniform[rows, place], config)
         canvas[rows[live], place[live]] = token[live]
         order[rows[live], place[live]] = k
         live = live & (token != config.eos) & (place + 1 < R)
-        place = (place + 1).clamp(max=R - 1)
-        states = model.hidden(token[:, None], cache)[:, 0]
+        place, ids = (place + 1).clamp(max=R - 1), token[:, None]
     group = torch.arange(B, device=prompt.device) if group is None else group
     return Rollout(prompt, canvas, up_to_eos(canvas, config), order, group)
 
@@ -786,12 +770,9 @@ def demonstrations(model: Transformer, task: Task, config: Config) -> Batches:
     length = (response != config.pad).sum(1)
 
     def batch(u: int) -> tuple[Tensor, Loss]:
-        rows = torch.randint(
-            len(demos), (config.base_batch,), generator=rng(config.seed, "batch", u)
-        )
-        rows = rows[
-            length[rows].argsort(stable=True)
-        ]  # micro-batches of like length carry little PAD
+        generator = rng(config.seed, "batch", u)
+        rows = torch.randint(len(demos), (config.base_batch,), generator=generator)
+        rows = rows[length[rows].argsort(stable=True)]  # like lengths together: little PAD
         denom = length[rows].sum()
 
         def loss(rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -924,6 +905,13 @@ def at_end(score: Tensor, rollout: Rollout, config: Config) -> Tensor:
     return reward.scatter(1, last[:, None], torch.where(ended, score, config.no_eos)[:, None])
 
 
+def response_score(scorer: Transformer, head: Head, prompt: Tensor, response: Tensor) -> Tensor:
+    """(B, P), (B, R) -> (B,): the head, unshifted, on the last real token, prompt read."""
+    states = scorer.hidden(torch.cat([prompt, response], dim=1))
+    last = prompt.shape[1] + up_to_eos(response, scorer.config).sum(1).long() - 1
+    return head(states[torch.arange(len(last), device=last.device), last])
+
+
 def verifier(state: dict, rollout: Rollout, truth: Tensor, config: Config) -> Tensor:
     """The task's own grader as reward."""
     return at_end(truth, rollout, config)
@@ -932,20 +920,11 @@ def verifier(state: dict, rollout: Rollout, truth: Tensor, config: Config) -> Te
 def learned(state: dict, rollout: Rollout, truth: Tensor, config: Config) -> Tensor:
     """A Bradley-Terry model's score as reward; the truth is not looked at."""
     with torch.no_grad():
-        score = response_score(
-            state["scorer"], state["scorer_head"], rollout.prompt, rollout.response
-        )
-    return at_end(score, rollout, config)
+        x, y = rollout.prompt, rollout.response
+        return at_end(response_score(state["scorer"], state["scorer_head"], x, y), rollout, config)
 
 
 SIGNALS: dict[str, Signal] = {"verifier": verifier, "learned": learned}
-
-
-def response_score(scorer: Transformer, head: Head, prompt: Tensor, response: Tensor) -> Tensor:
-    """(B, P), (B, R) -> (B,): the head, unshifted, on the last real token, prompt read."""
-    states = scorer.hidden(torch.cat([prompt, response], dim=1))
-    last = prompt.shape[1] + up_to_eos(response, scorer.config).sum(1).long() - 1
-    return head(states[torch.arange(len(last), device=last.device), last])
 
 
 def preference_batches(
@@ -954,15 +933,12 @@ def preference_batches(
     """Batches of (prompt, preferred, other) texts for `fit`, Bradley-Terry loss."""
     device = scorer.lm_head.weight.device
     prompt = encode_prompts(task, [x for x, _, _ in pairs], config).to(device)
-    both = [
-        right_pad(task.encode([p[i] for p in pairs]), config.pad, config.response).to(device)
-        for i in (1, 2)
-    ]
+    texts = [[y for _, y, _ in pairs], [y for _, _, y in pairs]]
+    both = [right_pad(task.encode(t), config.pad, config.response).to(device) for t in texts]
 
     def batch(u: int) -> tuple[Tensor, Loss]:
-        rows = torch.randint(
-            len(pairs), (config.base_batch,), generator=rng(config.seed, "pairs", u)
-        )
+        generator = rng(config.seed, "pairs", u)
+        rows = torch.randint(len(pairs), (config.base_batch,), generator=generator)
 
         def loss(micro: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             score_w, score_l = (response_score(scorer, head, prompt[micro], y[micro]) for y in both)
@@ -990,13 +966,11 @@ def normalize_head(scorer: Transformer, head: Head, rollout: Rollout) -> None:
 #     a bar: train_small.py does that for all of them.
 
 
-def draw_prompts(
-    task: Task, config: Config, update: int, device: torch.device
-) -> tuple[list[str], Tensor, Tensor]:
-    """N training problems, each G times: texts (N), prompt (B, P), group (B,)."""
+def draw_prompts(task: Task, config: Config, update: int) -> tuple[Tensor, Tensor]:
+    """N training problems, each G times: prompt (B, P), group (B,)."""
     texts = task.prompts(config.prompts, rng(config.seed, "prompts", update))
     group = torch.arange(config.prompts).repeat_interleave(config.samples)
-    return texts, encode_prompts(task, texts, config)[group].to(device), group.to(device)
+    return encode_prompts(task, texts, config)[group], group
 
 
 def minibatches(rollout: Rollout, config: Config, update: int) -> Iterator[Tensor]:
@@ -1101,14 +1075,13 @@ def start_ppo(policy: Transformer, config: Config) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def judge_rollout(state: dict, rollout: Rollout, config: Config) -> None:
+def annotate(state: dict, rollout: Rollout, config: Config) -> None:
     """Log-probs of policy and reference and values, once a batch, at the sampling temperature."""
     states = predictive_states(state["policy"], rollout.prompt, rollout.response)
     rollout.logp = gather_logprobs(state["policy"], states, rollout.response, config.temperature)
     rollout.value = state["head"](states)
-    rollout.ref_logp = token_logprobs(
-        state["reference"], rollout.prompt, rollout.response, config.temperature
-    )
+    x, y = rollout.prompt, rollout.response
+    rollout.ref_logp = token_logprobs(state["reference"], x, y, config.temperature)
 
 
 def adapt_beta(beta: float, kl: float, episodes: int, config: Config) -> float:
@@ -1129,11 +1102,10 @@ def ppo(state: dict, task: Task, config: Config) -> Iterator[dict[str, Any]]:
     while state["update"] < config.updates:
         u = state["update"]
         # 1. sample
-        _, prompt, group = draw_prompts(task, config, u, device)
-        rollout = sample(
-            policy, prompt, config, group=group, generator=rng(config.seed, "sample", u)
-        )
-        judge_rollout(state, rollout, config)
+        prompt, group = (x.to(device) for x in draw_prompts(task, config, u))
+        generator = rng(config.seed, "sample", u)
+        rollout = sample(policy, prompt, config, group=group, generator=generator)
+        annotate(state, rollout, config)
         # 2. score
         truth = grades(task, rollout)
         reward = signal(state, rollout, truth, config)
@@ -1158,11 +1130,8 @@ def ppo(state: dict, task: Task, config: Config) -> Iterator[dict[str, Any]]:
         state["beta"] = adapt_beta(state["beta"], kl, len(prompt), config)
         state["samples"] += len(prompt)
         state["update"] += 1
-        yield (
-            metrics
-            | rollout_metrics(rollout, reward, truth, config)
-            | {"samples": state["samples"]}
-        )
+        metrics["samples"] = state["samples"]
+        yield metrics | rollout_metrics(rollout, reward, truth, config)
 
 
 LOOPS = {"ppo": (start_ppo, ppo)}
