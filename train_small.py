@@ -160,22 +160,24 @@ class Run:
 
     def about(self) -> dict[str, Any]:
         """config.json: all that decides the run's numbers."""
-        told = {name: getattr(self, name) for name in ("preset", "loops", "seeds", "targets")}
-        return {"config": asdict(self.config), **told}
+        return {"config": asdict(self.config)} | {k: getattr(self, k) for k in ("preset", "loops", "seeds", "targets")}
 
     @property
     def finished(self) -> bool:
         return len(self.done) == len(self.loops) * self.seeds
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, parse: Callable[[str], Any] = json.loads) -> Any:
     """A JSON file of a run folder, or a UserError that names it."""
     try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: {path.parent} is not the folder of a run") from None
+        return parse(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); start the run again in another --out") from None
+        raise UserError(f"{path} cannot be read ({error}); is {path.parent} the folder of a run?") from None
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a .jsonl; a torn last one is left out."""
+    return read_json(path, lambda text: [json.loads(x) for x in text.splitlines() if x.endswith("}")])
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -184,7 +186,7 @@ def write_json(path: Path, content: Any) -> None:
 
 def new_run(a: argparse.Namespace) -> Run:
     """Check everything, then claim the folder."""
-    loops = a.loops or list(LOOPS)
+    loops = list(dict.fromkeys(a.loops or LOOPS))
     for name in loops:
         if name not in LOOPS:
             raise UserError(f"no loop is called {name!r}; there are {', '.join(LOOPS)}, and sample and plot")
@@ -196,7 +198,6 @@ def new_run(a: argparse.Namespace) -> Run:
     config = replace(Config(), **nr.CONFIGS[a.config] | {k: v for k, v in given.items() if v is not None})
     check(config)
     config = replace(config, device=pick_device(config.device))
-    loops = list(dict.fromkeys(loops))
     free = (Path("runs") / f"{'-'.join(a.loops) or 'tour'}-{i}" for i in range(1, 10**6))
     out = a.out or next(path for path in free if not path.exists())
     run = Run(out, config, a.config, loops, a.seeds, parse_targets(a.target, loops), a.cache)
@@ -235,24 +236,17 @@ def open_run(out: Path, cache: Path) -> Run:
     return run
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a .jsonl; a torn last one is left out."""
-    try:
-        return [json.loads(text) for text in path.read_text().splitlines() if text.endswith("}")]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); is {path.parent} the folder of a run?") from None
-
-
 def cut_log(path: Path, run: Run) -> float:
     """Drop the lines behind the saved state, and say how many seconds the kept part took."""
     if not path.exists():
         return 0.0
     finished = {f"{r['loop']}/{r['seed']}" for r in run.done}
     job = lambda line: f"{line['loop']}/{line['seed']}"  # noqa: E731
-    mine = [x for x in read_lines(path) if job(x) == run.job and x["step"] <= run.saved_update]
-    kept = [x for x in read_lines(path) if job(x) in finished and job(x) != run.job] + mine
-    nr.write_whole(path, lambda p: p.write_text("".join(json.dumps(x) + "\n" for x in kept)))
-    return mine[-1].get("seconds", 0.0) if mine and run.job not in finished else 0.0
+    kept = [line for line in read_lines(path) if job(line) in finished]
+    mine = [line for line in read_lines(path) if job(line) == run.job and line["step"] <= run.saved_update]
+    mine = [] if run.job in finished else mine
+    nr.write_whole(path, lambda p: p.write_text("".join(json.dumps(line) + "\n" for line in kept + mine)))
+    return mine[-1].get("seconds", 0.0) if mine else 0.0
 
 
 def append(path: Path, line: dict[str, Any]) -> None:
@@ -260,9 +254,6 @@ def append(path: Path, line: dict[str, Any]) -> None:
     clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
     with path.open("a") as f:
         f.write(json.dumps(clean) + "\n")
-
-
-# ---- the one driver ----------------------------------------------------------------------------
 
 
 def drive(
@@ -324,8 +315,11 @@ def code_key(root: str) -> tuple[str, set[str]]:
     return hashlib.sha256(code.encode()).hexdigest(), read & {f.name for f in fields(Config)}
 
 
-def cached(kind: str, root: str, c: Config, cache: Path, parts: Callable[[], tuple]) -> list[torch.nn.Module]:
-    """Modules trained by `fit` once: parts() -> modules, batches, updates, optimizers.
+def cached(
+    kind: str, root: str, c: Config, cache: Path, modules: list[torch.nn.Module],
+    batches: Callable[[], nr.Batches], updates: int, optimizers: list,
+) -> list[torch.nn.Module]:  # fmt: skip
+    """The modules, trained by `fit` on batches() once and loaded from then on.
 
     The key is all they depend on: the code behind `root`, the fields it reads, the task and torch.
     """
@@ -334,7 +328,6 @@ def cached(kind: str, root: str, c: Config, cache: Path, parts: Callable[[], tup
     data = hashlib.sha256(Path(arithmetic.__file__).read_bytes()).hexdigest()
     key = hashlib.sha256(json.dumps([code, values, data, torch.__version__]).encode()).hexdigest()
     folder = cache / f"{kind}-{key[:16]}"
-    modules, batches, updates, optimizers = parts()
     state = {"modules": modules, "optimizers": optimizers, "update": 0}
     if (folder / "state.pt").exists():
         state = nr.load_state(folder, into=state)
@@ -360,14 +353,13 @@ def make_task(c: Config, careful: bool = False) -> nr.Task:
 def base_model(c: Config, cache: Path, careful: bool = False) -> Transformer:
     """The GPT after the demonstrator; careful=True: after its careful twin, the ceiling."""
     if careful:  # without noise the facts arrive earlier
-        c = replace(c, base_updates=max(1, c.base_updates * 7 // 10))
+        c = replace(c, base_updates=max(1, c.base_updates * 4 // 5))
 
-    def parts() -> tuple:
-        model = Transformer(c, nr.rng(c.seed, "init")).to(c.device)
-        made = nr.optimizers([model], c.base_lr, c, c.muon_lr)
-        return ([model], lambda: nr.demonstrations(model, make_task(c, careful), c), c.base_updates, made)
-
-    return cached("careful-gpt" if careful else "gpt", "base_model", c, cache, parts)[0]
+    model = Transformer(c, nr.rng(c.seed, "init")).to(c.device)
+    made = nr.optimizers([model], c.base_lr, c, c.muon_lr)
+    batches = lambda: nr.demonstrations(model, make_task(c, careful), c)  # noqa: E731
+    kind = "careful-gpt" if careful else "gpt"
+    return cached(kind, "base_model", c, cache, [model], batches, c.base_updates, made)[0]
 
 
 def scorer_model(c: Config, cache: Path) -> dict[str, torch.nn.Module]:
@@ -375,12 +367,10 @@ def scorer_model(c: Config, cache: Path) -> dict[str, torch.nn.Module]:
     base, task = base_model(c, cache), make_task(c)
     head = nr.Head(c, (c.width + 1) ** -0.5, nr.rng(c.seed, "scorer")).to(c.device)
 
-    def parts() -> tuple:
-        pairs = task.preferences(c.pairs, nr.rng(c.seed, "preferences"))
-        made = nr.optimizers([base, head], c.reward_lr, c)
-        return ([base, head], lambda: nr.preference_batches(base, head, pairs, task, c), c.reward_updates, made)
-
-    scorer, head = cached("scorer", "scorer_model", c, cache, parts)
+    made = nr.optimizers([base, head], c.reward_lr, c)
+    pairs = task.preferences(c.pairs, nr.rng(c.seed, "preferences"))
+    batches = lambda: nr.preference_batches(base, head, pairs, task, c)  # noqa: E731
+    scorer, head = cached("scorer", "scorer_model", c, cache, [base, head], batches, c.reward_updates, made)
     reference = base_model(c, cache)
     prompt = nr.encode_prompts(task, task.prompts(512, nr.rng(c.seed, "normalize")), c).to(c.device)
     nr.normalize_head(scorer, head, nr.sample(reference, prompt, c, generator=nr.rng(c.seed, "normalize", 1)))
@@ -413,11 +403,12 @@ def run_job(run: Run, name: str, seed: int) -> dict[str, Any]:
     c, job, out, told = replace(run.config, seed=seed), f"{name}/{seed}", run.out, set()
     task = make_task(c)
     dev, test = (task.prompts(c.eval_problems, nr.rng(0, s), s) for s in ("dev", "test"))  # the same for all seeds
-    policy, careful = base_model(c, run.cache), base_model(c, run.cache, careful=True)
-    result = {"loop": name, "seed": seed, "chance": task.chance(), "ceiling": nr.accuracy(careful, task, test, c)}
+    policy, result = base_model(c, run.cache), {"loop": name, "seed": seed, "chance": task.chance()}
     result["base"] = nr.accuracy(policy, task, test, c)
     result["base_sampled"] = nr.accuracy(policy, task, test, c, c.temperature)
-    print("{loop}/{seed}: base {base:.3f}, sampled {base_sampled:.3f} · careful twin {ceiling:.3f}".format(**result))
+    print("{loop}/{seed}: base {base:.3f} greedy, {base_sampled:.3f} sampled".format(**result), flush=True)
+    result["ceiling"] = nr.accuracy(base_model(c, run.cache, careful=True), task, test, c)
+    print("{loop}/{seed}: its careful twin {ceiling:.3f}, the ceiling".format(**result))
     start, loop = LOOPS[name]
     state = start(policy, c) | (scorer_model(c, run.cache) if c.reward == "learned" else {})
     if run.job == job:
@@ -452,14 +443,10 @@ def run_job(run: Run, name: str, seed: int) -> dict[str, Any]:
     policy.save(out / "models" / f"{name}-{seed}")
     mine = [m for m in read_lines(out / "metrics.jsonl") if (m["loop"], m["seed"]) == (name, seed)]
     enough = [m["samples"] for m in mine if m.get("dev_greedy", 0) >= 0.8]
-    return result | {
-        "final": nr.accuracy(policy, task, test, c),
-        "final_sampled": nr.accuracy(policy, task, test, c, c.temperature),
-        "samples": state["samples"],
-        "samples_to_80": enough[0] if enough else None,
-        "updates": c.updates,
-        "seconds": round(offset + time.time() - began, 1),
-    }
+    result["final"] = nr.accuracy(policy, task, test, c)
+    result["final_sampled"] = nr.accuracy(policy, task, test, c, c.temperature)
+    result |= {"samples": state["samples"], "samples_to_80": enough[0] if enough else None}
+    return result | {"updates": c.updates, "seconds": round(offset + time.time() - began, 1)}
 
 
 # ---- what a person sees at the end -------------------------------------------------------------
@@ -501,7 +488,7 @@ def picture(runs: list[Path], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.2))
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="tight")
     bundles: dict[str, dict[int, dict[int, float]]] = {}  # label -> seed -> samples -> accuracy
     for folder in runs:
         for m in read_lines(folder / "metrics.jsonl"):
@@ -522,8 +509,6 @@ def picture(runs: list[Path], path: Path) -> None:
             axes.axhline(level, color="0.5", lw=0.8, ls="--")
             axes.annotate(what, (0, level), (2, 2), textcoords="offset points", color="0.4", fontsize=8)
     axes.set(xlabel="samples drawn", ylabel="greedy accuracy on dev problems", ylim=(0, 1.02))
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
     nr.write_whole(path, lambda p: figure.savefig(p, format="png", dpi=150))
     plt.close(figure)
     print(f"picture: {path}")
@@ -556,12 +541,10 @@ def train(a: argparse.Namespace) -> int:
 
 def verdict(run: Run) -> int:
     """Exit code of the targets: 1 if one was missed."""
-    code = 0
+    got = {name: mean(r["final"] for r in run.done if r["loop"] == name) for name in run.targets}
     for name, target in run.targets.items():
-        got = mean(r["final"] for r in run.done if r["loop"] == name)
-        print(f"target {name} {target}: {'reached' if got >= target else 'MISSED'} with {got:.3f}")
-        code = code if got >= target else 1
-    return code
+        print(f"target {name} {target}: {'reached' if got[name] >= target else 'MISSED'} with {got[name]:.3f}")
+    return int(any(got[name] < target for name, target in run.targets.items()))
 
 
 def sample_command(argv: list[str]) -> int:
@@ -585,8 +568,7 @@ def sample_command(argv: list[str]) -> int:
         task.grade(a.prompt, "")
     except ValueError as error:
         raise UserError(str(error)) from None
-    c = replace(run.config, temperature=a.temperature)
-    text = nr.respond(policy, task, [a.prompt], c)[0]
+    text = nr.respond(policy, task, [a.prompt], replace(run.config, temperature=a.temperature))[0]
     print(f"{a.prompt} {text}  {'right' if task.grade(a.prompt, text) else 'wrong'}")
     return 0
 

@@ -107,7 +107,7 @@ def test_killed_anywhere_and_resumed_bit_for_bit(cache, tmp_path, arm):
     argv = [sys.executable, str(ROOT / "train_small.py"), "ppo", *map(str, more), "--out", str(out)]
     kills = 0
     for step in (3, 17):
-        process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         while process.poll() is None:
             written = (out / "metrics.jsonl").read_text().count("\n") if (out / "metrics.jsonl").exists() else 0
             if written >= step:
@@ -119,7 +119,7 @@ def test_killed_anywhere_and_resumed_bit_for_bit(cache, tmp_path, arm):
         with (out / "metrics.jsonl").open("a") as f:
             f.write('{"loop": "ppo", "se')  # a torn line, as a full disk or a power cut leaves it
         argv = [sys.executable, str(ROOT / "train_small.py"), "--resume", str(out), "--cache", str(cache)]
-    assert kills == 2
+    assert kills == 2, process.stderr.read()
     assert subprocess.run(argv, capture_output=True).returncode == 0
     for name in ("metrics.jsonl", "samples.jsonl"):
         assert without_time(out / name) == without_time(tmp_path / "quiet" / name)
