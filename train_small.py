@@ -160,7 +160,7 @@ class Run:
 
     def about(self) -> dict[str, Any]:
         """config.json: all that decides the run's numbers."""
-        return {"config": asdict(self.config)} | {k: getattr(self, k) for k in ("preset", "loops", "seeds", "targets")}
+        return {"config": asdict(self.config)} | {k: getattr(self, k) for k in "preset loops seeds targets".split()}
 
     @property
     def finished(self) -> bool:
