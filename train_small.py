@@ -352,9 +352,6 @@ def make_task(c: Config, careful: bool = False) -> nr.Task:
 
 def base_model(c: Config, cache: Path, careful: bool = False) -> Transformer:
     """The GPT after the demonstrator; careful=True: after its careful twin, the ceiling."""
-    if careful:  # without noise the facts arrive earlier
-        c = replace(c, base_updates=max(1, c.base_updates * 4 // 5))
-
     model = Transformer(c, nr.rng(c.seed, "init")).to(c.device)
     made = nr.optimizers([model], c.base_lr, c, c.muon_lr)
     batches = lambda: nr.demonstrations(model, make_task(c, careful), c)  # noqa: E731
