@@ -15,8 +15,9 @@ Equation numbers in comments:
     (13) generalized advantage estimation        (16) RLOO: leave-one-out baseline
 
 Deviations from the papers (grep DEVIATION):
-    1. All arms divide by the counted tokens of the optimizer step; GRPO averages responses first.
-    2. RLOO takes clipped token ratios; on-policy that is the paper's REINFORCE over a constant.
+    1. GRPO too divides by the counted tokens of the step; the paper averages each response first.
+    2. RLOO takes clipped token ratios; on-policy: REINFORCE over the token count.
+    3. The reward model's scores are normalized after its training only, not before as well.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class UserError(Exception):
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """write(temporary path), then rename: a kill leaves the old file or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two runs may share a cache
     write(temporary)
     os.replace(temporary, path)
 
@@ -60,7 +61,7 @@ class Config:
     # the run
     seed: int = 0  # every random number comes from a generator seeded by (seed, purpose, step)
     threads: int = 2  # same seed, machine and threads: same bytes. One is better on busy cores
-    device: str = "auto"  # cuda, then mps, then cpu
+    device: str = "auto"  # cuda, else cpu
     save_every: int = 5  # updates between two saved states; a kill loses at most these
     eval_every: int = 5  # updates between two greedy evaluations on dev problems
     eval_problems: int = 500  # held-out problems per evaluation; 500 give +-4 points at 95 %
@@ -210,8 +211,8 @@ def encode_prompts(task: Task, prompts: list[str], config: Config) -> Tensor:
 
 def rope(position: Tensor, config: Config) -> tuple[Tensor, Tensor]:
     """Rotary angles, arXiv 2104.09864. (B, T) -> cos, sin, each (B, 1, T, head_dim / 2)."""
-    half = torch.arange(0, config.head_dim, 2, device=position.device) / config.head_dim
-    angle = position[:, None, :, None] * config.rope_theta**-half
+    exponent = torch.arange(0, config.head_dim, 2, device=position.device) / config.head_dim
+    angle = position[:, None, :, None] * config.rope_theta**-exponent
     return angle.cos(), angle.sin()
 
 
@@ -318,7 +319,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None) -> None:
-        """Blocks start as the identity. Of embeddings 0.02 .. 1, 0.1 learned most."""
+        """Blocks start as the identity. Embeddings of 0.1 learned most of 0.02 .. 1."""
         for name, p in self.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight", "bias")):
                 p.zero_()
@@ -396,7 +397,7 @@ class Head(nn.Module):
         return self.linear(x)[..., 0]
 
 
-def frozen_copy(model: nn.Module) -> nn.Module:
+def frozen_copy(model: Transformer) -> Transformer:
     """The reference: same weights now, no gradient ever."""
     copy = type(model)(model.config)
     copy.load_state_dict(model.state_dict())
@@ -498,7 +499,7 @@ def sample(
     """Write a response to every row of prompt (B, P), or go on from `start` (B, R), PAD = open.
 
     All uniform numbers are drawn first, one for each place of the canvas, so a row's sample does
-    not depend on the other rows. Finished rows leave the batch. Temperature 0 is greedy.
+    not depend on the others (but for rounding). Finished rows leave the batch. T = 0 is greedy.
     """
     B, R = len(prompt), config.response
     uniform = torch.rand(B, R, dtype=torch.float64, generator=generator).to(prompt.device)
@@ -589,6 +590,7 @@ def group_advantage(reward: Tensor, group: Tensor, kind: str) -> Tensor:
 
     count = total(torch.ones_like(reward))
     adv = reward - total(reward) / count
+    adv = adv.masked_fill(adv.abs() < 1e-6, 0.0)  # rounding is no reward
     if kind == "grpo":
         std = (total(adv**2) / (count - 1).clamp(min=1)).sqrt()
         adv = adv / (std + 1e-4)
@@ -603,7 +605,7 @@ def group_advantage(reward: Tensor, group: Tensor, kind: str) -> Tensor:
 #    is another loss. After this section every loop below reads as signal -> credit -> loss.
 
 
-def nll_loss(logp: Tensor, mask: Tensor, denom: Tensor) -> Tensor:
+def nll_loss(logp: Tensor, mask: Tensor, denom: Tensor | int) -> Tensor:
     """Maximum likelihood: logp, mask (B, R) -> scalar; prompt tokens never enter."""
     objective = (logp * mask).sum() / denom
     return -objective
@@ -683,15 +685,14 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             grad = torch.stack([p.grad for p in group["params"]])  # (n, rows, cols)
             state = self.state[group["params"][0]]
-            average = state.setdefault("average", torch.zeros_like(grad))
-            average.lerp_(grad, 1 - group["momentum"])
-            x = grad.lerp(average, group["momentum"])  # Nesterov: look one step ahead
+            smooth = state.setdefault("smooth", torch.zeros_like(grad))
+            smooth.lerp_(grad, 1 - group["momentum"])
+            x = grad.lerp(smooth, group["momentum"])  # Nesterov: look one step ahead
             tall = x.shape[1] > x.shape[2]
             x = x.mT if tall else x  # the shorter side makes the cheaper x x'
             x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-            for _ in range(
-                5
-            ):  # s <- 3.4445 s - 4.7750 s^3 + 2.0315 s^5 sends singular values near 1
+            # s <- 3.4445 s - 4.7750 s^3 + 2.0315 s^5 sends singular values near 1
+            for _ in range(5):
                 gram = x @ x.mT
                 x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
             scale = group["lr"] * max(1.0, grad.shape[1] / grad.shape[2]) ** 0.5
@@ -734,6 +735,8 @@ def step(
     groups = [group for optimizer in state["optimizers"] for group in optimizer.param_groups]
     params = [p for group in groups for p in group["params"]]
     metrics["grad_norm"] = nn.utils.clip_grad_norm_(params, config.clip_grad)
+    if not metrics["grad_norm"].isfinite():  # one such step would make every weight NaN
+        raise UserError("training diverged: the gradient is not finite; lower the learning rate")
     for group in groups:
         group["lr"] = group["peak_lr"] * share
     for optimizer in state["optimizers"]:
@@ -767,13 +770,13 @@ def demonstrations(model: Transformer, task: Task, config: Config) -> Batches:
     device = model.lm_head.weight.device
     prompt = encode_prompts(task, [x for x, _ in demos], config).to(device)
     response = right_pad(task.encode([y for _, y in demos]), config.pad, config.response).to(device)
-    length = (response != config.pad).sum(1)
+    length = (response != config.pad).sum(1).cpu()  # row indices live on the CPU
 
     def batch(u: int) -> tuple[Tensor, Loss]:
         generator = rng(config.seed, "batch", u)
         rows = torch.randint(len(demos), (config.base_batch,), generator=generator)
         rows = rows[length[rows].argsort(stable=True)]  # like lengths together: little PAD
-        denom = length[rows].sum()
+        denom = int(length[rows].sum())
 
         def loss(rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             y = response[rows]
@@ -861,12 +864,6 @@ def load_state(folder: str | Path, into: dict | None = None) -> dict:
     path = Path(folder) / "state.pt"
     if not path.exists():
         raise UserError(f"{folder} holds no state.pt; name the folder of a run that was started")
-    try:
-        saved = torch.load(path, weights_only=True, map_location="cpu")
-    except (RuntimeError, UnpicklingError, EOFError, ValueError, OSError) as error:
-        raise UserError(
-            f"{path} is damaged ({str(error).splitlines()[0][:80]}); start the run again"
-        ) from error
 
     def fill(mine: Any, theirs: Any) -> Any:
         if isinstance(mine, (nn.Module, torch.optim.Optimizer)):
@@ -876,9 +873,14 @@ def load_state(folder: str | Path, into: dict | None = None) -> dict:
             return [fill(x, y) for x, y in zip(mine, theirs, strict=True)]
         return theirs
 
-    if into is None:
-        return saved
-    into.update({name: fill(into.get(name), theirs) for name, theirs in saved.items()})
+    into = {} if into is None else into
+    try:
+        saved = torch.load(path, weights_only=True, map_location="cpu")
+        into.update({name: fill(into.get(name), theirs) for name, theirs in saved.items()})
+    except (UnpicklingError, RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError,
+            AttributeError) as error:  # fmt: skip
+        what = f"{type(error).__name__} {error}".replace("\n", " ")[:100]
+        raise UserError(f"{path} is damaged or of other code ({what}); delete it") from error
     return into
 
 
@@ -953,7 +955,9 @@ def preference_batches(
 
 @torch.no_grad()
 def normalize_head(scorer: Transformer, head: Head, rollout: Rollout) -> None:
-    """Gain and bias such that scores of the reference's samples have mean 0 and variance 1."""
+    """Gain and bias for mean 0 and variance 1 over the reference's samples.
+
+    DEVIATION: normalized after training only; the original code also does it before."""
     score = response_score(scorer, head, rollout.prompt, rollout.response)
     gain = 1 / score.std(unbiased=False).clamp(min=1e-4)
     head.linear.weight.mul_(gain)
@@ -996,7 +1000,7 @@ def rollout_metrics(
         "entropy": float(-(rollout.logp * rollout.mask).sum() / rollout.mask.sum()),
         "length": float(rollout.mask.sum(1).mean()),
         "ended": float((rollout.response == config.eos).any(1).float().mean()),
-        "flat_groups": float((high == low).float().mean()),  # share that teaches nothing
+        "flat_groups": float((high == low).float().mean()),  # 1: grpo and rloo learn nothing
     }
 
 
@@ -1054,7 +1058,7 @@ def grpo_objective(
 def rloo_objective(
     logp: Tensor, value: Tensor, b: Rollout, denom: Tensor, beta: float, config: Config
 ) -> Tensor:
-    """(16) DEVIATION: clipped token ratios; on-policy that is REINFORCE over a constant."""
+    """(16) DEVIATION: clipped token ratios; on-policy that is REINFORCE over the token count."""
     return ppo_loss(logp, b.logp, b.adv, b.mask, denom, config.clip)
 
 
@@ -1066,7 +1070,7 @@ ARMS = {
 
 def start_ppo(policy: Transformer, config: Config) -> dict[str, Any]:
     """A fresh state: trained policy and value head, frozen reference, optimizer, counters."""
-    head = Head(config).to(policy.lm_head.weight.device)  # zero: the first advantages are rewards
+    head = Head(config).to(policy.lm_head.weight.device)  # zero: the first critic expects nothing
     return {
         "policy": policy, "head": head, "reference": frozen_copy(policy),
         "optimizers": optimizers([policy, head], config.lr, config), "beta": config.beta,

@@ -22,6 +22,7 @@ import os
 import platform
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -42,10 +43,9 @@ T95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanoreward"
 
 HEALTHY = """\
-what to watch: reward rises and truth rises with it (if only reward does, it is being fooled) ·
-kl stays within a few nats a response · entropy falls slowly, not to 0 in the first updates ·
-clipfrac < 0.2 · ended near 1 · flat_groups < 1, or there is nothing to learn from ·
-loss near 0 is no fault: with centred advantages its value says nothing, its gradient does"""
+what to watch: reward and truth rise together (only reward: it is being fooled) · kl: a few nats a response ·
+entropy falls slowly, not to 0 at once · clipfrac < 0.2 · ended near 1 · flat_groups < 1, or grpo and rloo learn
+nothing · a loss near 0 is no fault: with centred advantages its value says nothing, its gradient does"""
 
 # ---- the call: flags, checks, one line for a mistake -------------------------------------------
 
@@ -67,8 +67,8 @@ FLAG_TYPES = {"int": int, "float": float, "str": str, "bool": true_or_false}
 
 def build_parser() -> Parser:
     """The flags of a training run."""
-    parser = Parser(prog="train_small.py", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    shape = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="train_small.py", description=__doc__, allow_abbrev=False, formatter_class=shape)
     parser.add_argument("loops", nargs="*", metavar="LOOP", help=f"any of {', '.join(LOOPS)}; none: all")
     parser.add_argument("--config", default="laptop", help=f"one of {', '.join(nr.CONFIGS)}")
     parser.add_argument("--out", type=Path, help="folder of the run (default: runs/LOOP-1, -2, ...)")
@@ -93,10 +93,9 @@ def check(c: Config) -> None:
         value, flag = getattr(c, f.name), "--" + f.name.replace("_", "-")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{flag} must be a finite number, not {value}")
-        if f.type in ("int", "float") and f.name not in ANY_SIGN:
-            if value < 0 or (value == 0 and f.name not in MAY_BE_ZERO):
-                least = "0 or more" if f.name in MAY_BE_ZERO else "above 0"
-                raise UserError(f"{flag} must be {least}, not {value}")
+        signed = f.type in ("int", "float") and f.name not in ANY_SIGN
+        if signed and (value < 0 or (value == 0 and f.name not in MAY_BE_ZERO)):
+            raise UserError(f"{flag} must be {'0 or more' if f.name in MAY_BE_ZERO else 'above 0'}, not {value}")
         if f.name in CHOICES and value not in CHOICES[f.name]:
             raise UserError(f"{flag} must be one of {', '.join(CHOICES[f.name])}, not {value!r}")
     rules = [
@@ -108,6 +107,8 @@ def check(c: Config) -> None:
         (0 <= c.gamma <= 1 and 0 <= c.lam <= 1, "--gamma and --lam must lie in 0..1"),
         (c.vocab >= 32, "--vocab must be at least 32: the task's alphabet"),
         ((c.pad, c.bos, c.eos, c.mask) == (0, 1, 2, 3), "--pad, --bos, --eos, --mask are 0, 1, 2, 3 in this task"),
+        (c.temperature >= 0.01, "--temperature must be at least 0.01: below, log-probs overflow"),
+        (c.kl_target == 0 or c.kl_horizon > 0.2 * c.prompts * c.samples, "--kl-horizon must exceed 0.2 * rollouts"),
         (c.causal, "--causal false: no loop trains a masked-diffusion LM yet"),
         (c.kl_target == 0 or c.beta > 0, "--kl-target adapts beta by factors: give it a --beta above 0"),
     ]
@@ -117,12 +118,12 @@ def check(c: Config) -> None:
 
 
 def pick_device(name: str) -> str:
-    """auto -> cuda, mps or cpu; a device that is not there is a UserError."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        return next(device for device, here in there.items() if here)
-    if not there.get(name.split(":")[0], False):
-        raise UserError(f"--device {name} is not here; try --device cpu")
+    """auto -> cuda or cpu; a device that is not there is a UserError."""
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    try:
+        torch.empty(0, device=name, dtype=torch.float64)  # the sampler's numbers; mps has none
+    except (RuntimeError, AssertionError, TypeError):
+        raise UserError(f"--device {name} is not here or lacks float64; try --device cpu") from None
     return name
 
 
@@ -131,12 +132,9 @@ def parse_targets(texts: list[str], loops: list[str]) -> dict[str, float]:
     targets = {}
     for text in texts:
         name, _, number = text.partition("=")
-        try:
-            targets[name] = float(number)
-        except ValueError:
-            raise UserError(f"--target {text}: write it as ppo=0.8") from None
-        if name not in loops or not 0 <= targets[name] <= 1:
-            raise UserError(f"--target {text}: a loop of this run ({', '.join(loops)}) and a number in 0..1")
+        if name not in loops or not number.replace(".", "", 1).isdecimal() or not 0 <= float(number) <= 1:
+            raise UserError(f"--target {text}: write a loop of this run and a number in 0..1, as {loops[0]}=0.8")
+        targets[name] = float(number)
     return targets
 
 
@@ -180,8 +178,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return read_json(path, lambda text: [json.loads(x) for x in text.splitlines() if x.endswith("}")])
 
 
-def write_json(path: Path, content: Any) -> None:
-    nr.write_whole(path, lambda p: p.write_text(json.dumps(content, indent=1) + "\n"))
+def write_text(path: Path, text: str) -> None:
+    nr.write_whole(path, lambda temporary: temporary.write_text(text))
+
+
+def as_lines(lines: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(line) + "\n" for line in lines)
 
 
 def new_run(a: argparse.Namespace) -> Run:
@@ -204,17 +206,17 @@ def new_run(a: argparse.Namespace) -> Run:
     for folder in (out, a.cache):
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / ".write").touch()
-            (folder / ".write").unlink()
+            tempfile.TemporaryFile(dir=folder).close()  # may we write there?
         except OSError as error:
             raise UserError(f"cannot write to {folder} ({error.strerror}); choose another folder") from None
     if (out / "config.json").exists():
-        if read_json(out / "config.json") != run.about():
+        there = read_json(out / "config.json")
+        if {**there, "targets": None} != {**run.about(), "targets": None}:
             raise UserError(f"{out} holds a run with another config; choose another --out")
-        return open_run(out, a.cache)
-    if any(out.iterdir()):
+        return replace(open_run(out, a.cache), targets=run.targets)
+    if any(path.suffix != ".tmp" for path in out.iterdir()):
         raise UserError(f"{out} is not empty and not a run's folder; choose another --out")
-    write_json(out / "config.json", run.about())
+    write_text(out / "config.json", json.dumps(run.about(), indent=1))
     return run
 
 
@@ -227,12 +229,11 @@ def open_run(out: Path, cache: Path) -> Run:
     except (KeyError, TypeError) as error:
         raise UserError(f"{out / 'config.json'} is not a config of this version ({error})") from None
     check(config)
-    pick_device(config.device)
     if (out / "summary.json").exists():
         run.done = read_json(out / "summary.json")["results"]
     if (out / "state" / "state.pt").exists() and not run.finished:
         saved = nr.load_state(out / "state")
-        run.job, run.saved_update = saved["job"], saved["update"]
+        run.job, run.saved_update = saved.get("job", ""), saved.get("update", 0)
     return run
 
 
@@ -242,10 +243,11 @@ def cut_log(path: Path, run: Run) -> float:
         return 0.0
     finished = {f"{r['loop']}/{r['seed']}" for r in run.done}
     job = lambda line: f"{line['loop']}/{line['seed']}"  # noqa: E731
-    kept = [line for line in read_lines(path) if job(line) in finished]
-    mine = [line for line in read_lines(path) if job(line) == run.job and line["step"] <= run.saved_update]
+    lines = read_lines(path)
+    kept = [line for line in lines if job(line) in finished]
+    mine = [line for line in lines if job(line) == run.job and line["step"] <= run.saved_update]
     mine = [] if run.job in finished else mine
-    nr.write_whole(path, lambda p: p.write_text("".join(json.dumps(line) + "\n" for line in kept + mine)))
+    write_text(path, as_lines(kept + mine))
     return mine[-1].get("seconds", 0.0) if mine else 0.0
 
 
@@ -253,13 +255,12 @@ def append(path: Path, line: dict[str, Any]) -> None:
     """One JSON line; what is not a finite number becomes null."""
     clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
     with path.open("a") as f:
-        f.write(json.dumps(clean) + "\n")
+        f.write(as_lines([clean]))
 
 
 def drive(
-    loop: Iterator[dict[str, Any]], state: dict, total: int, folder: Path, title: str, every: int,
-    log: Callable[[dict[str, Any]], None],
-) -> None:  # fmt: skip
+    loop: Iterator[dict], state: dict, total: int, folder: Path, title: str, every: int, log: Callable[[dict], None]
+) -> None:
     """Run any loop or fit to its end: bar, log, a saved state every `every` updates.
 
     Ctrl-C is heard between two updates: the state is saved first. A second one ends the process.
@@ -333,6 +334,8 @@ def cached(
         state = nr.load_state(folder, into=state)
     if state["update"] < updates:
         folder.mkdir(parents=True, exist_ok=True)
+        past = read_lines(folder / "fit.jsonl") if state["update"] else []  # of a training that was stopped
+        write_text(folder / "fit.jsonl", as_lines([m for m in past if m["step"] <= state["update"]]))
         print(f"training {kind} ({sum(p.numel() for p in modules[0].parameters()):,} parameters) -> {folder}")
         began = time.time()
 
@@ -379,15 +382,15 @@ def scorer_model(c: Config, cache: Path) -> dict[str, torch.nn.Module]:
 
 def transcripts(policy: Transformer, task: nr.Task, prompts: list[str], c: Config) -> list[dict[str, Any]]:
     """Greedy responses to 32 problems, cut down to three right and three wrong ones."""
-    texts = nr.respond(policy, task, prompts[:32], replace(c, temperature=0))
-    both = [{"prompt": x, "response": y, "reward": task.grade(x, y)} for x, y in zip(prompts, texts, strict=False)]
+    texts = nr.respond(policy, task, prompts := prompts[:32], replace(c, temperature=0))
+    both = [{"prompt": x, "response": y, "reward": task.grade(x, y)} for x, y in zip(prompts, texts, strict=True)]
     return [t for t in both if t["reward"] == 1][:3] + [t for t in both if t["reward"] < 1][:3]
 
 
-def notes(m: dict[str, Any]) -> dict[str, str]:
+def notes(m: dict[str, Any], c: Config) -> dict[str, str]:
     """What a person should be told about an update, in plain words; each is said once."""
     found = {
-        "flat": (m["flat_groups"] == 1, "every group has equal rewards, nothing can be learned (more --samples?)"),
+        "flat": (m["flat_groups"] == 1 and c.arm != "gae", "equal rewards in every group, nothing to learn from"),
         "eos": (m["ended"] == 0, "no response ends with EOS (a larger --response, more --base-updates?)"),
         "kl": (m["kl"] > 20, f"KL runs away, {m['kl']:.0f} nats a response (a larger --beta, a smaller --lr?)"),
         "entropy": (m["entropy"] < 1e-3, "all samples are the same, nothing new can be found (a smaller --lr?)"),
@@ -408,9 +411,10 @@ def run_job(run: Run, name: str, seed: int) -> dict[str, Any]:
     print("{loop}/{seed}: its careful twin {ceiling:.3f}, the ceiling".format(**result))
     start, loop = LOOPS[name]
     state = start(policy, c) | (scorer_model(c, run.cache) if c.reward == "learned" else {})
+    state["result"] = result
     if run.job == job:
         state = nr.load_state(out / "state", into=state)
-    state["job"] = job
+    state["job"], result = job, state["result"]
     offset, began = cut_log(out / "metrics.jsonl", run), time.time()
     cut_log(out / "samples.jsonl", run)
 
@@ -428,10 +432,10 @@ def run_job(run: Run, name: str, seed: int) -> dict[str, Any]:
             watched = ("reward", "truth", "kl", "entropy", "clipfrac", "ended", "flat_groups")
             numbers = "  ".join(f"{k} {m[k]:.3f}" for k in watched)
             tqdm.write(f"{job} {u:4d}  dev {line['dev_greedy']:.3f}  {numbers}")
-        for warning, text in notes(m).items():
+        for warning, text in notes(m, c).items():
             if warning not in told:
                 tqdm.write(f"{job} {u:4d}  note: {text}")
-        told.update(notes(m))
+        told.update(notes(m, c))
         append(out / "metrics.jsonl", line)
 
     if state["update"] == 0:
@@ -467,29 +471,26 @@ def table(results: list[dict[str, Any]]) -> str:
         gain = interval([r["final"] - r["base"] for r in mine])
         reached = [r["samples_to_80"] for r in mine]
         to_80 = "not reached" if None in reached else f"{mean(reached):.0f}"
-        seconds = f"{mean(r['seconds'] for r in mine):.0f}"
-        rows.append((name, over(mine, "final"), over(mine, "final_sampled"), gain, to_80, seconds))
+        cells = (over(mine, "final"), over(mine, "final_sampled"), gain, to_80)
+        rows.append((name, *cells, f"{mean(r['seconds'] for r in mine):.0f}"))
     rows += [("careful twin", over(first, "ceiling"))]
     widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(rows[0]))]
-    lines = ("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=False)) for row in rows)
-    return "\n".join(line.rstrip() for line in lines)
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def picture(runs: list[Path], path: Path) -> None:
     """Dev accuracy against samples drawn: a thin line a seed, a thick one the mean; one PNG."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         print("no picture: matplotlib is missing (pip install matplotlib)")
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="tight")
+    figure = Figure(figsize=(7, 4.2), layout="tight")
+    axes = figure.subplots()
     bundles: dict[str, dict[int, dict[int, float]]] = {}  # label -> seed -> samples -> accuracy
     for folder in runs:
         for m in read_lines(folder / "metrics.jsonl"):
-            label = m["loop"] if len(runs) == 1 else f"{m['loop']} · {folder.name}"
+            label = m["loop"] if len(runs) == 1 else f"{m['loop']} · {folder}"
             if "dev_greedy" in m:
                 bundles.setdefault(label, {}).setdefault(m["seed"], {})[m["samples"]] = m["dev_greedy"]
     for i, (label, seeds) in enumerate(bundles.items()):
@@ -497,9 +498,9 @@ def picture(runs: list[Path], path: Path) -> None:
         for curve in seeds.values():
             axes.plot(list(curve), list(curve.values()), color=f"C{i}", lw=0.8, alpha=0.4)
         middle = [mean(curve[x] for curve in seeds.values()) for x in common]
-        axes.plot(common, middle, color=f"C{i}", lw=2.2)
-        axes.annotate(label, (common[-1], middle[-1]), (4, -3), textcoords="offset points", color=f"C{i}")
-    if (runs[0] / "summary.json").exists():
+        axes.plot(common, middle, color=f"C{i}", lw=2.2, label=label)
+    axes.legend(frameon=False, loc="lower right")
+    if len(runs) == 1 and (runs[0] / "summary.json").exists():
         results = read_json(runs[0] / "summary.json")["results"]
         for what in ("chance", "base", "ceiling"):
             level = mean(r[what] for r in results)
@@ -507,13 +508,15 @@ def picture(runs: list[Path], path: Path) -> None:
             axes.annotate(what, (0, level), (2, 2), textcoords="offset points", color="0.4", fontsize=8)
     axes.set(xlabel="samples drawn", ylabel="greedy accuracy on dev problems", ylim=(0, 1.02))
     nr.write_whole(path, lambda p: figure.savefig(p, format="png", dpi=150))
-    plt.close(figure)
     print(f"picture: {path}")
 
 
 def train(a: argparse.Namespace) -> int:
     """The main job."""
+    if a.resume and (a.loops or a.out or a.target or any(v is not None for k, v in vars(a).items() if "field_" in k)):
+        raise UserError("--resume takes all numbers from its folder: give no loop, flag or target with it")
     run = open_run(a.resume, a.cache) if a.resume else new_run(a)
+    pick_device(run.config.device)
     if run.finished:
         print(f"{run.out} is finished; nothing to do. Its table:\n{table(run.done)}")
         return verdict(run)
@@ -522,12 +525,10 @@ def train(a: argparse.Namespace) -> int:
     beside["machine"] = f"{platform.machine()}, {os.cpu_count()} cores"  # what a number needs beside it
     print(f"run {run.out} · base models {run.cache} · {beside}\n{HEALTHY}", flush=True)
     try:
-        for seed in range(run.config.seed, run.config.seed + run.seeds):
-            for name in run.loops:
-                if any((r["loop"], r["seed"]) == (name, seed) for r in run.done):
-                    continue
-                run.done.append(run_job(run, name, seed))
-                write_json(run.out / "summary.json", beside | {"results": run.done})
+        jobs = [(name, run.config.seed + i) for i in range(run.seeds) for name in run.loops]
+        for name, seed in jobs[len(run.done) :]:
+            run.done.append(run_job(run, name, seed))
+            write_text(run.out / "summary.json", json.dumps(beside | {"results": run.done}, indent=1))
     except KeyboardInterrupt:
         print(f"\nstopped; go on with: python train_small.py --resume {run.out} --cache {run.cache}")
         return 130
@@ -552,6 +553,7 @@ def sample_command(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int)
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--draw", type=int, default=0, help="another number, another sample")
     a = parser.parse_args(argv)
     run = open_run(a.run, CACHE)
     name, seed = a.loop or run.loops[0], run.config.seed if a.seed is None else a.seed
@@ -565,7 +567,8 @@ def sample_command(argv: list[str]) -> int:
         task.grade(a.prompt, "")
     except ValueError as error:
         raise UserError(str(error)) from None
-    text = nr.respond(policy, task, [a.prompt], replace(run.config, temperature=a.temperature))[0]
+    c, generator = replace(run.config, temperature=a.temperature), nr.rng(seed, "sample command", a.draw)
+    text = nr.respond(policy, task, [a.prompt], c, generator)[0]
     print(f"{a.prompt} {text}  {'right' if task.grade(a.prompt, text) else 'wrong'}")
     return 0
 
@@ -588,7 +591,7 @@ def main(argv: list[str] | None = None) -> int:
         if argv and argv[0] in commands:
             return commands[argv[0]](argv[1:])
         return train(build_parser().parse_args(argv))
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -220,10 +220,14 @@ def test_the_base_cache_is_reused_and_never_stale(tmp_path, monkeypatch):
     (["ppo", "--config", "huge"], "no config is called 'huge'"),
     (["ppo", "--device", "tpu"], "--device tpu is not here"),
     (["ppo", "--seeds", "0"], "--seeds must lie in"),
-    (["ppo", "--target", "ppo"], "write it as ppo=0.8"),
+    (["ppo", "--target", "ppo"], "as ppo=0.8"),
     (["ppo", "--target", "ppo=2"], "0..1"),
     (["ppo", "--target", "dpo=0.5"], "a loop of this run"),
     (["--resume", "nowhere"], "nowhere"),
+    (["--resume", "nowhere", "--lr", "1"], "takes all numbers from its folder"),
+    (["ppo", "--device", "cpu:zzz"], "is not here"),
+    (["ppo", "--temperature", "1e-40"], "at least 0.01"),
+    (["ppo", "--beta", "1", "--kl-target", "6", "--kl-horizon", "1"], "--kl-horizon"),
     (["sample", "nowhere", "--prompt", "1+1="], "nowhere"),
     (["plot", "nowhere"], "nowhere"),
 ], ids=lambda x: "-".join(x) if isinstance(x, list) else "")  # fmt: skip
@@ -294,21 +298,24 @@ def test_plot_draws_two_runs_and_says_when_matplotlib_is_missing(smoke, tmp_path
     out, _ = smoke
     png = tmp_path / "both.png"
     assert inside("plot", out, out, "--png", png) == 0
+    assert inside("plot", out, "--png", tmp_path / "no" / "a.png") == 2
+    assert capsys.readouterr().err.count("\n") == 1
     assert png.read_bytes()[:4] == b"\x89PNG"
     png.unlink()
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert inside("plot", out, "--png", png) == 0
     assert "pip install matplotlib" in capsys.readouterr().out and not png.exists()
 
 
 def test_notes_say_in_plain_words_why_nothing_is_learned():
-    fine = dict(flat_groups=0.2, ended=1.0, kl=1.0, entropy=0.5)
-    assert train_small.notes(fine) == {}
+    fine, c = dict(flat_groups=0.2, ended=1.0, kl=1.0, entropy=0.5), nr.replace(nr.Config(), arm="grpo")
+    assert train_small.notes(fine, c) == {}
     for change, word in [
         (dict(flat_groups=1.0), "equal rewards"), (dict(ended=0.0), "EOS"), (dict(kl=50.0), "KL runs away"),
         (dict(entropy=1e-5), "all samples are the same"),
     ]:  # fmt: skip
-        assert word in " ".join(train_small.notes(fine | change).values())
+        assert word in " ".join(train_small.notes(fine | change, c).values())
+    assert not train_small.notes(fine | dict(flat_groups=1.0), nr.Config())  # a critic compares across prompts
 
 
 def test_intervals_are_student_t():

@@ -56,6 +56,14 @@ def test_step_clips_schedules_and_reports_what_it_used(model):
     assert {p.dim() for g in muon.param_groups for p in g["params"]} == {2}
 
 
+def test_a_gradient_that_is_not_finite_stops_before_any_weight_is_lost(model):
+    state = {"optimizers": nr.optimizers([model], 0.01, TINY)}
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(nr.UserError, match="diverged"):
+        nr.step(state, lambda rows: (model(torch.tensor([[7]])).sum() * torch.inf, {}), torch.arange(2), TINY)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
 def test_prompt_tokens_and_padding_are_not_trained(model):
     prompt, response = random_batch(TINY)
     loss = sft_loss(model, prompt, response, (response != 0).sum())(torch.arange(6))[0]
@@ -199,9 +207,11 @@ def test_load_state_fills_modules_in_place_and_runs_no_code(tmp_path, model):
         def __reduce__(self):
             return os.system, ("touch " + str(tmp_path / "ran"),)
 
-    (tmp_path / "state.pt").write_bytes(pickle.dumps(Evil()))
-    with pytest.raises(nr.UserError, match="damaged"):
-        nr.load_state(tmp_path)
+    for damage in (pickle.dumps(Evil()), b"", b"hello", b"h\x00", b"\x80\x02}q"):
+        (tmp_path / "state.pt").write_bytes(damage)
+        with pytest.raises(nr.UserError, match="damaged") as caught:
+            nr.load_state(tmp_path)
+        assert "\n" not in str(caught.value)
     assert not (tmp_path / "ran").exists()
     with pytest.raises(nr.UserError, match="no state.pt"):
         nr.load_state(tmp_path / "nowhere")
