@@ -101,12 +101,12 @@ def test_a_missed_target_exits_one(smoke, cache, tmp_path):
 @pytest.mark.parametrize("arm", ["gae", "grpo", "rloo"])
 def test_killed_anywhere_and_resumed_bit_for_bit(cache, tmp_path, arm):
     """A real SIGKILL at a moment nobody chose, twice; then the outputs equal those of a quiet run."""
-    more = ["--config", "smoke", "--arm", arm, "--updates", 12, "--seeds", 2, "--cache", cache]
+    more = ["--config", "smoke", "--arm", arm, "--updates", 12, "--save-every", 3, "--seeds", 2, "--cache", cache]
     assert inside("ppo", *more, "--out", tmp_path / "quiet") == 0
     out = tmp_path / "killed"
     argv = [sys.executable, str(ROOT / "train_small.py"), "ppo", *map(str, more), "--out", str(out)]
     kills = 0
-    for step in (3, 17):
+    for step in (5, 17):
         process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         while process.poll() is None:
             written = (out / "metrics.jsonl").read_text().count("\n") if (out / "metrics.jsonl").exists() else 0

@@ -141,10 +141,10 @@ def test_dpo_at_the_reference_is_log_two_with_gradient_half_beta_and_swapping_fl
 
 
 def test_nine_by_hand():
-    # margin = (-3 - -4) - (-5 - -4) = 2; -log sigma(.5 * 2) + 1 * 3 / 6 = .313262 + .5
+    # margin = (-3 - -4) - (-5 - -4) = 2; -log sigma(.5 * 2) + 2 * 3 / 6 = .313262 + 1
     one = lambda x: torch.tensor([x])  # noqa: E731
-    loss, margin = nr.dpo_loss(one(-3.0), one(-5.0), one(-4.0), one(-4.0), one(6.0), 0.5, 1.0)
-    assert float(loss) == pytest.approx(0.813262, abs=1e-6) and float(margin) == 2
+    loss, margin = nr.dpo_loss(one(-3.0), one(-5.0), one(-4.0), one(-4.0), one(6.0), 0.5, 2.0)
+    assert float(loss) == pytest.approx(1.313262, abs=1e-6) and float(margin) == 2
 
 
 def test_preference_loss_equals_trl_bradley_terry():

@@ -121,6 +121,14 @@ def test_readme_numbers_come_from_committed_results():
         assert cells[4].strip("`") in ("", kept["command"]), row
 
 
+def test_the_readmes_last_lines_are_those_of_the_main_job():
+    kept = json.loads((ROOT / "notebooks" / "results" / "main.json").read_text())
+    assert train_small.table(kept["results"]) in README
+    seconds = kept["whole command"]
+    assert f"{seconds['seconds from an empty cache']:.0f} s" in README
+    assert f"{seconds['seconds to the first trained result']:.0f} s" in README
+
+
 @pytest.mark.parametrize("path", [".ci/run", "pyproject.toml", "LICENSE", "data/README.md", "tests/mutations.md"])
 def test_the_files_of_the_layout_exist(path):
     assert (ROOT / path).exists()
