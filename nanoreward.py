@@ -7,6 +7,9 @@ a framework: each method is one equation, one function and one generator loop.
 Loops (python train_small.py NAME)
     ppo     arms gae, grpo, rloo                arXiv 1707.06347, 2402.03300, 2402.14740
 
+    python train_small.py ppo   greedy accuracy on held-out problems: chance 0.01, base 0.45, ppo
+                                0.93, careful twin 0.99; 149 s from nothing on two free cores
+
 Non-goals: a trainer framework, serving, multi-turn agents, quantization, kernels.
 
 Equation numbers in comments:
