@@ -7,8 +7,7 @@
     python train_small.py sample runs/x --loop ppo --prompt "3+4-5="
     python train_small.py plot runs/x runs/y
 
-Every Config field of nanoreward.py is a flag. Exit codes: 0 done, 1 a --target was missed, 2 a
-mistake in the call (one line says which), 130 stopped by Ctrl-C (the state is saved).
+Every Config field is a flag. Exit: 0 done, 1 missed --target, 2 a mistake (one line says which), 130 Ctrl-C (saved).
 """
 
 from __future__ import annotations
@@ -179,10 +178,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def write_text(path: Path, text: str) -> None:
+    """The whole file or none of it."""
     nr.write_whole(path, lambda temporary: temporary.write_text(text))
 
 
 def as_lines(lines: list[dict[str, Any]]) -> str:
+    """Dicts -> the text of a .jsonl."""
     return "".join(json.dumps(line) + "\n" for line in lines)
 
 
@@ -358,8 +359,8 @@ def base_model(c: Config, cache: Path, careful: bool = False) -> Transformer:
     model = Transformer(c, nr.rng(c.seed, "init")).to(c.device)
     made = nr.optimizers([model], c.base_lr, c, c.muon_lr)
     batches = lambda: nr.demonstrations(model, make_task(c, careful), c)  # noqa: E731
-    kind = "careful-gpt" if careful else "gpt"
-    return cached(kind, "base_model", c, cache, [model], batches, c.base_updates, made)[0]
+    name = "careful-gpt" if careful else "gpt"
+    return cached(name, "base_model", c, cache, [model], batches, c.base_updates, made)[0]
 
 
 def scorer_model(c: Config, cache: Path) -> dict[str, torch.nn.Module]:
@@ -368,12 +369,12 @@ def scorer_model(c: Config, cache: Path) -> dict[str, torch.nn.Module]:
     head = nr.Head(c, (c.width + 1) ** -0.5, nr.rng(c.seed, "scorer")).to(c.device)
 
     made = nr.optimizers([base, head], c.reward_lr, c)
-    pairs = task.preferences(c.pairs, nr.rng(c.seed, "preferences"))
-    batches = lambda: nr.preference_batches(base, head, pairs, task, c)  # noqa: E731
+    draw_pairs = lambda: task.preferences(c.pairs, nr.rng(c.seed, "preferences"))  # noqa: E731
+    batches = lambda: nr.preference_batches(base, head, draw_pairs(), task, c)  # noqa: E731
     scorer, head = cached("scorer", "scorer_model", c, cache, [base, head], batches, c.reward_updates, made)
-    reference = base_model(c, cache)
     prompt = nr.encode_prompts(task, task.prompts(512, nr.rng(c.seed, "normalize")), c).to(c.device)
-    nr.normalize_head(scorer, head, nr.sample(reference, prompt, c, generator=nr.rng(c.seed, "normalize", 1)))
+    rollout = nr.sample(base_model(c, cache), prompt, c, generator=nr.rng(c.seed, "normalize", 1))
+    nr.normalize_head(scorer, head, rollout)
     return {"scorer": scorer.requires_grad_(False), "scorer_head": head.requires_grad_(False)}
 
 
@@ -410,8 +411,7 @@ def run_job(run: Run, name: str, seed: int) -> dict[str, Any]:
     result["ceiling"] = nr.accuracy(base_model(c, run.cache, careful=True), task, test, c)
     print("{loop}/{seed}: its careful twin {ceiling:.3f}, the ceiling".format(**result))
     start, loop = LOOPS[name]
-    state = start(policy, c) | (scorer_model(c, run.cache) if c.reward == "learned" else {})
-    state["result"] = result
+    state = start(policy, c) | (scorer_model(c, run.cache) if c.reward == "learned" else {}) | {"result": result}
     if run.job == job:
         state = nr.load_state(out / "state", into=state)
     state["job"], result = job, state["result"]
@@ -435,7 +435,7 @@ def run_job(run: Run, name: str, seed: int) -> dict[str, Any]:
         for warning, text in notes(m, c).items():
             if warning not in told:
                 tqdm.write(f"{job} {u:4d}  note: {text}")
-        told.update(notes(m, c))
+            told.add(warning)
         append(out / "metrics.jsonl", line)
 
     if state["update"] == 0:

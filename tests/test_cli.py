@@ -91,6 +91,15 @@ def test_a_finished_run_says_so_and_changes_nothing(smoke, cache):
     assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*")}
 
 
+def test_a_learned_reward_is_trained_cached_and_logged_beside_the_truth(cache, tmp_path):
+    run = ["ppo", "--config", "smoke", "--reward", "learned", "--updates", 2, "--cache", cache]
+    for name in ("a", "b"):  # the second run finds the scorer in the cache
+        assert inside(*run, "--out", tmp_path / name) == 0
+    first, second = (without_time(tmp_path / name / "metrics.jsonl") for name in ("a", "b"))
+    assert first == second and all(m["reward"] != m["truth"] for m in first)
+    assert len(list(cache.glob("scorer-*"))) == 1
+
+
 def test_a_missed_target_exits_one(smoke, cache, tmp_path):
     out = tmp_path / "x"
     run = ["ppo", "--config", "smoke", "--updates", 1, "--out", out, "--cache", cache]
