@@ -30,7 +30,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
-from math import comb
+from math import comb, log
 from pathlib import Path
 from pickle import UnpicklingError  # what torch.load(weights_only=True) raises
 from typing import Any, Protocol
@@ -99,6 +99,14 @@ class Config:
     base_warmup: int = 20  # updates; then linear decay to zero
     micro: int = 64  # rows of one backward pass: memory and speed, never the result
     clip_grad: float = 1.0  # largest gradient norm
+    # the masked-diffusion LM: starts from the GPT's weights, reads and writes blocks in any order
+    diffusion_updates: int = 600
+    look_ahead: float = 0.7  # share of them until all that comes after is seen; 0 loses the facts
+    diffusion_lr: float = 0.002  # AdamW; as fast as the GPT's, the facts are lost
+    diffusion_muon_lr: float = 0.006  # 0.003 and 0.01 know less after 600
+    t_min: float = 0.05  # smallest masking rate: the weight 1/t explodes below
+    block: int = 4  # places written in one go, blocks from left to right
+    block_steps: int = 4  # passes a block; fewer: several tokens a pass, chosen independently
     # rollouts
     prompts: int = 64  # N, problems per update
     samples: int = 8  # G, responses per problem; B = N * G
@@ -131,10 +139,9 @@ class Config:
 CONFIGS: dict[str, dict[str, Any]] = {
     "smoke": dict(
         threads=1, min_ops=1, max_ops=1, response=12, width=32, layers=1, heads=1, kv_heads=1,
-        head_dim=32,
-        hidden=64, demos=1000, base_updates=40, base_batch=32, prompts=8, samples=4, minibatch=16,
-        epochs=2, updates=4, save_every=1, eval_every=2, eval_problems=50, pairs=200,
-        reward_updates=5,
+        head_dim=32, hidden=64, demos=1000, base_updates=40, base_batch=32, diffusion_updates=40,
+        prompts=8, samples=4, minibatch=16, epochs=2, updates=4, save_every=1, eval_every=2,
+        eval_problems=50, pairs=200, reward_updates=5,
     ),
     "laptop": {},
     "gpu": dict(
@@ -312,6 +319,7 @@ class Transformer(nn.Module):
     def __init__(self, config: Config, generator: torch.Generator | None = None):
         super().__init__()
         self.config = c = config
+        self.ahead = 0.0 if c.causal else 1.0  # how much of what comes after it a position sees
         self.embed_tokens = nn.Embedding(c.vocab, c.width)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.layers))
         self.norm = nn.RMSNorm(c.width, c.norm_eps)
@@ -343,9 +351,11 @@ class Transformer(nn.Module):
         key = torch.arange(used + T, device=ids.device)
         query = key[used:, None]
         mask = real[:, None, None, :]  # PAD is never attended
-        if self.config.causal:
+        if self.ahead == 0:
             mask = mask & (key <= query)  # the one line that makes it a GPT
         mask = mask | (key == query)  # PAD sees itself: a softmax over nothing is NaN
+        if 0 < self.ahead < 1:  # on the way from a GPT to a diffusion LM
+            mask = mask.log() + (key > query) * log(self.ahead)
         x, (cos, sin) = self.embed_tokens(ids), rope(position, self.config)
         for i, layer in enumerate(self.layers):
             x = layer(x, cos, sin, mask, None if cache is None else cache.kv[i], used)
@@ -487,26 +497,22 @@ def token_logprobs(
 
 
 def draw(logits: Tensor, uniform: Tensor, config: Config) -> Tensor:
-    """Inverse CDF: logits (B, V), one uniform number a row (B,) -> token (B,). T = 0 is greedy."""
+    """Inverse CDF: logits (..., V), one uniform number each (...) -> token (...). T = 0: greedy."""
     if config.temperature == 0:
         return log_softmax(logits, 1.0, config).argmax(-1)
     cdf = log_softmax(logits, config.temperature, config).double().exp().cumsum(-1)
-    return (cdf <= uniform[:, None] * cdf[:, -1:]).sum(-1)  # an id of probability 0 has no width
+    return (cdf <= uniform[..., None] * cdf[..., -1:]).sum(-1)  # probability 0 has no width
 
 
-@torch.no_grad()
-def sample(
-    model: Transformer, prompt: Tensor, config: Config, start: Tensor | None = None,
-    group: Tensor | None = None, generator: torch.Generator | None = None,
-) -> Rollout:
-    """Write a response to every row of prompt (B, P), or go on from `start` (B, R), PAD = open.
+def write(
+    model: Transformer, prompt: Tensor, canvas: Tensor, config: Config, generator: Any
+) -> tuple[Tensor, Tensor]:
+    """GPT: left to right behind what each canvas (B, R) holds. -> canvas, order, each (B, R).
 
-    All uniform numbers are drawn first, one for each place of the canvas, so a row's sample does
-    not depend on the others (but for rounding). Finished rows leave the batch. T = 0 is greedy.
+    Finished rows leave the batch.
     """
-    B, R = len(prompt), config.response
+    B, R = canvas.shape
     uniform = torch.rand(B, R, dtype=torch.float64, generator=generator).to(prompt.device)
-    canvas = prompt.new_full((B, R), config.pad) if start is None else start.clone()
     given = canvas != config.pad
     order = torch.full_like(canvas, -1)
     ended = ((canvas == config.eos) | given[:, -1:]).any(1)
@@ -531,8 +537,74 @@ def sample(
         order[rows[live], place[live]] = k
         live = live & (token != config.eos) & (place + 1 < R)
         place, ids = (place + 1).clamp(max=R - 1), token[:, None]
+    return canvas, order
+
+
+def open_places(block: int, steps: int) -> list[int]:
+    """How many places of a block are open before each of its steps, and at the end: 10, 4 ->
+    10, 7, 4, 2, 0. The first steps take the remainder."""
+    return [block - i * (block // steps) - min(i, block % steps) for i in range(steps + 1)]
+
+
+def unmask(
+    model: Transformer, prompt: Tensor, canvas: Tensor, config: Config, generator: Any
+) -> tuple[Tensor, Tensor]:
+    """Diffusion LM: blocks from left to right, in each the surest places first (LLaDA, arXiv
+    2502.09992). canvas (B, R), MASK or PAD = open -> canvas, order, each (B, R).
+
+    The ladder of `open_places` says how many places a pass writes. A half-open block goes on at
+    the rung where it stands, so what is open is spread over the steps that are left.
+    """
+    B, R = canvas.shape
+    b, n = min(config.block, R), config.block_steps
+    uniform = torch.rand(B, -(-R // b) * n, b, dtype=torch.float64, generator=generator)
+    uniform, within = uniform.to(prompt.device), torch.arange(b, device=prompt.device)
+    ladder = torch.tensor(open_places(b, n), device=prompt.device)
+    canvas = canvas.masked_fill(canvas == config.pad, config.mask)
+    order = torch.full_like(canvas, -1)
+    while (rows := (canvas == config.mask).any(1).nonzero()).numel():  # (B', 1): full rows leave
+        y = canvas[rows[:, 0]]
+        first = (y == config.mask).int().argmax(1, keepdim=True)  # (B', 1)
+        place = (first // b * b).clamp(max=R - b) + within  # (B', b), the row's current block
+        is_open = y.gather(1, place) == config.mask
+        m = is_open.sum(1, keepdim=True)
+        below = ladder < m  # (B', n + 1), the rungs that are left
+        now = first // b * n + n - below.sum(1, keepdim=True)  # the step, of the whole canvas
+        # equal rows are read once: at first all samples of a prompt are
+        seen, which = torch.cat([prompt[rows[:, 0]], y], 1).unique(dim=0, return_inverse=True)
+        states = response_part(model.hidden(seen), prompt.shape[1])[which[:, None], place]
+        logits = model.lm_head(states)  # (B', b, V)
+        token = draw(logits, uniform[rows[:, 0], now[:, 0]], config)
+        # sure = the untempered probability of what was drawn, not of a perturbed logit
+        sure = log_softmax(logits, 1.0, config).gather(-1, token[..., None])[..., 0]
+        rank = sure.masked_fill(~is_open, -torch.inf).argsort(dim=1, descending=True, stable=True)
+        chosen = rank.argsort(1) < m - (ladder * below).amax(1, keepdim=True)
+        canvas[rows, place] = torch.where(chosen, token, canvas[rows, place])
+        order[rows, place] = torch.where(chosen, now, order[rows, place])
+    return canvas, order
+
+
+@torch.no_grad()
+def sample(
+    model: Transformer, prompt: Tensor, config: Config, start: Tensor | None = None,
+    group: Tensor | None = None, generator: torch.Generator | None = None,
+) -> Rollout:
+    """Write a response to every row of prompt (B, P), or go on from `start` (B, R), PAD = open.
+
+    All uniform numbers are drawn first, one for each place and step, so a row's sample does not
+    depend on the others (but for rounding). T = 0 is greedy.
+    """
+    B, R = len(prompt), config.response
+    canvas = prompt.new_full((B, R), config.pad) if start is None else start.clone()
+    writer = write if model.config.causal else unmask
+    canvas, order = writer(model, prompt, canvas, config, generator)
     group = torch.arange(B, device=prompt.device) if group is None else group
     return Rollout(prompt, canvas, up_to_eos(canvas, config), order, group)
+
+
+def state_at(response: Tensor, order: Tensor, step: Tensor, config: Config) -> Tensor:
+    """The canvas (B, R) before `step` (B,): what was fixed then or later is MASK again."""
+    return response.masked_fill(order >= step[:, None], config.mask)
 
 
 def k1(logp: Tensor, ref_logp: Tensor) -> Tensor:
@@ -603,9 +675,10 @@ def group_advantage(reward: Tensor, group: Tensor, kind: str) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------
-# 6. Losses. Pure functions of tensors: no model, no config. Each writes its objective, then negates
-#    it. `denom` is always the count over the WHOLE optimizer step: the mean of micro-batch means
-#    is another loss. After this section every loop below reads as signal -> credit -> loss.
+# 6. Losses. Pure functions of tensors: no model (but in (1), whose inputs are drawn), no config.
+#    Each writes its objective, then negates it. `denom` is always the count over the WHOLE
+#    optimizer step: the mean of micro-batch means is another loss. After this section every loop
+#    below reads as signal -> credit -> loss.
 
 
 def nll_loss(logp: Tensor, mask: Tensor, denom: Tensor | int) -> Tensor:
@@ -651,6 +724,55 @@ def dpo_loss(
     margin = (logp_w - ref_w) - (logp_l - ref_l)
     objective = (F.logsigmoid(beta * margin) + alpha * logp_w / len_w).mean()
     return -objective, margin.detach()
+
+
+def rate_masks(like: Tensor, generator: torch.Generator, t_min: float) -> tuple[Tensor, Tensor]:
+    """What (1) hides of like (B, R): each token with its row's rate t -> hidden (B, R), 1/t (B, 1).
+
+    t is stratified, a row in each B-th part of [t_min, 1]; in random order: rows may be sorted.
+    """
+    B, device = len(like), like.device
+    t = (torch.randperm(B, generator=generator) + torch.rand(B, generator=generator)) / B
+    t = t_min + (1 - t_min) * t[:, None]
+    return (torch.rand(like.shape, generator=generator) < t).to(device), (1 / t).to(device)
+
+
+def count_masks(like: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Exactly l tokens of each row, l stratified over 1..R: the same bound, less variance.
+    -> hidden (B, R), R/l (B, 1)."""
+    (B, R), device = like.shape, like.device
+    t = (torch.randperm(B, generator=generator) + torch.rand(B, generator=generator)) / B
+    count = (t[:, None] * R).long() + 1
+    rank = torch.rand(B, R, generator=generator).argsort(1).argsort(1)
+    return (rank < count).to(device), (R / count).to(device)
+
+
+def masked_nll(
+    model: Transformer, prompt: Tensor, response: Tensor, hidden: Tensor, weight: Tensor
+) -> Tensor:
+    """The integrand of (1): weight * sum over hidden tokens of -log p(y_k | x, rest) -> (B,)."""
+    states = predictive_states(model, prompt, response.masked_fill(hidden, model.config.mask))
+    logp = gather_logprobs(model, states, response, temperature=1.0)
+    objective = ((logp * hidden) * weight).sum(1)
+    return -objective
+
+
+def diffusion_loss(
+    model: Transformer, prompt: Tensor, response: Tensor, generator: torch.Generator,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """(1) masked diffusion, arXiv 2502.09992: (B, P), (B, R) -> scalar, nats a place.
+
+    The prompt is never hidden. PAD behind the end becomes EOS and is learned: so the model stops.
+    rows: a micro-batch; what is hidden is drawn for all B, so the parts sum up to the whole.
+    """
+    # E_t E_hidden [ 1/t sum_k 1[hidden] log p(y_k | x, the rest) ] / R: by R, not by the hidden
+    c = model.config
+    response = response.masked_fill(response == c.pad, c.eos)
+    hidden, weight = rate_masks(response, generator, c.t_min)
+    parts = (prompt, response, hidden, weight)
+    nll = masked_nll(model, *(x if rows is None else x[rows] for x in parts))
+    return nll.sum() / response.numel()
 
 
 def preference_loss(score_w: Tensor, score_l: Tensor) -> Tensor:
@@ -767,7 +889,11 @@ def fit(state: dict, batch: Batches, updates: int, config: Config) -> Iterator[d
 
 
 def demonstrations(model: Transformer, task: Task, config: Config) -> Batches:
-    """Demonstrations for `fit`, drawn and encoded once; response tokens incl. EOS are trained."""
+    """Demonstrations for `fit`, drawn and encoded once; response tokens incl. EOS are trained.
+
+    The diffusion LM starts as a GPT that looks ahead a little, then more (attention annealing,
+    arXiv 2410.17891). At once, its facts are lost and do not come back: 4 % greedy, not 35 %.
+    """
     generator = rng(config.seed, "demonstrations")
     demos = [task.demo(generator) for _ in range(config.demos)]
     device = model.lm_head.weight.device
@@ -779,15 +905,19 @@ def demonstrations(model: Transformer, task: Task, config: Config) -> Batches:
         generator = rng(config.seed, "batch", u)
         rows = torch.randint(len(demos), (config.base_batch,), generator=generator)
         rows = rows[length[rows].argsort(stable=True)]  # like lengths together: little PAD
-        denom = int(length[rows].sum())
+        x, y, denom = prompt[rows], response[rows], int(length[rows].sum())
+        if not model.config.causal:
+            model.ahead = min(1.0, (u + 1) / (config.look_ahead * config.diffusion_updates)) ** 2
 
-        def loss(rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            y = response[rows]
-            y = y[:, : (y != config.pad).sum(1).max()]  # columns of PAD alone change nothing
-            logp = token_logprobs(model, prompt[rows], y, temperature=1.0)
-            return nll_loss(logp, y != config.pad, denom), {}
+        def next_token(micro: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            R = int(length[rows[micro]].max())  # columns of PAD alone change nothing
+            logp = token_logprobs(model, x[micro], y[micro, :R], temperature=1.0)
+            return nll_loss(logp, y[micro, :R] != config.pad, denom), {}
 
-        return rows, loss
+        def unmasking(micro: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            return diffusion_loss(model, x, y, rng(config.seed, "hidden", u), micro), {}
+
+        return torch.arange(len(rows)), next_token if model.config.causal else unmasking
 
     return batch
 
@@ -815,6 +945,23 @@ def accuracy(
     config = replace(config, temperature=temperature)
     texts = respond(model, task, prompts, config, rng(config.seed, "evaluate"))
     return sum(task.grade(x, y) for x, y in zip(prompts, texts, strict=True)) / len(prompts)
+
+
+@torch.no_grad()
+def likelihood_bound(
+    model: Transformer, prompt: Tensor, response: Tensor, masks: Callable = count_masks,
+    draws: int = 128, generator: torch.Generator | None = None,
+) -> Tensor:
+    """Estimate of the diffusion LM's upper bound on -log p(y | x), (B,), nats, from `draws` masks.
+
+    masks: count_masks, or partial(rate_masks, t_min=0.001); 128 draws as LLaDA. `response` is
+    taken as it is: raw canvas, without PAD.
+    """
+    x, y = prompt.repeat(draws, 1), response.repeat(draws, 1)
+    hidden, weight = masks(y, generator)
+    parts = zip(*(z.split(1024) for z in (x, y, hidden, weight)), strict=True)
+    nll = [masked_nll(model, *part) for part in parts]
+    return torch.cat(nll).view(draws, len(prompt)).mean(0)
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:

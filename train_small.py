@@ -263,15 +263,12 @@ def drive(
     loop: Iterator[dict], state: dict, total: int, folder: Path, title: str, every: int, log: Callable[[dict], None]
 ) -> None:
     """Run any loop or fit to its end: bar, log, a saved state every `every` updates.
-
     Ctrl-C is heard between two updates: the state is saved first. A second one ends the process.
     """
     asked = []
-
     def ask(*_: Any) -> None:
         asked.append(True)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-
     before = signal.signal(signal.SIGINT, ask)
     try:
         with tqdm(total=total, initial=state["update"], desc=title, disable=None, leave=False) as bar:
@@ -322,9 +319,7 @@ def cached(
     batches: Callable[[], nr.Batches], updates: int, optimizers: list,
 ) -> list[torch.nn.Module]:  # fmt: skip
     """The modules, trained by `fit` on batches() once and loaded from then on.
-
-    The key is all they depend on: the code behind `root`, the fields it reads, the task and torch.
-    """
+    The key is all they depend on: the code behind `root`, the fields it reads, the task and torch."""
     code, read = code_key(root)
     values = {name: getattr(c, name) for name in sorted(read | {"threads"})}
     data = hashlib.sha256(Path(arithmetic.__file__).read_bytes()).hexdigest()
@@ -339,11 +334,9 @@ def cached(
         write_text(folder / "fit.jsonl", as_lines([m for m in past if m["step"] <= state["update"]]))
         print(f"training {kind} ({sum(p.numel() for p in modules[0].parameters()):,} parameters) -> {folder}")
         began = time.time()
-
         def log(m: dict[str, Any]) -> None:
             seconds = round(time.time() - began, 3)
             append(folder / "fit.jsonl", {"step": state["update"], "seconds": seconds, **m})
-
         drive(nr.fit(state, batches(), updates, c), state, updates, folder, kind, max(1, updates // 10), log)
         nr.save_state(folder, state)
     return [module.requires_grad_(True) for module in modules]
@@ -363,11 +356,21 @@ def base_model(c: Config, cache: Path, careful: bool = False) -> Transformer:
     return cached(name, "base_model", c, cache, [model], batches, c.base_updates, made)[0]
 
 
+def diffusion_base(c: Config, cache: Path, careful: bool = False) -> Transformer:
+    """The masked-diffusion LM: the base GPT's weights, taught to look ahead on the same demonstrations."""
+    gpt, c = base_model(c, cache, careful), replace(c, causal=False)
+    model = Transformer(c).to(c.device)
+    model.load_state_dict(gpt.state_dict())
+    made = nr.optimizers([model], c.diffusion_lr, c, c.diffusion_muon_lr)
+    batches = lambda: nr.demonstrations(model, make_task(c, careful), c)  # noqa: E731
+    name = "careful-diffusion" if careful else "diffusion"
+    return cached(name, "diffusion_base", c, cache, [model], batches, c.diffusion_updates, made)[0]
+
+
 def scorer_model(c: Config, cache: Path) -> dict[str, torch.nn.Module]:
     """The learned reward: a Bradley-Terry model that starts as the base and reads preference pairs."""
     base, task = base_model(c, cache), make_task(c)
     head = nr.Head(c, (c.width + 1) ** -0.5, nr.rng(c.seed, "scorer")).to(c.device)
-
     made = nr.optimizers([base, head], c.reward_lr, c)
     draw_pairs = lambda: task.preferences(c.pairs, nr.rng(c.seed, "preferences"))  # noqa: E731
     batches = lambda: nr.preference_batches(base, head, draw_pairs(), task, c)  # noqa: E731
@@ -417,11 +420,9 @@ def run_job(run: Run, name: str, seed: int) -> dict[str, Any]:
     state["job"], result = job, state["result"]
     offset, began = cut_log(out / "metrics.jsonl", run), time.time()
     cut_log(out / "samples.jsonl", run)
-
     def show(u: int) -> None:
         for t in transcripts(policy, task, dev, c):
             append(out / "samples.jsonl", {"loop": name, "seed": seed, "step": u, **t})
-
     def log(m: dict[str, Any]) -> None:
         u = state["update"]
         line = {"loop": name, "seed": seed, "step": u, "seconds": round(offset + time.time() - began, 3), **m}
@@ -437,7 +438,6 @@ def run_job(run: Run, name: str, seed: int) -> dict[str, Any]:
                 tqdm.write(f"{job} {u:4d}  note: {text}")
             told.add(warning)
         append(out / "metrics.jsonl", line)
-
     if state["update"] == 0:
         show(0)
     drive(loop(state, task, c), state, c.updates, out / "state", job, c.save_every, log)
