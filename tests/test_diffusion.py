@@ -319,10 +319,24 @@ def test_the_diffusion_lm_learns_to_answer_and_to_stop():
     model, task = nr.Transformer(config, nr.rng(0, "init")), Echo(1, 1)
     state = {"optimizers": nr.optimizers([model], 0.01, config, 0.02), "update": 0}
     list(nr.fit(state, nr.demonstrations(model, task, config), 120, config))
-    assert model.ahead == 1
+    assert model.ahead == 1  # the last update is one of the diffusion LM
     prompts = task.prompts(100, nr.rng(0, "dev"), "dev")
     assert nr.accuracy(model, task, prompts, config) > 0.9
     assert nr.accuracy(nr.Transformer(config, nr.rng(0, "init")), task, prompts, config) < 0.2
+
+
+def test_every_second_update_rehearses_as_a_gpt_and_the_others_look_further_and_further():
+    config, model = nr.replace(FULL, demos=40, diffusion_updates=10, look_ahead=0.5), rough(FULL)
+    batch, seen = nr.demonstrations(model, Arithmetic(1, 1), config), []
+    for u in range(10):
+        rows, loss = batch(u)
+        seen.append(model.ahead)
+        if u == 8:  # a GPT's loss: the same as of a GPT of these weights
+            gpt = nr.Transformer(nr.replace(config, causal=True))
+            gpt.load_state_dict(model.state_dict())
+            again, theirs = nr.demonstrations(gpt, Arithmetic(1, 1), config)(8)
+            assert torch.equal(loss(rows)[0], theirs(again)[0])
+    assert seen[::2] == [0] * 5 and seen[1::2] == pytest.approx([(2 / 5) ** 2, (4 / 5) ** 2, 1, 1, 1])
 
 
 def test_fit_gives_every_update_of_a_base_the_micro_batches_of_one_batch():

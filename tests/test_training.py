@@ -95,7 +95,7 @@ def test_demonstrations_train_response_tokens_incl_eos():
     g = nr.rng(config.seed, "demonstrations")
     demos = [TASK.demo(g) for _ in range(50)]
     total = count = 0.0
-    for i in rows.tolist():
+    for i in torch.randint(50, (config.base_batch,), generator=nr.rng(config.seed, "batch", 3)).tolist():
         ids = torch.tensor(TASK.encode([demos[i][1]]))
         prompt = nr.encode_prompts(TASK, [demos[i][0]], config)
         assert ids[0, -1] == config.eos and prompt[0, 0] == config.bos
