@@ -1,6 +1,7 @@
 """The limits of the design, as numbers; the README as a user meets it."""
 
 import ast
+import itertools
 import json
 import re
 import subprocess
@@ -120,6 +121,36 @@ def test_readme_numbers_come_from_committed_results():
         for cell in filter(None, cells[1:4]):
             assert f" {cell} " in f" {printed} ", (cell, printed)
         assert cells[4].strip("`") in ("", kept["command"]), row
+
+
+def table_below(words):
+    """The cells of the README's table that follows these words, header left out."""
+    lines = README[README.index(words) :].splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("|"))
+    rows = itertools.takewhile(lambda line: line.startswith("|"), lines[first + 2 :])
+    return [[c.strip() for c in row.strip("|").split("|")] for row in rows]
+
+
+def test_the_readmes_table_of_passes_is_the_committed_one():
+    kept = json.loads((ROOT / "notebooks" / "results" / "diffusion.json").read_text())
+    assert kept["command"] in README and len(kept["results"]) >= 5
+    rows = table_below("What passes and blocks do")
+    assert len(rows) >= 6
+    for block, steps, passes, *cells in rows:
+        assert int(passes) == 28 // int(block) * int(steps)
+        both = zip(*(r[f"{block}/{steps}"] for r in kept["results"]), strict=True)
+        assert cells == [train_small.interval(list(x)) for x in both]
+
+
+def test_the_readmes_benchmarks_are_the_committed_ones():
+    kept = json.loads((ROOT / "tests" / "bench" / "bench.json").read_text())
+    rows = {row["name"]: row for part in kept.values() for row in part["rows"]}
+    shown = table_below("## Benchmarks")
+    assert len(shown) >= 8
+    for name, ours, theirs, unit, ratio, *_ in shown:
+        row = rows[name]
+        assert [ours, theirs] == [f"{row[k]:,.0f}" for k in ("ours", "theirs")] and unit == row["unit"]
+        assert ratio == f"{row['ratio']:.1f}"
 
 
 def test_the_readmes_last_lines_are_those_of_the_main_job():

@@ -59,9 +59,9 @@ def in_transformers(model: nr.Transformer):
     """The same weights in transformers' Llama, through the folder that `save` writes."""
     from transformers import AutoModelForCausalLM
 
-    with tempfile.TemporaryDirectory() as folder:
-        model.save(folder)
-        return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
+    folder = tempfile.mkdtemp()  # stays: TRL reads its reference from it again
+    model.save(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
 
 
 def some_prompts(task, c: nr.Config, n: int, each: int) -> torch.Tensor:
@@ -113,7 +113,7 @@ def training_flops(model: nr.Transformer, tokens: float, T: float) -> float:
 
 def sft(c: nr.Config, cache: Path, reps: int) -> list[dict]:
     """One supervised step, AdamW on both sides: the laptop model, and a wider one for the matrix rate."""
-    wide = replace(c, width=512, layers=4, heads=8, kv_heads=8, head_dim=64, hidden=1536, response=246, micro=16)
+    wide = replace(c, width=512, layers=4, heads=8, kv_heads=8, head_dim=64, hidden=1536, response=118, micro=16)
     rows = []
     for name, k, B, natural in (("laptop", c, 128, True), ("laptop", c, 128, False), ("512 wide", wide, 16, False)):
         task = front.make_task(c)
