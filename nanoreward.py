@@ -6,7 +6,8 @@ laptop CPU in minutes, and nothing is hidden in a framework: each method is one 
 function and one generator loop.
 
 Loops (python train_small.py NAME)
-    ppo     arms gae, grpo, rloo                arXiv 1707.06347, 2402.03300, 2402.14740
+    ppo             arms gae, grpo, rloo        arXiv 1707.06347, 2402.03300, 2402.14740
+    iterative_dpo   dpo_nll, sft_chosen         arXiv 2404.19733, 2203.14465
 
     python train_small.py ppo   greedy accuracy on held-out problems: chance 0.01, base 0.45, ppo
                                 0.93, careful twin 0.99; 149 s from nothing on two free cores
@@ -131,6 +132,16 @@ class Config:
     kl_horizon: int = 10_000  # episodes; how slowly beta adapts
     whiten_reward: bool = False  # scale token rewards to variance 1, keeping their mean
     no_eos: float = -1.0  # reward of a response that never ends
+    # preference rounds
+    preference: str = "dpo_nll"  # dpo_nll (9) or sft_chosen: which loss the pairs are for
+    rounds: int = 4
+    round_updates: int = 30  # however many pairs a round has
+    round_prompts: int = 512  # problems a round, `samples` responses each
+    pairs_each: int = 2  # K, pairs of a problem that has right and wrong responses
+    pair_batch: int = 64
+    dpo_lr: float = 4e-4  # 1e-3 overfits 700 pairs: 62 % where this has 90
+    dpo_beta: float = 0.1  # (9); the paper's
+    alpha: float = 3.0  # weight of the NLL in (9), 0 is plain DPO; 1 has 82 % where 3 has 91
     # a learned reward (Bradley-Terry) in place of the verifier
     reward: str = "verifier"  # or learned
     pairs: int = 2_000  # preference pairs of its training
@@ -143,6 +154,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         threads=1, min_ops=1, max_ops=1, response=12, width=32, layers=1, heads=1, kv_heads=1,
         head_dim=32, hidden=64, demos=1000, base_updates=40, base_batch=32, diffusion_updates=40,
         prompts=8, samples=4, minibatch=16, epochs=2, updates=4, save_every=1, eval_every=2,
+        rounds=3, round_updates=2, round_prompts=8, pair_batch=16,
         eval_problems=50, pairs=200, reward_updates=5,
     ),
     "laptop": {},
@@ -1234,7 +1246,7 @@ def start_ppo(policy: Transformer, config: Config) -> dict[str, Any]:
     return {
         "policy": policy, "head": head, "reference": frozen_copy(policy),
         "optimizers": optimizers([policy, head], config.lr, config), "beta": config.beta,
-        "samples": 0, "update": 0,
+        "samples": 0, "update": 0, "updates": config.updates,
     }
 
 
@@ -1263,7 +1275,7 @@ def ppo(state: dict, task: Task, config: Config) -> Iterator[dict[str, Any]]:
     """Proximal policy optimization: sample, score the end, spread the credit, clip the update."""
     signal, (credit, objective) = SIGNALS[config.reward], ARMS[config.arm]
     policy, head, device = state["policy"], state["head"], state["policy"].lm_head.weight.device
-    while state["update"] < config.updates:
+    while state["update"] < state["updates"]:
         u = state["update"]
         # 1. sample
         prompt, group = (x.to(device) for x in draw_prompts(task, config, u))
@@ -1298,4 +1310,96 @@ def ppo(state: dict, task: Task, config: Config) -> Iterator[dict[str, Any]]:
         yield metrics | rollout_metrics(rollout, reward, truth, config)
 
 
-LOOPS = {"ppo": (start_ppo, ppo)}
+# ---- iterative_dpo: right against wrong, round after round --------------------------------------
+
+
+def pair_up(right: Tensor, group: Tensor, K: int) -> Tensor:
+    """right (B,) bool, group (B,) -> rows (n, 2): right, wrong. K pairs a prompt: walk through both
+    lists at once, the shorter one starting again. A prompt with an empty side gives none."""
+    pairs = []
+    for rows in group.argsort(stable=True).split(group.bincount().tolist()):
+        good, bad = rows[right[rows]].tolist(), rows[~right[rows]].tolist()
+        if good and bad:
+            pairs += [(good[j % len(good)], bad[j % len(bad)]) for j in range(K)]
+    return torch.tensor(pairs, dtype=torch.long).view(-1, 2)
+
+
+def dpo_nll(logp: Tensor, ref: Tensor, length: Tensor, config: Config) -> tuple[Tensor, Tensor]:
+    """(9) for (n, 2) summed log-probs of chosen and rejected -> per-pair mean, margin (n,)."""
+    c = config
+    return dpo_loss(*logp.unbind(1), *ref.unbind(1), length[:, 0], c.dpo_beta, c.alpha)
+
+
+def sft_chosen(logp: Tensor, ref: Tensor, length: Tensor, config: Config) -> tuple[Tensor, Tensor]:
+    """The NLL of (9) alone: a round of STaR, arXiv 2203.14465, that goes on from the last one."""
+    margin = (logp - ref).detach()
+    return -(logp[:, 0] / length[:, 0]).mean(), margin[:, 0] - margin[:, 1]
+
+
+PREFERENCES = {"dpo_nll": dpo_nll, "sft_chosen": sft_chosen}
+
+
+def pair_logprobs(policy: Transformer, pairs: dict[str, Tensor], rows: Any) -> Tensor:
+    """log pi(y | x) of chosen and rejected, summed over tokens and untempered, (n, 2)."""
+    prompt, y = pairs["prompt"][rows].repeat_interleave(2, 0), pairs["response"][rows].flatten(0, 1)
+    return token_logprobs(policy, prompt, y, temperature=1.0).sum(1).view(-1, 2)
+
+
+def pair_update(state: dict, config: Config) -> dict[str, float]:
+    """One update on a batch of state["pairs"]. Watch chosen: under plain DPO its log-prob falls."""
+    policy, pairs, at = state["policy"], state["pairs"], state["update"] % config.round_updates
+    generator, n = rng(config.seed, "pair batch", state["update"]), len(pairs["prompt"])
+    rows = torch.randint(n, (config.pair_batch,), generator=generator)
+    length = (pairs["response"] != config.pad).sum(2)  # (n, 2)
+
+    def loss(micro: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        logp, ref, size = pair_logprobs(policy, pairs, micro), pairs["ref"][micro], length[micro]
+        value, margin = PREFERENCES[config.preference](logp, ref, size, config)
+        logp = logp.detach()
+        seen = {"margin": margin.mean(), "pair_accuracy": (margin > 0).float().mean()}
+        for i, name in enumerate(("chosen", "rejected")):
+            seen |= {name: logp[:, i].mean(), name + "_per_token": (logp / size)[:, i].mean()}
+        share = len(micro) / len(rows)
+        return value * share, {name: x * share for name, x in seen.items()}
+
+    return step(state, loss, rows, config, schedule(at, config.round_updates, config.warmup))
+
+
+def start_rounds(policy: Transformer, config: Config) -> dict[str, Any]:
+    """A fresh state. No reference model: its log-probs are kept with the pairs of the round."""
+    return {
+        "policy": policy, "optimizers": optimizers([policy], config.dpo_lr, config), "pairs": {},
+        "drawn": {}, "samples": 0, "update": 0, "updates": config.rounds * config.round_updates,
+    }
+
+
+def iterative_dpo(state: dict, task: Task, config: Config) -> Iterator[dict[str, Any]]:
+    """Iterative reasoning preference optimization, arXiv 2404.19733v3: each round draws new
+    responses, pairs right with wrong ones and goes on from where the last round ended."""
+    policy, device = state["policy"], state["policy"].lm_head.weight.device
+    n, each = config.round_updates, replace(config, prompts=config.round_prompts)
+    while state["update"] < state["updates"]:
+        u = state["update"]
+        if u % n == 0:
+            # 1. sample
+            prompt, group = (x.to(device) for x in draw_prompts(task, each, u))
+            generator = rng(config.seed, "sample", u)
+            rollout = sample(policy, prompt, config, group=group, generator=generator)
+            # 2. score
+            truth = grades(task, rollout)
+            # 3. credit
+            rows = pair_up(truth > 0.5, group, config.pairs_each)
+            state["pairs"] = {"prompt": prompt[rows[:, 0]], "response": rollout.response[rows]}
+            if len(rows):  # the reference is the model that this round starts from
+                with torch.no_grad():
+                    state["pairs"]["ref"] = pair_logprobs(policy, state["pairs"], slice(None))
+            state["drawn"] = {"truth": float(truth.mean()), "pairs": len(rows), "round": u // n}
+            state["samples"] += len(prompt)
+        # 4. update; a round without pairs teaches nothing and is over at once
+        some = state["drawn"]["pairs"] > 0
+        metrics = pair_update(state, config) if some else {}
+        state["update"] += 1 if some else n
+        yield metrics | state["drawn"] | {"samples": state["samples"]}
+
+
+LOOPS = {"ppo": (start_ppo, ppo), "iterative_dpo": (start_rounds, iterative_dpo)}

@@ -2,7 +2,6 @@
 
     python train_small.py                               the tour: every loop
     python train_small.py ppo --arm grpo --seeds 5      one loop, five seeds, mean and interval
-    python train_small.py ppo --config smoke --out runs/x --lr 1e-4
     python train_small.py --resume runs/x
     python train_small.py sample runs/x --loop ppo --prompt "3+4-5="
     python train_small.py plot runs/x runs/y
@@ -45,6 +44,7 @@ HEALTHY = """\
 what to watch: reward and truth rise together (only reward: it is being fooled) · kl: a few nats a response ·
 entropy falls slowly, not to 0 at once · clipfrac < 0.2 · ended near 1 · flat_groups < 1, or grpo and rloo learn
 nothing · a loss near 0 is no fault: with centred advantages its value says nothing, its gradient does"""
+WATCHED = "reward truth kl entropy clipfrac ended flat_groups pairs chosen rejected margin pair_accuracy".split()
 
 # ---- the call: flags, checks, one line for a mistake -------------------------------------------
 
@@ -82,8 +82,8 @@ def build_parser() -> Parser:
 
 
 ANY_SIGN = {"no_eos", "gamma", "lam", "pad", "bos", "eos", "mask"}  # these have rules of their own
-MAY_BE_ZERO = {"value_clip", "value_coef", "beta", "kl_target", "seed"}
-CHOICES = {"arm": tuple(nr.ARMS), "reward": tuple(nr.SIGNALS)}
+MAY_BE_ZERO = {"value_clip", "value_coef", "beta", "kl_target", "seed", "alpha"}
+CHOICES = {"arm": tuple(nr.ARMS), "reward": tuple(nr.SIGNALS), "preference": tuple(nr.PREFERENCES)}
 
 
 def check(c: Config) -> None:
@@ -190,9 +190,8 @@ def as_lines(lines: list[dict[str, Any]]) -> str:
 def new_run(a: argparse.Namespace) -> Run:
     """Check everything, then claim the folder."""
     loops = list(dict.fromkeys(a.loops or LOOPS))
-    for name in loops:
-        if name not in LOOPS:
-            raise UserError(f"no loop is called {name!r}; there are {', '.join(LOOPS)}, and sample and plot")
+    if unknown := [name for name in loops if name not in LOOPS]:
+        raise UserError(f"no loop is called {unknown[0]!r}; there are {', '.join(LOOPS)}, and sample and plot")
     if a.config not in nr.CONFIGS:
         raise UserError(f"no config is called {a.config!r}; there are {', '.join(nr.CONFIGS)}")
     if not 1 <= a.seeds <= len(T95) + 1:
@@ -246,8 +245,7 @@ def cut_log(path: Path, run: Run) -> float:
     job = lambda line: f"{line['loop']}/{line['seed']}"  # noqa: E731
     lines = read_lines(path)
     kept = [line for line in lines if job(line) in finished]
-    mine = [line for line in lines if job(line) == run.job and line["step"] <= run.saved_update]
-    mine = [] if run.job in finished else mine
+    mine = [x for x in lines if run.job not in finished and job(x) == run.job and x["step"] <= run.saved_update]
     write_text(path, as_lines(kept + mine))
     return mine[-1].get("seconds", 0.0) if mine else 0.0
 
@@ -393,11 +391,14 @@ def transcripts(policy: Transformer, task: nr.Task, prompts: list[str], c: Confi
 
 def notes(m: dict[str, Any], c: Config) -> dict[str, str]:
     """What a person should be told about an update, in plain words; each is said once."""
+    m = {"flat_groups": 0, "ended": 1, "kl": 0, "entropy": 1, "pairs": 1, "chosen_per_token": 0} | m
     found = {
         "flat": (m["flat_groups"] == 1 and c.arm != "gae", "equal rewards in every group, nothing to learn from"),
         "eos": (m["ended"] == 0, "no response ends with EOS (a larger --response, more --base-updates?)"),
         "kl": (m["kl"] > 20, f"KL runs away, {m['kl']:.0f} nats a response (a larger --beta, a smaller --lr?)"),
         "entropy": (m["entropy"] < 1e-3, "all samples are the same, nothing new can be found (a smaller --lr?)"),
+        "pairs": (m["pairs"] == 0, "no problem has right and wrong responses, the round teaches nothing"),
+        "chosen": (m["chosen_per_token"] < -1, "the chosen log-prob falls below -1 a token (a larger --alpha?)"),
     }
     return {name: text for name, (holds, text) in found.items() if holds}
 
@@ -426,12 +427,11 @@ def run_job(run: Run, name: str, seed: int) -> dict[str, Any]:
     def log(m: dict[str, Any]) -> None:
         u = state["update"]
         line = {"loop": name, "seed": seed, "step": u, "seconds": round(offset + time.time() - began, 3), **m}
-        if u % c.eval_every == 0 or u in (1, c.updates):
+        if u % c.eval_every == 0 or u in (1, state["updates"]):
             line["dev_greedy"] = nr.accuracy(policy, task, dev, c)
             line["dev_sampled"] = nr.accuracy(policy, task, dev, c, c.temperature)
             show(u)
-            watched = ("reward", "truth", "kl", "entropy", "clipfrac", "ended", "flat_groups")
-            numbers = "  ".join(f"{k} {m[k]:.3f}" for k in watched)
+            numbers = "  ".join(f"{k} {m[k]:.3f}" for k in WATCHED if k in m)
             tqdm.write(f"{job} {u:4d}  dev {line['dev_greedy']:.3f}  {numbers}")
         for warning, text in notes(m, c).items():
             if warning not in told:
@@ -440,14 +440,14 @@ def run_job(run: Run, name: str, seed: int) -> dict[str, Any]:
         append(out / "metrics.jsonl", line)
     if state["update"] == 0:
         show(0)
-    drive(loop(state, task, c), state, c.updates, out / "state", job, c.save_every, log)
+    drive(loop(state, task, c), state, state["updates"], out / "state", job, c.save_every, log)
     policy.save(out / "models" / f"{name}-{seed}")
     mine = [m for m in read_lines(out / "metrics.jsonl") if (m["loop"], m["seed"]) == (name, seed)]
     enough = [m["samples"] for m in mine if m.get("dev_greedy", 0) >= 0.8]
     result["final"] = nr.accuracy(policy, task, test, c)
     result["final_sampled"] = nr.accuracy(policy, task, test, c, c.temperature)
     result |= {"samples": state["samples"], "samples_to_80": enough[0] if enough else None}
-    return result | {"updates": c.updates, "seconds": round(offset + time.time() - began, 1)}
+    return result | {"updates": state["updates"], "seconds": round(offset + time.time() - began, 1)}
 
 
 # ---- what a person sees at the end -------------------------------------------------------------
@@ -521,8 +521,8 @@ def train(a: argparse.Namespace) -> int:
         print(f"{run.out} is finished; nothing to do. Its table:\n{table(run.done)}")
         return verdict(run)
     torch.set_num_threads(run.config.threads)
-    beside = {"config": run.preset, "threads": run.config.threads, "torch": torch.__version__}
-    beside["machine"] = f"{platform.machine()}, {os.cpu_count()} cores"  # what a number needs beside it
+    machine = f"{platform.machine()}, {os.cpu_count()} cores"  # what a number needs beside it
+    beside = {"config": run.preset, "threads": run.config.threads, "torch": torch.__version__, "machine": machine}
     print(f"run {run.out} · base models {run.cache} · {beside}\n{HEALTHY}", flush=True)
     try:
         jobs = [(name, run.config.seed + i) for i in range(run.seeds) for name in run.loops]

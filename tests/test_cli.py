@@ -107,13 +107,18 @@ def test_a_missed_target_exits_one(smoke, cache, tmp_path):
     assert json.loads((out / "summary.json").read_text())["results"][0]["updates"] == 1
 
 
-@pytest.mark.parametrize("arm", ["gae", "grpo", "rloo"])
-def test_killed_anywhere_and_resumed_bit_for_bit(cache, tmp_path, arm):
+@pytest.mark.parametrize("loop, flags", [
+    ("ppo", ["--arm", "gae", "--updates", 12]), ("ppo", ["--arm", "grpo", "--updates", 12]),
+    ("ppo", ["--arm", "rloo", "--updates", 12]),
+    # its base knows a little, so that there are pairs
+    ("iterative_dpo", ["--base-updates", 200, "--round-updates", 4, "--round-prompts", 64, "--seeds", 2]),
+])  # fmt: skip
+def test_killed_anywhere_and_resumed_bit_for_bit(cache, tmp_path, loop, flags):
     """A real SIGKILL at a moment nobody chose, twice; then the outputs equal those of a quiet run."""
-    more = ["--config", "smoke", "--arm", arm, "--updates", 12, "--save-every", 3, "--seeds", 2, "--cache", cache]
-    assert inside("ppo", *more, "--out", tmp_path / "quiet") == 0
+    more = ["--config", "smoke", *flags, "--save-every", 3, "--seeds", 2, "--cache", cache]
+    assert inside(loop, *more, "--out", tmp_path / "quiet") == 0
     out = tmp_path / "killed"
-    argv = [sys.executable, str(ROOT / "train_small.py"), "ppo", *map(str, more), "--out", str(out)]
+    argv = [sys.executable, str(ROOT / "train_small.py"), loop, *map(str, more), "--out", str(out)]
     kills = 0
     for step in (5, 17):
         process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -133,8 +138,10 @@ def test_killed_anywhere_and_resumed_bit_for_bit(cache, tmp_path, arm):
     for name in ("metrics.jsonl", "samples.jsonl"):
         assert without_time(out / name) == without_time(tmp_path / "quiet" / name)
     for seed in (0, 1):
-        name = f"models/ppo-{seed}/model.safetensors"
+        name = f"models/{loop}-{seed}/model.safetensors"
         assert (out / name).read_bytes() == (tmp_path / "quiet" / name).read_bytes()
+    if loop == "iterative_dpo":
+        assert min(m["pairs"] for m in lines(out / "metrics.jsonl")) > 0
     results = [json.loads((f / "summary.json").read_text())["results"] for f in (out, tmp_path / "quiet")]
     assert [r | {"seconds": 0} for r in results[0]] == [r | {"seconds": 0} for r in results[1]]
 
@@ -321,7 +328,8 @@ def test_notes_say_in_plain_words_why_nothing_is_learned():
     assert train_small.notes(fine, c) == {}
     for change, word in [
         (dict(flat_groups=1.0), "equal rewards"), (dict(ended=0.0), "EOS"), (dict(kl=50.0), "KL runs away"),
-        (dict(entropy=1e-5), "all samples are the same"),
+        (dict(entropy=1e-5), "all samples are the same"), (dict(pairs=0), "teaches nothing"),
+        (dict(chosen_per_token=-2.0), "chosen log-prob falls"),
     ]:  # fmt: skip
         assert word in " ".join(train_small.notes(fine | change, c).values())
     assert not train_small.notes(fine | dict(flat_groups=1.0), nr.Config())  # a critic compares across prompts
