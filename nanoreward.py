@@ -368,9 +368,9 @@ class Transformer(nn.Module):
         mask = real[:, None, None, :]  # PAD is never attended
         if self.ahead == 0:
             mask = mask & (key <= query)  # the one line that makes it a GPT
-        mask = mask | (key == query)  # PAD sees itself: a softmax over nothing is NaN
+        mask = (mask | (key == query)).log()  # PAD sees itself: a softmax over nothing is NaN
         if 0 < self.ahead < 1:  # on the way from a GPT to a diffusion LM
-            mask = mask.log() + (key > query) * log(self.ahead)
+            mask = mask + (key > query) * log(self.ahead)
         x, (cos, sin) = self.embed_tokens(ids), rope(position, self.config)
         for i, layer in enumerate(self.layers):
             x = layer(x, cos, sin, mask, None if cache is None else cache.kv[i], used)
@@ -1254,11 +1254,15 @@ def start_ppo(policy: Transformer, config: Config) -> dict[str, Any]:
 @torch.no_grad()
 def annotate(state: dict, rollout: Rollout, config: Config) -> None:
     """Log-probs of policy and reference and values, once a batch, at the sampling temperature."""
-    states = predictive_states(state["policy"], rollout.prompt, rollout.response)
-    rollout.logp = gather_logprobs(state["policy"], states, rollout.response, config.temperature)
-    rollout.value = state["head"](states)
-    x, y = rollout.prompt, rollout.response
-    rollout.ref_logp = token_logprobs(state["reference"], x, y, config.temperature)
+    rollout.logp, rollout.ref_logp, rollout.value = rollout.mask.new_zeros(3, *rollout.mask.shape)
+    for rows in rollout.mask.sum(1).cpu().argsort(stable=True).split(config.micro):
+        b = rollout[rows]  # like lengths together: little PAD is read
+        R = b.response.shape[1]
+        states = predictive_states(state["policy"], b.prompt, b.response)
+        logp = gather_logprobs(state["policy"], states, b.response, config.temperature)
+        ref_logp = token_logprobs(state["reference"], b.prompt, b.response, config.temperature)
+        rollout.logp[rows, :R], rollout.ref_logp[rows, :R] = logp, ref_logp
+        rollout.value[rows, :R] = state["head"](states)
 
 
 def adapt_beta(beta: float, kl: float, episodes: int, config: Config) -> float:
