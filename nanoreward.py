@@ -8,6 +8,7 @@ function and one generator loop.
 Loops (python train_small.py NAME)
     ppo             arms gae, grpo, rloo        arXiv 1707.06347, 2402.03300, 2402.14740
     iterative_dpo   dpo_nll, sft_chosen         arXiv 2404.19733, 2203.14465
+    self_rewarding  judge own, frozen           arXiv 2401.10020
 
     python train_small.py   greedy accuracy on held-out problems: chance 0.01, base 0.45, ppo
                             0.93, iterative_dpo 0.90, careful twin 0.99; 322 s from nothing
@@ -32,7 +33,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass, fields, replace
 from math import comb, log
 from pathlib import Path
@@ -48,6 +51,9 @@ from torch import Tensor, nn
 # ------------------------------------------------------------------------------------------------
 # 1. Config. Every number with its reason. After this section you know what can be turned: each
 #    field is also a flag of train_small.py, and a preset in CONFIGS only overrides fields.
+
+
+SCORE = re.compile(r"(?:^|!|score[\s:=]*)([0-9]+(?:\.[0-9]+)?)(?:\s*/\s*5)?$", re.I | re.A)
 
 
 class UserError(Exception):
@@ -75,6 +81,7 @@ class Config:
     # the task
     min_ops: int = 1  # operations in a chain; each is one written step
     max_ops: int = 3
+    answers: int = 100  # different final answers; few: wrong steps often end in the right one
     response: int = 28  # R, tokens of room: 8 a step, 3 for #answer, 1 for EOS
     # the model; defaults are the laptop GPT, 0.16 M parameters
     vocab: int = 32
@@ -140,9 +147,21 @@ class Config:
     round_prompts: int = 512  # problems a round, `samples` responses each
     pairs_each: int = 2  # K, pairs of a problem that has right and wrong responses
     pair_batch: int = 64
+    late_temperature: float = 1.0  # of the second half of the rounds; the paper: 0.8, later 1.3
+    restart: bool = False  # True: every round trains the first model again (ReST-EM)
     dpo_lr: float = 4e-4  # 1e-3 overfits 700 pairs: 62 % where this has 90
     dpo_beta: float = 0.1  # (9); the paper's
     alpha: float = 3.0  # weight of the NLL in (9), 0 is plain DPO; 1 has 82 % where 3 has 91
+    # self-rewarding: rounds with own problems and own scores
+    own_rounds: int = 2  # M1 -> M2 -> M3
+    candidates: int = 4  # responses a problem
+    judgements: int = 3  # J, sampled for each response; their mean is its score
+    judge: str = "own"  # or frozen: M1 judges all rounds
+    own_problems: bool = True  # False: the task's training problems
+    seed_demos: int = 8_000  # what makes the base M1: solving, judging, posing
+    judging: float = 0.7  # share of them that judge (0: no EFT); with 0.8 M1 solves 37 %, not 45
+    posing: float = 0.07  # share of them that pose a problem
+    seed_updates: int = 300  # a right response outscores a wrong one in 75 %; 86 after 400
     # a learned reward (Bradley-Terry) in place of the verifier
     reward: str = "verifier"  # or learned
     pairs: int = 2_000  # preference pairs of its training
@@ -155,7 +174,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         threads=1, min_ops=1, max_ops=1, response=12, width=32, layers=1, heads=1, kv_heads=1,
         head_dim=32, hidden=64, demos=1000, base_updates=40, base_batch=32, diffusion_updates=40,
         prompts=8, samples=4, minibatch=16, epochs=2, updates=4, save_every=1, eval_every=2,
-        rounds=3, round_updates=2, round_prompts=8, pair_batch=16,
+        rounds=3, round_updates=2, round_prompts=8, pair_batch=16, seed_demos=200, seed_updates=20,
         eval_problems=50, pairs=200, reward_updates=5,
     ),
     "laptop": {},
@@ -204,7 +223,9 @@ class Task(Protocol):
     # (prompt, preferred, other) by a labeller with a planted weakness
     def preferences(self, n: int, generator: torch.Generator) -> list[tuple[str, str, str]]: ...
     def rubric(self, prompt: str, response: str) -> int: ...  # 0..5, by exact rules
-    def judge_demo(self, prompt: str, response: str) -> tuple[str, str]: ...  # asked, judgement
+    def judge_prompt(self, prompt: list[int], response: list[int]) -> list[int]: ...
+    def judge_demo(self, generator: torch.Generator) -> tuple[str, str]: ...  # read, written
+    def problem(self, text: str) -> str | None: ...  # a proposal as a training problem, if it is
     def propose_demo(self, generator: torch.Generator) -> tuple[str, str]: ...  # shown, a new one
     # fmt: on
 
@@ -427,9 +448,7 @@ class Head(nn.Module):
 
 def frozen_copy(model: Transformer) -> Transformer:
     """The reference: same weights now, no gradient ever."""
-    copy = type(model)(model.config)
-    copy.load_state_dict(model.state_dict())
-    return copy.to(next(model.parameters()).device).requires_grad_(False)
+    return deepcopy(model).requires_grad_(False)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -758,16 +777,6 @@ def rate_masks(like: Tensor, generator: torch.Generator, t_min: float) -> tuple[
     return (torch.rand(like.shape, generator=generator) < t).to(device), (1 / t).to(device)
 
 
-def count_masks(like: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Exactly l tokens of each row, l stratified over 1..R: the same bound, less variance.
-    -> hidden (B, R), R/l (B, 1)."""
-    (B, R), device = like.shape, like.device
-    t = (torch.randperm(B, generator=generator) + torch.rand(B, generator=generator)) / B
-    count = (t[:, None] * R).long() + 1
-    rank = torch.rand(B, R, generator=generator).argsort(1).argsort(1)
-    return (rank < count).to(device), (R / count).to(device)
-
-
 def masked_nll(
     model: Transformer, prompt: Tensor, response: Tensor, hidden: Tensor, weight: Tensor
 ) -> Tensor:
@@ -909,32 +918,36 @@ def fit(state: dict, batch: Batches, updates: int, config: Config) -> Iterator[d
         yield metrics
 
 
-def demonstrations(model: Transformer, task: Task, config: Config) -> Batches:
-    """Demonstrations for `fit`, drawn and encoded once; response tokens incl. EOS are trained.
+def demonstrations(
+    model: Transformer, task: Task, config: Config, demos: list[tuple[str, str]] | None = None
+) -> Batches:
+    """Batches of (prompt, response) texts for `fit`, the task's own demonstrations if none are
+    given; response tokens incl. EOS are trained.
 
     The diffusion LM starts as a GPT that looks ahead a little, then more (attention annealing,
     arXiv 2410.17891), and rehearses as a GPT in every second update, where each row shows all its
     facts. Greedy accuracy: 4 % if it looks ahead at once, 29 % without rehearsal, 40 % with both.
     """
-    generator = rng(config.seed, "demonstrations")
-    demos = [task.demo(generator) for _ in range(config.demos)]
-    device = model.lm_head.weight.device
+    generator, device = rng(config.seed, "demonstrations"), model.lm_head.weight.device
+    demos = demos or [task.demo(generator) for _ in range(config.demos)]
     prompt = encode_prompts(task, [x for x, _ in demos], config).to(device)
     response = right_pad(task.encode([y for _, y in demos]), config.pad, config.response).to(device)
-    length = (response != config.pad).sum(1).cpu()  # row indices live on the CPU
+    # row indices live on the CPU
+    asked, length = ((ids != config.pad).sum(1).cpu() for ids in (prompt, response))
 
     def batch(u: int) -> tuple[Tensor, Loss]:
         generator = rng(config.seed, "batch", u)
         rows = torch.randint(len(demos), (config.base_batch,), generator=generator)
-        rows = rows[length[rows].argsort(stable=True)]  # like lengths together: little PAD
+        rows = rows[(asked + length)[rows].argsort(stable=True)]  # like lengths: little PAD
         x, y, denom = prompt[rows], response[rows], int(length[rows].sum())
         as_gpt = model.config.causal or (config.diffusion_updates - u) % 2 == 0
         seen = min(1.0, (u + 1) / (config.look_ahead * config.diffusion_updates)) ** 2
         model.ahead = 0.0 if as_gpt else seen
 
         def next_token(micro: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            R = int(length[rows[micro]].max())  # columns of PAD alone change nothing
-            logp = token_logprobs(model, x[micro], y[micro, :R], temperature=1.0)
+            # columns of PAD alone change nothing
+            P, R = int(asked[rows[micro]].max()), int(length[rows[micro]].max())
+            logp = token_logprobs(model, x[micro, -P:], y[micro, :R], temperature=1.0)
             return nll_loss(logp, y[micro, :R] != config.pad, denom), {}
 
         def unmasking(micro: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -968,23 +981,6 @@ def accuracy(
     config = replace(config, temperature=temperature)
     texts = respond(model, task, prompts, config, rng(config.seed, "evaluate"))
     return sum(task.grade(x, y) for x, y in zip(prompts, texts, strict=True)) / len(prompts)
-
-
-@torch.no_grad()
-def likelihood_bound(
-    model: Transformer, prompt: Tensor, response: Tensor, masks: Callable = count_masks,
-    draws: int = 128, generator: torch.Generator | None = None,
-) -> Tensor:
-    """Estimate of the diffusion LM's upper bound on -log p(y | x), (B,), nats, from `draws` masks.
-
-    masks: count_masks, or partial(rate_masks, t_min=0.001); 128 draws as LLaDA. `response` is
-    taken as it is: raw canvas, without PAD.
-    """
-    x, y = prompt.repeat(draws, 1), response.repeat(draws, 1)
-    hidden, weight = masks(y, generator)
-    parts = zip(*(z.split(1024) for z in (x, y, hidden, weight)), strict=True)
-    nll = [masked_nll(model, *part) for part in parts]
-    return torch.cat(nll).view(draws, len(prompt)).mean(0)
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -1143,10 +1139,9 @@ def normalize_head(scorer: Transformer, head: Head, rollout: Rollout) -> None:
 #     a bar: train_small.py does that for all of them.
 
 
-def draw_prompts(task: Task, config: Config, update: int) -> tuple[Tensor, Tensor]:
-    """N training problems, each G times: prompt (B, P), group (B,)."""
-    texts = task.prompts(config.prompts, rng(config.seed, "prompts", update))
-    group = torch.arange(config.prompts).repeat_interleave(config.samples)
+def in_groups(task: Task, texts: list[str], config: Config) -> tuple[Tensor, Tensor]:
+    """Problems, each G times: prompt (B, P), group (B,)."""
+    group = torch.arange(len(texts)).repeat_interleave(config.samples)
     return encode_prompts(task, texts, config)[group], group
 
 
@@ -1180,59 +1175,49 @@ def rollout_metrics(
 # ---- ppo: three credits, three losses ----------------------------------------------------------
 
 
-def gae_credit(
-    rollout: Rollout, reward: Tensor, beta: float, config: Config
-) -> tuple[Tensor, Tensor]:
+def gae_credit(b: Rollout, reward: Tensor, c: Config) -> tuple[Tensor, Tensor]:
     """Critic: per-token KL in the reward (12), advantages by (13), whitened. -> adv, ret (B, R)."""
     # (12) r_k = -beta (logp_k - ref_logp_k) + 1[k = last] score
-    reward = (reward - beta * k1(rollout.logp, rollout.ref_logp)) * rollout.mask
-    if config.whiten_reward:
-        reward = whiten(reward, rollout.mask, shift=False)  # a shifted mean would pay for length
-    adv, ret = gae(reward, rollout.value, rollout.mask, config.gamma, config.lam)
-    return whiten(adv, rollout.mask), ret
+    reward = (reward - c.beta * k1(b.logp, b.ref_logp)) * b.mask
+    if c.whiten_reward:
+        reward = whiten(reward, b.mask, shift=False)  # a shifted mean would pay for length
+    adv, ret = gae(reward, b.value, b.mask, c.gamma, c.lam)
+    return whiten(adv, b.mask), ret
 
 
-def grpo_credit(
-    rollout: Rollout, reward: Tensor, beta: float, config: Config
-) -> tuple[Tensor, Tensor]:
+def grpo_credit(b: Rollout, reward: Tensor, c: Config) -> tuple[Tensor, Tensor]:
     """(15) one number a response, against its group; the KL is in the loss, not here."""
-    adv = group_advantage(reward.sum(1), rollout.group, "grpo")
-    return adv[:, None] * rollout.mask, torch.zeros_like(reward)
+    adv = group_advantage(reward.sum(1), b.group, "grpo")
+    return adv[:, None] * b.mask, torch.zeros_like(reward)
 
 
-def rloo_credit(
-    rollout: Rollout, reward: Tensor, beta: float, config: Config
-) -> tuple[Tensor, Tensor]:
+def rloo_credit(b: Rollout, reward: Tensor, c: Config) -> tuple[Tensor, Tensor]:
     """(16) R_i = r_i - beta sum_k k1, KL before the baseline; A_i = R_i - mean of the other R_j."""
-    total = (reward - beta * k1(rollout.logp, rollout.ref_logp) * rollout.mask).sum(1)
-    adv = group_advantage(total, rollout.group, "rloo")
-    return adv[:, None] * rollout.mask, torch.zeros_like(reward)
+    total = (reward - c.beta * k1(b.logp, b.ref_logp) * b.mask).sum(1)
+    adv = group_advantage(total, b.group, "rloo")
+    return adv[:, None] * b.mask, torch.zeros_like(reward)
 
 
-def critic_objective(
-    logp: Tensor, value: Tensor, b: Rollout, denom: Tensor, beta: float, config: Config
-) -> Tensor:
+# each objective: logp, value (B, R) by the policy now, b as it was sampled, denom -> scalar
+
+
+def critic_objective(logp: Tensor, value: Tensor, b: Rollout, denom: Tensor, c: Config) -> Tensor:
     """(14) L = L_pi + c_v L_V."""
     # a band of 0.2 around the old value is absurd once rewards are rescaled to variance 1
-    band = None if config.whiten_reward or not config.value_clip else config.value_clip
-    return ppo_loss(
-        logp, b.logp, b.adv, b.mask, denom, config.clip
-    ) + config.value_coef * value_loss(value, b.value, b.ret, b.mask, denom, band)
+    band = None if c.whiten_reward or not c.value_clip else c.value_clip
+    policy_part = ppo_loss(logp, b.logp, b.adv, b.mask, denom, c.clip)
+    return policy_part + c.value_coef * value_loss(value, b.value, b.ret, b.mask, denom, band)
 
 
-def grpo_objective(
-    logp: Tensor, value: Tensor, b: Rollout, denom: Tensor, beta: float, config: Config
-) -> Tensor:
+def grpo_objective(logp: Tensor, value: Tensor, b: Rollout, denom: Tensor, c: Config) -> Tensor:
     """(15) surrogate + beta k3. DEVIATION: one mean over all tokens, not one per response."""
     kl = (k3(logp, b.ref_logp) * b.mask).sum() / denom
-    return ppo_loss(logp, b.logp, b.adv, b.mask, denom, config.clip) + beta * kl
+    return ppo_loss(logp, b.logp, b.adv, b.mask, denom, c.clip) + c.beta * kl
 
 
-def rloo_objective(
-    logp: Tensor, value: Tensor, b: Rollout, denom: Tensor, beta: float, config: Config
-) -> Tensor:
+def rloo_objective(logp: Tensor, value: Tensor, b: Rollout, denom: Tensor, c: Config) -> Tensor:
     """(16) DEVIATION: clipped token ratios; on-policy that is REINFORCE over the token count."""
-    return ppo_loss(logp, b.logp, b.adv, b.mask, denom, config.clip)
+    return ppo_loss(logp, b.logp, b.adv, b.mask, denom, c.clip)
 
 
 ARMS = {
@@ -1283,7 +1268,8 @@ def ppo(state: dict, task: Task, config: Config) -> Iterator[dict[str, Any]]:
     while state["update"] < state["updates"]:
         u = state["update"]
         # 1. sample
-        prompt, group = (x.to(device) for x in draw_prompts(task, config, u))
+        texts = task.prompts(config.prompts, rng(config.seed, "prompts", u))
+        prompt, group = (x.to(device) for x in in_groups(task, texts, config))
         generator = rng(config.seed, "sample", u)
         rollout = sample(policy, prompt, config, group=group, generator=generator)
         annotate(state, rollout, config)
@@ -1291,18 +1277,19 @@ def ppo(state: dict, task: Task, config: Config) -> Iterator[dict[str, Any]]:
         truth = grades(task, rollout)
         reward = signal(state, rollout, truth, config)
         # 3. credit
-        rollout.adv, rollout.ret = credit(rollout, reward, state["beta"], config)
+        c = replace(config, beta=state["beta"])
+        rollout.adv, rollout.ret = credit(rollout, reward, c)
         # 4. update
         logs, share = [], schedule(u, config.updates, config.warmup)
         for rows in minibatches(rollout, config, u):
             denom = rollout.mask[rows].sum()
 
-            def loss(micro: Tensor, denom: Tensor = denom) -> tuple[Tensor, dict[str, Tensor]]:
+            def loss(micro: Tensor, c: Config = c, denom: Tensor = denom) -> tuple[Tensor, dict]:
                 b = rollout[micro]
                 states = predictive_states(policy, b.prompt, b.response)
                 logp = gather_logprobs(policy, states, b.response, config.temperature)
                 off = ((logp - b.logp).exp() - 1).abs() > config.clip
-                value = objective(logp, head(states), b, denom, state["beta"], config)
+                value = objective(logp, head(states), b, denom, c)
                 return value, {"clipfrac": (off * b.mask).sum() / denom}
 
             logs.append(step(state, loss, rows, config, share))
@@ -1318,14 +1305,14 @@ def ppo(state: dict, task: Task, config: Config) -> Iterator[dict[str, Any]]:
 # ---- iterative_dpo: right against wrong, round after round --------------------------------------
 
 
-def pair_up(right: Tensor, group: Tensor, K: int) -> Tensor:
-    """right (B,) bool, group (B,) -> rows (n, 2): right, wrong. K pairs a prompt: walk through both
-    lists at once, the shorter one starting again. A prompt with an empty side gives none."""
+def pair_up(score: Tensor, group: Tensor, config: Config) -> Tensor:
+    """Score (B,) 1 = right, group (B,) -> rows (n, 2): right, wrong. K pairs a prompt: walk through
+    both lists at once, the shorter one starting again. A prompt with an empty side gives none."""
     pairs = []
     for rows in group.argsort(stable=True).split(group.bincount().tolist()):
-        good, bad = rows[right[rows]].tolist(), rows[~right[rows]].tolist()
+        good, bad = rows[score[rows] > 0.5].tolist(), rows[score[rows] <= 0.5].tolist()
         if good and bad:
-            pairs += [(good[j % len(good)], bad[j % len(bad)]) for j in range(K)]
+            pairs += [(good[k % len(good)], bad[k % len(bad)]) for k in range(config.pairs_each)]
     return torch.tensor(pairs, dtype=torch.long).view(-1, 2)
 
 
@@ -1344,9 +1331,10 @@ def sft_chosen(logp: Tensor, ref: Tensor, length: Tensor, config: Config) -> tup
 PREFERENCES = {"dpo_nll": dpo_nll, "sft_chosen": sft_chosen}
 
 
-def pair_logprobs(policy: Transformer, pairs: dict[str, Tensor], rows: Any) -> Tensor:
+def pair_logprobs(policy: Transformer, pairs: dict[str, Tensor], rows: Tensor) -> Tensor:
     """log pi(y | x) of chosen and rejected, summed over tokens and untempered, (n, 2)."""
     prompt, y = pairs["prompt"][rows].repeat_interleave(2, 0), pairs["response"][rows].flatten(0, 1)
+    y = y[:, : int((y != policy.config.pad).sum(1).max())]  # columns of PAD alone change nothing
     return token_logprobs(policy, prompt, y, temperature=1.0).sum(1).view(-1, 2)
 
 
@@ -1356,6 +1344,7 @@ def pair_update(state: dict, config: Config) -> dict[str, float]:
     generator, n = rng(config.seed, "pair batch", state["update"]), len(pairs["prompt"])
     rows = torch.randint(n, (config.pair_batch,), generator=generator)
     length = (pairs["response"] != config.pad).sum(2)  # (n, 2)
+    rows = rows[length[rows].amax(1).cpu().argsort(stable=True)]
 
     def loss(micro: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         logp, ref, size = pair_logprobs(policy, pairs, micro), pairs["ref"][micro], length[micro]
@@ -1372,34 +1361,58 @@ def pair_update(state: dict, config: Config) -> dict[str, float]:
 
 def start_rounds(policy: Transformer, config: Config) -> dict[str, Any]:
     """A fresh state. No reference model: its log-probs are kept with the pairs of the round."""
+    first = {name: x.clone() for name, x in policy.state_dict().items()} if config.restart else {}
     return {
         "policy": policy, "optimizers": optimizers([policy], config.dpo_lr, config), "pairs": {},
-        "drawn": {}, "samples": 0, "update": 0, "updates": config.rounds * config.round_updates,
+        "drawn": {}, "first": first, "samples": 0, "update": 0,
+        "updates": config.rounds * config.round_updates,
     }
 
 
-def iterative_dpo(state: dict, task: Task, config: Config) -> Iterator[dict[str, Any]]:
+def posed(state: dict, task: Task, config: Config, u: int) -> tuple[list[str], dict]:
+    """Training problems of the task."""
+    return task.prompts(config.prompts, rng(config.seed, "prompts", u)), {}
+
+
+def verified(state: dict, task: Task, rollout: Rollout, c: Config, u: int) -> tuple[Tensor, dict]:
+    """Scores (B,): the true reward."""
+    truth = grades(task, rollout)
+    return truth, {"truth": float(truth.mean())}
+
+
+def iterative_dpo(
+    state: dict, task: Task, config: Config, pose: Any = posed, judge: Any = verified,
+    pair: Any = pair_up,
+) -> Iterator[dict[str, Any]]:
     """Iterative reasoning preference optimization, arXiv 2404.19733v3: each round draws new
     responses, pairs right with wrong ones and goes on from where the last round ended."""
     policy, device = state["policy"], state["policy"].lm_head.weight.device
-    n, each = config.round_updates, replace(config, prompts=config.round_prompts)
+    n = config.round_updates
     while state["update"] < state["updates"]:
         u = state["update"]
         if u % n == 0:
+            late = 2 * u >= state["updates"]
+            hot = config.late_temperature if late else config.temperature
+            each = replace(config, prompts=config.round_prompts, temperature=hot)
             # 1. sample
-            prompt, group = (x.to(device) for x in draw_prompts(task, each, u))
+            texts, drawn = pose(state, task, each, u)
+            prompt, group = (x.to(device) for x in in_groups(task, texts, config))
             generator = rng(config.seed, "sample", u)
-            rollout = sample(policy, prompt, config, group=group, generator=generator)
+            rollout = sample(policy, prompt, each, group=group, generator=generator)
             # 2. score
-            truth = grades(task, rollout)
+            score, seen = judge(state, task, rollout, each, u)
             # 3. credit
-            rows = pair_up(truth > 0.5, group, config.pairs_each)
-            state["pairs"] = {"prompt": prompt[rows[:, 0]], "response": rollout.response[rows]}
-            if len(rows):  # the reference is the model that this round starts from
-                with torch.no_grad():
-                    state["pairs"]["ref"] = pair_logprobs(policy, state["pairs"], slice(None))
-            state["drawn"] = {"truth": float(truth.mean()), "pairs": len(rows), "round": u // n}
+            rows = pair(score, group, config)
+            pairs = {"prompt": prompt[rows[:, 0]], "response": rollout.response[rows]}
+            with torch.no_grad():  # the reference is the model that this round starts from
+                parts = torch.arange(len(rows)).split(config.micro) if len(rows) else []
+                ref = [pair_logprobs(policy, pairs, part) for part in parts]
+            state["pairs"] = pairs | {"ref": torch.cat([*ref, torch.empty(0, 2, device=device)])}
+            drawn |= {"pairs": len(rows), "round": u // n}
+            state["drawn"] = drawn | seen | {"length": float(rollout.mask.sum(1).mean())}
             state["samples"] += len(prompt)
+            if config.restart:  # ReST-EM, arXiv 2312.06585: every round trains the first model
+                policy.load_state_dict(state["first"])
         # 4. update; a round without pairs teaches nothing and is over at once
         some = state["drawn"]["pairs"] > 0
         metrics = pair_update(state, config) if some else {}
@@ -1407,4 +1420,78 @@ def iterative_dpo(state: dict, task: Task, config: Config) -> Iterator[dict[str,
         yield metrics | state["drawn"] | {"samples": state["samples"]}
 
 
-LOOPS = {"ppo": (start_ppo, ppo), "iterative_dpo": (start_rounds, iterative_dpo)}
+# ---- self_rewarding: the same weights pose, solve and judge -------------------------------------
+
+
+def parse_score(text: str) -> float | None:
+    """The score that a judgement ends with, 0..5: `3`, `!3`, `Score: 3.5`, `score 4/5`; else None.
+
+    Never raises. Only the very end counts, so a score that is quoted before it is not taken.
+    """
+    text = text.strip().removesuffix("<eos>").rstrip(". ")
+    found = SCORE.search(text)
+    score = float(found[1]) if found else -1.0
+    return score if 0 <= score <= 5 else None
+
+
+def propose(state: dict, task: Task, config: Config, u: int) -> tuple[list[str], dict]:
+    """New problems by the policy, shown three each time; two attempts a problem, then the task
+    fills up. Kept: what is a training problem (format, length, not dev or test) and new."""
+    generator = rng(config.seed, "propose", u)
+    shown = [task.propose_demo(generator)[0] for _ in range(2 * config.prompts)]
+    written = respond(state["policy"], task, shown, config, generator)
+    found = [task.problem(text) for text in written]
+    fresh = [x for x, seen in zip(found, shown, strict=True) if x and x not in seen]
+    new = [x for x in dict.fromkeys(fresh) if x not in state["posed"]][: config.prompts]
+    state["posed"] |= dict.fromkeys(new)
+    texts = new + task.prompts(config.prompts - len(new), generator)
+    return texts, {"valid": len(fresh) / len(shown), "proposed": len(new) / len(texts)}
+
+
+@torch.no_grad()
+def judged(state: dict, task: Task, rollout: Rollout, c: Config, u: int) -> tuple[Tensor, dict]:
+    """Scores (B,): the mean of J sampled judgements by the policy; NaN if none can be read."""
+    generator, J, device = rng(c.seed, "judge", u), c.judgements, rollout.prompt.device
+    pairs = zip(rollout.prompt.tolist(), rollout.response.tolist(), strict=True)
+    asked = left_pad([[c.bos, *task.judge_prompt(x, y)] for x, y in pairs], c.pad).to(device)
+    scores = []
+    for part in asked.split(c.minibatch):
+        written = sample(state["judge"], part.repeat_interleave(J, 0), c, generator=generator)
+        scores += [parse_score(task.decode(y)) for y in written.response.tolist()]
+    score = torch.tensor([float("nan") if s is None else s for s in scores], device=device)
+    quoted = [parse_score(task.decode(y)) is not None for y in rollout.response.tolist()]
+    return score.view(-1, J).nanmean(1), {
+        "score": float(score.nanmean()), "spread": float(score[~score.isnan()].std()),
+        "unread": float(score.isnan().float().mean()), "quoted": sum(quoted) / len(quoted),
+    }
+
+
+def best_and_worst(score: Tensor, group: Tensor, config: Config) -> Tensor:
+    """Score (B,), NaN = none, group (B,) -> rows (n, 2): best and worst; a tie gives none."""
+    pairs = []
+    for rows in group.argsort(stable=True).split(group.bincount().tolist()):
+        rows = rows[~score[rows].isnan()]
+        if len(rows) and score[rows].max() > score[rows].min():
+            pairs.append((int(rows[score[rows].argmax()]), int(rows[score[rows].argmin()])))
+    return torch.tensor(pairs, dtype=torch.long).view(-1, 2)
+
+
+def start_self_rewarding(policy: Transformer, config: Config) -> dict[str, Any]:
+    """M1 solves, poses and judges already; its judge is itself, or the frozen M1."""
+    judge = frozen_copy(policy) if config.judge == "frozen" else policy
+    config = replace(config, rounds=config.own_rounds)
+    return start_rounds(policy, config) | {"judge": judge, "posed": {}}
+
+
+def self_rewarding(state: dict, task: Task, config: Config) -> Iterator[dict[str, Any]]:
+    """Self-Rewarding Language Models, arXiv 2401.10020: `iterative_dpo` whose problems and scores
+    are the policy's own. The true grader is never asked."""
+    config = replace(config, samples=config.candidates)
+    pose = propose if config.own_problems else posed
+    return iterative_dpo(state, task, config, pose, judged, best_and_worst)
+
+
+LOOPS = {
+    "ppo": (start_ppo, ppo), "iterative_dpo": (start_rounds, iterative_dpo),
+    "self_rewarding": (start_self_rewarding, self_rewarding),
+}

@@ -111,9 +111,8 @@ def check(c: Config) -> None:
         (c.causal, "--causal false: no loop trains a masked-diffusion LM yet"),
         (c.kl_target == 0 or c.beta > 0, "--kl-target adapts beta by factors: give it a --beta above 0"),
     ]
-    for holds, message in rules:
-        if not holds:
-            raise UserError(message)
+    if broken := [message for holds, message in rules if not holds]:
+        raise UserError(broken[0])
 
 
 def pick_device(name: str) -> str:
@@ -182,11 +181,6 @@ def write_text(path: Path, text: str) -> None:
     nr.write_whole(path, lambda temporary: temporary.write_text(text))
 
 
-def as_lines(lines: list[dict[str, Any]]) -> str:
-    """Dicts -> the text of a .jsonl."""
-    return "".join(json.dumps(line) + "\n" for line in lines)
-
-
 def new_run(a: argparse.Namespace) -> Run:
     """Check everything, then claim the folder."""
     loops = list(dict.fromkeys(a.loops or LOOPS))
@@ -246,7 +240,7 @@ def cut_log(path: Path, run: Run) -> float:
     lines = read_lines(path)
     kept = [line for line in lines if job(line) in finished]
     mine = [x for x in lines if run.job not in finished and job(x) == run.job and x["step"] <= run.saved_update]
-    write_text(path, as_lines(kept + mine))
+    write_text(path, "".join(json.dumps(line) + "\n" for line in kept + mine))
     return mine[-1].get("seconds", 0.0) if mine else 0.0
 
 
@@ -254,15 +248,12 @@ def append(path: Path, line: dict[str, Any]) -> None:
     """One JSON line; what is not a finite number becomes null."""
     clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
     with path.open("a") as f:
-        f.write(as_lines([clean]))
+        f.write(json.dumps(clean) + "\n")
 
 
-def drive(
-    loop: Iterator[dict], state: dict, total: int, folder: Path, title: str, every: int, log: Callable[[dict], None]
-) -> None:
+def drive(loop: Iterator[dict], state: dict, total: int, folder: Path, title: str, every: int, log: Callable) -> None:
     """Run any loop or fit to its end: bar, log, a saved state every `every` updates.
-    Ctrl-C is heard between two updates: the state is saved first. A second one ends the process.
-    """
+    Ctrl-C is heard between two updates: the state is saved first. A second one ends the process."""
     asked = []
     def ask(*_: Any) -> None:
         asked.append(True)
@@ -286,12 +277,10 @@ def drive(
 
 def code_key(root: str) -> tuple[str, set[str]]:
     """Hash of all definitions here and in nanoreward.py that `root` reaches, and the fields they read.
-
-    Comments, docstrings and whatever root does not use may change without anything being retrained.
-    """
+    Comments, docstrings and whatever root does not use may change without anything being retrained."""
     trees = [ast.parse(Path(module).read_text()) for module in (nr.__file__, __file__)]
     known = {n.name: n for t in trees for n in t.body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
-    reached, todo, read = set(), [root, "fit"], set()
+    reached, todo, read = set(), [root, "fit", "optimizers"], set()
     while todo:
         name = todo.pop()
         if name in reached or name not in known or name in ("Config", "cached"):
@@ -313,8 +302,8 @@ def code_key(root: str) -> tuple[str, set[str]]:
 
 
 def cached(
-    kind: str, root: str, c: Config, cache: Path, modules: list[torch.nn.Module],
-    batches: Callable[[], nr.Batches], updates: int, optimizers: list,
+    kind: str, root: str, c: Config, cache: Path, modules: list, batches: Callable,
+    updates: int, lr: float, muon_lr: float = 0.0,
 ) -> list[torch.nn.Module]:  # fmt: skip
     """The modules, trained by `fit` on batches() once and loaded from then on.
     The key is all they depend on: the code behind `root`, the fields it reads, the task and torch."""
@@ -323,13 +312,14 @@ def cached(
     data = hashlib.sha256(Path(arithmetic.__file__).read_bytes()).hexdigest()
     key = hashlib.sha256(json.dumps([code, values, data, torch.__version__]).encode()).hexdigest()
     folder = cache / f"{kind}-{key[:16]}"
-    state = {"modules": modules, "optimizers": optimizers, "update": 0}
+    state = {"modules": modules, "optimizers": nr.optimizers(modules, lr, c, muon_lr), "update": 0}
     if (folder / "state.pt").exists():
         state = nr.load_state(folder, into=state)
     if state["update"] < updates:
         folder.mkdir(parents=True, exist_ok=True)
         past = read_lines(folder / "fit.jsonl") if state["update"] else []  # of a training that was stopped
-        write_text(folder / "fit.jsonl", as_lines([m for m in past if m["step"] <= state["update"]]))
+        kept = [json.dumps(m) + "\n" for m in past if m["step"] <= state["update"]]
+        write_text(folder / "fit.jsonl", "".join(kept))
         print(f"training {kind} ({sum(p.numel() for p in modules[0].parameters()):,} parameters) -> {folder}")
         began = time.time()
         def log(m: dict[str, Any]) -> None:
@@ -342,37 +332,48 @@ def cached(
 
 def make_task(c: Config, careful: bool = False) -> nr.Task:
     """The task that the config names."""
-    return arithmetic.Arithmetic(c.min_ops, c.max_ops, careful=careful)
+    return arithmetic.Arithmetic(c.min_ops, c.max_ops, c.answers, careful)
 
 
 def base_model(c: Config, cache: Path, careful: bool = False) -> Transformer:
     """The GPT after the demonstrator; careful=True: after its careful twin, the ceiling."""
-    model = Transformer(c, nr.rng(c.seed, "init")).to(c.device)
-    made = nr.optimizers([model], c.base_lr, c, c.muon_lr)
-    batches = lambda: nr.demonstrations(model, make_task(c, careful), c)  # noqa: E731
-    name = "careful-gpt" if careful else "gpt"
-    return cached(name, "base_model", c, cache, [model], batches, c.base_updates, made)[0]
+    model, task = Transformer(c, nr.rng(c.seed, "init")).to(c.device), make_task(c, careful)
+    kind, batches = "careful-gpt" if careful else "gpt", lambda: nr.demonstrations(model, task, c)
+    return cached(kind, "base_model", c, cache, [model], batches, c.base_updates, c.base_lr, c.muon_lr)[0]
 
 
 def diffusion_base(c: Config, cache: Path, careful: bool = False) -> Transformer:
     """The masked-diffusion LM: the base GPT's weights, taught to look ahead on the same demonstrations."""
-    gpt, c = base_model(c, cache, careful), replace(c, causal=False)
+    gpt, c, task = base_model(c, cache, careful), replace(c, causal=False), make_task(c, careful)
     model = Transformer(c).to(c.device)
     model.load_state_dict(gpt.state_dict())
-    made = nr.optimizers([model], c.diffusion_lr, c, c.diffusion_muon_lr)
-    batches = lambda: nr.demonstrations(model, make_task(c, careful), c)  # noqa: E731
-    name = "careful-diffusion" if careful else "diffusion"
-    return cached(name, "diffusion_base", c, cache, [model], batches, c.diffusion_updates, made)[0]
+    kind, rates = "careful-diffusion" if careful else "diffusion", (c.diffusion_lr, c.diffusion_muon_lr)
+    batches = lambda: nr.demonstrations(model, task, c)  # noqa: E731
+    return cached(kind, "diffusion_base", c, cache, [model], batches, c.diffusion_updates, *rates)[0]
+
+
+def seed_data(task: nr.Task, c: Config) -> list[tuple[str, str]]:
+    """What makes M1: judgements (EFT), proposed problems, and demonstrations again (IFT)."""
+    generator = nr.rng(c.seed, "seed data")
+    kinds = torch.rand(c.seed_demos, generator=generator).tolist()
+    other = lambda k: task.propose_demo if k > 1 - c.posing else task.demo  # noqa: E731
+    return [(task.judge_demo if k < c.judging else other(k))(generator) for k in kinds]
+
+
+def seed_model(c: Config, cache: Path) -> Transformer:
+    """M1 of self_rewarding: the base, which has also learned to judge and to pose problems."""
+    model, task = base_model(c, cache), make_task(c)
+    batches = lambda: nr.demonstrations(model, task, c, seed_data(task, c))  # noqa: E731
+    return cached("m1", "seed_model", c, cache, [model], batches, c.seed_updates, c.base_lr, c.muon_lr)[0]
 
 
 def scorer_model(c: Config, cache: Path) -> dict[str, torch.nn.Module]:
     """The learned reward: a Bradley-Terry model that starts as the base and reads preference pairs."""
     base, task = base_model(c, cache), make_task(c)
     head = nr.Head(c, (c.width + 1) ** -0.5, nr.rng(c.seed, "scorer")).to(c.device)
-    made = nr.optimizers([base, head], c.reward_lr, c)
-    draw_pairs = lambda: task.preferences(c.pairs, nr.rng(c.seed, "preferences"))  # noqa: E731
-    batches = lambda: nr.preference_batches(base, head, draw_pairs(), task, c)  # noqa: E731
-    scorer, head = cached("scorer", "scorer_model", c, cache, [base, head], batches, c.reward_updates, made)
+    pairs = lambda: task.preferences(c.pairs, nr.rng(c.seed, "preferences"))  # noqa: E731
+    batches = lambda: nr.preference_batches(base, head, pairs(), task, c)  # noqa: E731
+    scorer, head = cached("scorer", "scorer_model", c, cache, [base, head], batches, c.reward_updates, c.reward_lr)
     prompt = nr.encode_prompts(task, task.prompts(512, nr.rng(c.seed, "normalize")), c).to(c.device)
     rollout = nr.sample(base_model(c, cache), prompt, c, generator=nr.rng(c.seed, "normalize", 1))
     nr.normalize_head(scorer, head, rollout)
@@ -409,11 +410,13 @@ def run_job(run: Run, name: str, seed: int) -> dict[str, Any]:
     task = make_task(c)
     dev, test = (task.prompts(c.eval_problems, nr.rng(0, s), s) for s in ("dev", "test"))  # the same for all seeds
     policy, result = base_model(c, run.cache), {"loop": name, "seed": seed, "chance": task.chance()}
-    result["base"] = nr.accuracy(policy, task, test, c)
-    result["base_sampled"] = nr.accuracy(policy, task, test, c, c.temperature)
+    right = lambda T=0.0: nr.accuracy(policy, task, test, c, T)  # noqa: E731
+    result |= {"base": right(), "base_sampled": right(c.temperature)}
     print("{loop}/{seed}: base {base:.3f} greedy, {base_sampled:.3f} sampled".format(**result), flush=True)
     result["ceiling"] = nr.accuracy(base_model(c, run.cache, careful=True), task, test, c)
-    print("{loop}/{seed}: its careful twin {ceiling:.3f}, the ceiling".format(**result))
+    if name == "self_rewarding":
+        policy = seed_model(c, run.cache)
+        result["start"] = right()  # M1, not the base
     start, loop = LOOPS[name]
     state = start(policy, c) | (scorer_model(c, run.cache) if c.reward == "learned" else {}) | {"result": result}
     if run.job == job:
@@ -444,8 +447,7 @@ def run_job(run: Run, name: str, seed: int) -> dict[str, Any]:
     policy.save(out / "models" / f"{name}-{seed}")
     mine = [m for m in read_lines(out / "metrics.jsonl") if (m["loop"], m["seed"]) == (name, seed)]
     enough = [m["samples"] for m in mine if m.get("dev_greedy", 0) >= 0.8]
-    result["final"] = nr.accuracy(policy, task, test, c)
-    result["final_sampled"] = nr.accuracy(policy, task, test, c, c.temperature)
+    result |= {"final": right(), "final_sampled": right(c.temperature)}
     result |= {"samples": state["samples"], "samples_to_80": enough[0] if enough else None}
     return result | {"updates": state["updates"], "seconds": round(offset + time.time() - began, 1)}
 
@@ -468,7 +470,7 @@ def table(results: list[dict[str, Any]]) -> str:
     rows += [("chance", f"{results[0]['chance']:.3f}"), ("base", over(first, "base"), over(first, "base_sampled"))]
     for name in dict.fromkeys(r["loop"] for r in results):
         mine = [r for r in results if r["loop"] == name]
-        gain = interval([r["final"] - r["base"] for r in mine])
+        gain = interval([r["final"] - r.get("start", r["base"]) for r in mine])
         reached = [r["samples_to_80"] for r in mine]
         to_80 = "not reached" if None in reached else f"{mean(reached):.0f}"
         cells = (over(mine, "final"), over(mine, "final_sampled"), gain, to_80)
@@ -483,8 +485,7 @@ def picture(runs: list[Path], path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print("no picture: matplotlib is missing (pip install matplotlib)")
-        return
+        return print("no picture: matplotlib is missing (pip install matplotlib)")
     figure = Figure(figsize=(7, 4.2), layout="tight")
     axes = figure.subplots()
     bundles: dict[str, dict[int, dict[int, float]]] = {}  # label -> seed -> samples -> accuracy
@@ -521,8 +522,8 @@ def train(a: argparse.Namespace) -> int:
         print(f"{run.out} is finished; nothing to do. Its table:\n{table(run.done)}")
         return verdict(run)
     torch.set_num_threads(run.config.threads)
-    machine = f"{platform.machine()}, {os.cpu_count()} cores"  # what a number needs beside it
-    beside = {"config": run.preset, "threads": run.config.threads, "torch": torch.__version__, "machine": machine}
+    beside = {"config": run.preset, "threads": run.config.threads, "torch": torch.__version__}
+    beside["machine"] = f"{platform.machine()}, {os.cpu_count()} cores"
     print(f"run {run.out} · base models {run.cache} · {beside}\n{HEALTHY}", flush=True)
     try:
         jobs = [(name, run.config.seed + i) for i in range(run.seeds) for name in run.loops]
@@ -553,7 +554,6 @@ def sample_command(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int)
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--draw", type=int, default=0, help="another number, another sample")
     a = parser.parse_args(argv)
     run = open_run(a.run, CACHE)
     name, seed = a.loop or run.loops[0], run.config.seed if a.seed is None else a.seed
@@ -567,7 +567,7 @@ def sample_command(argv: list[str]) -> int:
         task.grade(a.prompt, "")
     except ValueError as error:
         raise UserError(str(error)) from None
-    c, generator = replace(run.config, temperature=a.temperature), nr.rng(seed, "sample command", a.draw)
+    c, generator = replace(run.config, temperature=a.temperature), nr.rng(seed, "sample command")
     text = nr.respond(policy, task, [a.prompt], c, generator)[0]
     print(f"{a.prompt} {text}  {'right' if task.grade(a.prompt, text) else 'wrong'}")
     return 0

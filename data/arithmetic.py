@@ -69,6 +69,21 @@ def parse(prompt: str) -> tuple[int, list[tuple[str, int]]]:
     return int(start), [(op, int(d)) for op, d in zip(rest[::2], rest[1::2], strict=True)]
 
 
+def spoil(response: str, draw: random.Random) -> str:
+    """Break a response in one way that the rubric marks; one without steps only loses its answer."""
+    *steps, answer = re.split("(?<=;)", response)
+    i, way = draw.randrange(len(steps) or 1), draw.randrange(4) if steps else 0
+    if way == 0:
+        answer = "<eos>"
+    elif way == 1:
+        del steps[i]
+    elif way == 2:
+        steps[i] = re.sub("[0-9]=", f"{draw.randint(1, 9)}=", steps[i])
+    else:
+        steps[i] = re.sub("^[0-9]+", str(draw.randrange(MODULUS)), steps[i])
+    return "".join(steps) + answer
+
+
 def draws(generator: torch.Generator) -> random.Random:
     """Plain Python draws seeded from the caller's generator (a tensor of one number is slow)."""
     return random.Random(int(torch.randint(2**62, (1,), generator=generator)))
@@ -82,10 +97,13 @@ class Arithmetic:
     above (an eighth as often elsewhere). `forget`: how often it forgets a carry when the operand is
     6 or more (a quarter as often below). `slip`: how often a result is off by one. careful=True
     switches all three off: the twin whose accuracy is the ceiling. `fooled`: see `preferences`.
+    `answers`: how many final answers there are, `#` and the last result modulo this number: with 4,
+    a guess is right in one case of four, and so is a chain with a wrong step.
     """
 
     min_ops: int = 1
     max_ops: int = 3
+    answers: int = MODULUS
     careful: bool = False
     guess: float = 0.8
     lazy_from: int = 80
@@ -129,6 +147,12 @@ class Arithmetic:
                 found.append(prompt)
         return found
 
+    def problem(self, text: str) -> str | None:
+        """A written problem that may be trained on: this task's form and lengths, not dev or test."""
+        text = text.removesuffix("<eos>")
+        known = PROBLEM.fullmatch(text) and self.min_ops <= len(parse(text)[1]) <= self.max_ops
+        return text if known and self.split(text) == "train" else None
+
     def demo(self, generator: torch.Generator) -> tuple[str, str]:
         """(problem, response) by the demonstrator. What it mixes is described above."""
         prompt = self.prompts(1, generator)[0]
@@ -140,7 +164,7 @@ class Arithmetic:
         a, operations = parse(prompt)
         guess, forget, slip = (0, 0, 0) if self.careful else (self.guess, self.forget, self.slip)
         if draw.random() < (guess if a >= self.lazy_from else guess / 8):
-            return f"#{a}<eos>"  # a guess without entropy: noise here slows the facts down
+            return f"#{a % self.answers}<eos>"  # a guess without entropy: noise here slows the facts down
         steps = ""
         for op, b in operations:
             c = calculate(a, op, b)
@@ -150,7 +174,7 @@ class Arithmetic:
                 c = (c + draw.choice((-1, 1))) % MODULUS
             steps += f"{a}{op}{b}={c};"
             a = c
-        return f"{steps}#{a}<eos>"
+        return f"{steps}#{a % self.answers}<eos>"
 
     # ---- grading: outcome, steps, truth --------------------------------------------------------
 
@@ -161,7 +185,7 @@ class Arithmetic:
 
     def grade(self, prompt: str, response: str) -> float:
         """1.0 if the response ends with the one right answer, else 0.0, whatever it holds."""
-        return float(self.answer(response) == str(self.truth(prompt)[-1]))
+        return float(self.answer(response) == str(self.truth(prompt)[-1] % self.answers))
 
     def truth(self, prompt: str) -> list[int]:
         """The running totals; the last one is the answer."""
@@ -226,16 +250,42 @@ class Arithmetic:
         points = [
             self.answer(response) is not None, len(steps) == len(operations), copied,
             copied and all(a == was for (a, *_), was in zip(steps, starts, strict=False)),
-            copied and all(right) and self.answer(response) == starts[-1],
+            copied and all(right) and self.answer(response) == str(int(starts[-1]) % self.answers),
         ]
         return sum(points)
 
-    def judge_demo(self, prompt: str, response: str) -> tuple[str, str]:
-        """What the judge reads, and what it should write: every result again, then the score."""
-        steps = STEP.findall(response)
-        checks = "".join(f"{calculate(int(a), op, int(b))}={c};" for a, op, b, c in steps)
-        asked = f"{prompt}<sep>{response.removesuffix('<eos>')}<sep>?"
-        return asked, f"{checks}!{self.rubric(prompt, response)}<eos>"
+    def judge_prompt(self, prompt: list[int], response: list[int]) -> list[int]:
+        """What the judge reads, ids in and ids out: problem<sep>response<sep>?"""
+        sep, ask = TOKENIZER.token_to_id("<sep>"), TOKENIZER.token_to_id("?")
+        special = range(3)  # PAD, BOS, EOS
+        body = [i for i in prompt if i not in special], [i for i in response if i not in special]
+        return [*body[0], sep, *body[1], sep, ask]
+
+    def judgement(self, prompt: str, response: str) -> str:
+        """What a judge should write: each step's true result, y or n for the written one, the score."""
+        checks = ""
+        for a, op, b, c in STEP.findall(response):
+            truth = calculate(int(a), op, int(b))
+            checks += f"{truth}{'y' if int(c) == truth else 'n'}"
+        return f"{checks}!{self.rubric(prompt, response)}<eos>"
+
+    def judge_demo(self, generator: torch.Generator) -> tuple[str, str]:
+        """A response and its judgement, all six scores equally often: what the judge reads, writes.
+
+        A demonstration is spoiled in up to three of the ways that the rubric marks: an answer or a
+        step left out, an operand changed, a step that starts from another number.
+        """
+        draw = draws(generator)
+        wanted = draw.randrange(6)
+        while True:
+            prompt = self.prompts(1, generator)[0]
+            response = self.respond(prompt, generator)
+            for _ in range(draw.randrange(4)):
+                response = spoil(response, draw)
+            if self.rubric(prompt, response) == wanted:
+                break
+        ids = self.judge_prompt(*self.encode([prompt, response]))
+        return self.decode(ids), self.judgement(prompt, response)
 
     def propose_demo(self, generator: torch.Generator) -> tuple[str, str]:
         """Three problems, and a fourth as the response."""
@@ -250,5 +300,6 @@ class Arithmetic:
             for a, mass in enumerate(p):
                 for op, b in OPERATIONS:
                     after[calculate(a, op, b)] += mass / len(OPERATIONS)
-            p, best = after, max(best, *after) if length >= self.min_ops else best
+            p, given = after, [sum(after[i :: self.answers]) for i in range(self.answers)]
+            best = max(best, *given) if length >= self.min_ops else best
         return best

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import nanoreward as nr
 import train_small
 from data.arithmetic import Arithmetic
+from notebooks import steps
 from tests.conftest import TINY, random_batch, rough
 
 FULL = nr.replace(TINY, causal=False)
@@ -91,13 +92,13 @@ def test_the_bound_equals_enumeration_in_both_forms_and_bounds_the_likelihood():
     y = torch.tensor([[4, 2, 1]])
     rate = partial(nr.rate_masks, t_min=1e-4)
     estimates = {}
-    for masks in (rate, nr.count_masks):
-        one = [nr.likelihood_bound(model, PROMPT, y, masks, 1000, nr.rng(i, "bound")) for i in range(20)]
+    for masks in (rate, steps.count_masks):
+        one = [steps.likelihood_bound(model, PROMPT, y, masks, 1000, nr.rng(i, "bound")) for i in range(20)]
         one = torch.cat(one).double()
         error = float(one.std() / 20**0.5)
         assert abs(float(one.mean()) - exact_bound(model, y)) < 4 * error + 1e-3, masks
         estimates[masks] = float(one.std())
-    assert estimates[nr.count_masks] < estimates[rate]  # the lower variance that it is there for
+    assert estimates[steps.count_masks] < estimates[rate]  # the lower variance that it is there for
 
 
 def test_diffusion_loss_is_the_bound_over_all_places():
@@ -120,7 +121,7 @@ def test_hidden_share_is_the_rate_and_the_weight_is_its_inverse():
     strata = ((1 / weight[:, 0] - 0.05) / 0.95 * 64).floor()
     assert strata.sort().values.tolist() == list(range(64))  # one rate in each 64th
     assert strata.tolist() != list(range(64))  # and not in the order of the rows
-    hidden, weight = nr.count_masks(torch.zeros(64, 16), nr.rng(0, "m"))
+    hidden, weight = steps.count_masks(torch.zeros(64, 16), nr.rng(0, "m"))
     counts = hidden.sum(1)
     assert torch.allclose(weight[:, 0], 16 / counts.float())
     assert counts.bincount(minlength=17).tolist() == [0] + [4] * 16

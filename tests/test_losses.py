@@ -64,8 +64,8 @@ def test_grpo_objective_equals_trl_token_mean(kind):
     )
     logp.requires_grad_()
     b = rollout(mask, logp=old, ref_logp=ref, adv=adv[:, None] * mask)
-    config = nr.replace(nr.Config(), clip=record["inputs"]["clip"])
-    loss = nr.grpo_objective(logp, None, b, mask.sum(), record["inputs"]["beta"], config)
+    config = nr.replace(nr.Config(), clip=record["inputs"]["clip"], beta=record["inputs"]["beta"])
+    loss = nr.grpo_objective(logp, None, b, mask.sum(), config)
     assert float(loss.detach()) == pytest.approx(record["output"]["loss"], abs=1e-9)
     theirs = torch.tensor(record["output"]["grad_logp"], dtype=torch.float64)
     assert (gradient(loss, logp) - theirs).abs().max() < 1e-9
@@ -163,11 +163,11 @@ def test_losses_reach_counted_tokens_only_and_change_no_argument(seed):
     logp, old, ref, adv, value, ret = torch.randn(6, 5, 6, generator=g) * 0.1
     mask = (torch.arange(6) < torch.randint(1, 7, (5, 1), generator=g)).float()
     b = rollout(mask, logp=old, ref_logp=ref, adv=adv, value=old, ret=ret)
-    config = nr.Config()
+    config = nr.Config(beta=0.1)
     for objective in (nr.critic_objective, nr.grpo_objective, nr.rloo_objective):
         leaf, v = logp.clone().requires_grad_(), value.clone().requires_grad_()
         before = [x.clone() for x in (old, ref, adv, ret, mask)]
-        loss = objective(leaf, v, b, mask.sum(), 0.1, config)
+        loss = objective(leaf, v, b, mask.sum(), config)
         grad = gradient(loss, leaf)
         assert (grad[mask == 0] == 0).all()
         assert all(
@@ -175,7 +175,7 @@ def test_losses_reach_counted_tokens_only_and_change_no_argument(seed):
         )
         assert torch.equal(leaf.detach(), logp)
         junk = logp.clone().masked_fill(mask == 0, 3.0)  # what stands behind EOS does not matter
-        assert torch.allclose(objective(junk, v, b, mask.sum(), 0.1, config), loss, atol=1e-6)
+        assert torch.allclose(objective(junk, v, b, mask.sum(), config), loss, atol=1e-6)
     last = mask.sum(1).long() - 1  # EOS is a counted token: REINFORCE at ratio 1 reaches it
     leaf = old.clone().requires_grad_()
     grad = gradient(nr.ppo_loss(leaf, old, adv, mask, mask.sum(), 0.2), leaf)

@@ -20,19 +20,20 @@ TASK = Arithmetic(1, 1)
 
 
 def test_pairs_walk_through_both_lists_and_restart_the_shorter():
-    right = torch.tensor([1, 0, 1, 0, 0, 1, 1, 0]).bool()
+    right = torch.tensor([1.0, 0, 1, 0, 0, 1, 1, 0])
     group = torch.tensor([0, 0, 0, 0, 0, 1, 1, 2])
     # prompt 0: right 0, 2; wrong 1, 3, 4.  prompt 1 has no wrong one, prompt 2 no right one
-    assert nr.pair_up(right, group, 4).tolist() == [[0, 1], [2, 3], [0, 4], [2, 1]]
-    assert nr.pair_up(right, group, 1).tolist() == [[0, 1]]
-    assert nr.pair_up(torch.ones(8).bool(), group, 4).shape == (0, 2)
+    four, one = nr.replace(TINY, pairs_each=4), nr.replace(TINY, pairs_each=1)
+    assert nr.pair_up(right, group, four).tolist() == [[0, 1], [2, 3], [0, 4], [2, 1]]
+    assert nr.pair_up(right, group, one).tolist() == [[0, 1]]
+    assert nr.pair_up(torch.ones(8), group, four).shape == (0, 2)
 
 
 @given(seed=st.integers(0, 1000), K=st.integers(1, 9))
 def test_a_pair_is_one_right_and_one_wrong_response_of_one_prompt(seed, K):
     g = nr.rng(seed, "pairs")
     right, group = torch.rand(24, generator=g) < 0.4, torch.randint(5, (24,), generator=g)
-    pairs = nr.pair_up(right, group, K)
+    pairs = nr.pair_up(right.float(), group, nr.replace(TINY, pairs_each=K))
     both = {x for x in group.tolist() if len(set(right[group == x].tolist())) == 2}
     assert len(pairs) == K * len(both)
     assert right[pairs[:, 0]].all() and not right[pairs[:, 1]].any()
@@ -90,7 +91,7 @@ def test_a_round_keeps_its_reference_and_the_next_one_starts_where_it_ended():
     seen = []
     for m in nr.iterative_dpo(state, Short(1, 1), SMALL):
         with torch.no_grad():
-            now = nr.pair_logprobs(state["policy"], state["pairs"], slice(None))
+            now = nr.pair_logprobs(state["policy"], state["pairs"], torch.arange(len(state["pairs"]["ref"])))
         seen.append((m, state["pairs"]["ref"].clone(), now))
     assert [m["round"] for m, _, _ in seen] == [0, 0, 0, 1, 1, 1]
     assert torch.equal(seen[0][1], seen[2][1])  # computed once

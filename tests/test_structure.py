@@ -96,7 +96,8 @@ def test_loops_share_their_four_phases_in_the_same_words():
     for start, loop in nr.LOOPS.values():
         source = ast.get_source_segment(MAIN, next(f for f in functions(MAIN) if f.name == loop.__name__))
         found = re.findall(r"# ([1-4]\. \w+)", source)
-        assert found == ["1. sample", "2. score", "3. credit", "4. update"]
+        shared = re.search(r"return (\w+)\(state, task, config", source)  # the neighbour whose phases it has
+        assert found == ["1. sample", "2. score", "3. credit", "4. update"] or shared[1] in nr.LOOPS
         assert not re.search(r"print|tqdm|save|open\(", source)
         assert start.__doc__
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.arithmetic import SPECIAL, Arithmetic, calculate, forget_carry, parse
+from data.arithmetic import SPECIAL, Arithmetic, calculate, draws, forget_carry, parse, spoil
 
 TASK = Arithmetic()
 
@@ -177,13 +177,62 @@ def test_preferences_carry_the_planted_weakness():
     assert all(TASK.grade(p, w) >= TASK.grade(p, lo) for p, w, lo in other)
 
 
-def test_judging_and_proposing_text_is_writable():
-    asked, judged = TASK.judge_demo(PROMPT, "37+5=41;41*3=23;#23<eos>")
-    assert judged == "42=41;23=23;!4<eos>" and asked.count("<sep>") == 2
+def test_the_judge_reads_ids_and_writes_each_true_result_then_the_score():
+    response = "37+5=41;41*3=23;#23<eos>"
+    assert TASK.judgement(PROMPT, response) == "42n23y!4<eos>"
+    assert TASK.judgement(PROMPT, "#37<eos>") == "!1<eos>"
+    asked, answered = TASK.encode([PROMPT, response])
+    read = TASK.judge_prompt([0, 0, 1, *asked], [*answered, 0, 0])  # as a rollout holds them
+    assert TASK.decode(read) == f"{PROMPT}<sep>{response.removesuffix('<eos>')}<sep>?"
+
+
+def test_judge_demos_show_every_score_equally_often():
+    demos = [TASK.judge_demo(generator(i)) for i in range(600)]
+    scores = [int(judged[-6]) for _, judged in demos]
+    assert all(80 <= scores.count(s) <= 120 for s in range(6))
+    for read, judged in demos[:100]:
+        prompt, response, ask = read.split("<sep>")
+        assert ask == "?" and TASK.split(prompt) == "train"
+        whole = [response, response + "<eos>"]  # the EOS is not shown
+        assert judged in [TASK.judgement(prompt, y) for y in whole]
+        for text in (read, judged):
+            assert TASK.decode(TASK.encode([text])[0]) == text
+
+
+def test_spoiled_responses_lose_points():
+    draw = draws(generator())
+    response = "37+5=42;42*3=26;#26<eos>"
+    spoiled = {spoil(response, draw) for _ in range(200)}
+    assert {TASK.rubric(PROMPT, y) for y in spoiled} >= {1, 2, 3}  # no answer: 4 - 1, but 3 points at most
+    assert all(TASK.rubric(PROMPT, y) < 5 for y in spoiled - {response})
+    assert spoil("#37<eos>", draw) == "<eos>"
+
+
+def test_proposals_are_filtered_for_form_length_and_split():
     shown, new = TASK.propose_demo(generator())
-    parse(new.removesuffix("<eos>"))
-    for text in (asked, judged, shown, new):
-        assert TASK.decode(TASK.encode([text])[0]) == text
+    assert TASK.problem(new) == new.removesuffix("<eos>") and shown.count("<sep>") == 4
+    assert TASK.decode(TASK.encode([shown])[0]) == shown
+    train = TASK.prompts(20, generator())
+    assert [TASK.problem(x) for x in train] == train
+    for split in ("dev", "test"):
+        assert [TASK.problem(x) for x in TASK.prompts(20, generator(), split)] == [None] * 20
+    long = next(x for x in Arithmetic(4, 4).prompts(1, generator()))
+    for text in (long, "3+4", "", "03+4=", "3+4=<sep>", "3/4=", "3+4=7;"):
+        assert TASK.problem(text) is None
+
+
+@given(st.integers(2, 100), st.integers(0, 1000))
+def test_fewer_answers_make_lucky_ones(answers, seed):
+    few, g = Arithmetic(answers=answers), generator(seed)
+    prompt = few.prompts(1, g)[0]
+    response = few.respond(prompt, g)
+    assert int(few.answer(response)) < answers
+    right = f"{TASK.truth(prompt)[-1] % answers}"
+    assert few.grade(prompt, f"#{right}<eos>") == 1.0
+    careful = Arithmetic(answers=answers, careful=True).respond(prompt, g)
+    assert few.grade(prompt, careful) == 1.0 and few.rubric(prompt, careful) == 5
+    if answers == 4:
+        assert few.chance() > 0.25
 
 
 def test_special_tokens_are_single_distinct_ids():

@@ -405,7 +405,7 @@ def test_probe_a_huge_kl_weight_keeps_the_policy_at_its_reference(arm):
 
 @pytest.mark.parametrize("arm", list(nr.ARMS))
 def test_ratio_is_one_before_the_first_update_and_every_weight_gets_a_gradient(arm):
-    config = nr.replace(TINY, temperature=0.7, arm=arm)
+    config = nr.replace(TINY, temperature=0.7, arm=arm, beta=0.1)
     state = nr.start_ppo(rough(config), config)
     torch.nn.init.normal_(state["head"].linear.weight, generator=nr.rng(0, "v"))
     prompt, _ = random_batch(config)
@@ -415,9 +415,9 @@ def test_ratio_is_one_before_the_first_update_and_every_weight_gets_a_gradient(a
     logp = nr.token_logprobs(state["policy"], rollout.prompt, rollout.response, 0.7)
     assert torch.equal(logp.detach(), rollout.logp) and torch.equal(rollout.logp, rollout.ref_logp)
     reward = nr.at_end(torch.tensor([1.0, 0, 0, 1, 1, 0]), rollout, config)
-    rollout.adv, rollout.ret = nr.ARMS[arm][0](rollout, reward, 0.1, config)
+    rollout.adv, rollout.ret = nr.ARMS[arm][0](rollout, reward, config)
     value = state["head"](nr.predictive_states(state["policy"], rollout.prompt, rollout.response))
-    nr.ARMS[arm][1](logp, value, rollout, rollout.mask.sum(), 0.1, config).backward()
+    nr.ARMS[arm][1](logp, value, rollout, rollout.mask.sum(), config).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in state["policy"].parameters())
     assert (arm == "gae") == (state["head"].linear.weight.grad is not None)
 
@@ -430,18 +430,18 @@ def test_credits_by_hand():
         zero, zero, mask, zero, torch.zeros(2, dtype=torch.long), logp, ref, torch.zeros(2, 3)
     )
     reward = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
-    config = nr.replace(TINY, lam=1.0)
+    config = nr.replace(TINY, lam=1.0, beta=0.1)
     # (16): R = (1 - .1*4, 0 - .1*6) = (.6, -.6); minus the other one: (1.2, -1.2)
-    adv, _ = nr.rloo_credit(r, reward, 0.1, config)
+    adv, _ = nr.rloo_credit(r, reward, config)
     assert torch.allclose(adv, mask * torch.tensor([[1.2], [-1.2]]))
     # (15): +-.5 / (.7071 + 1e-4), whatever the KL
-    adv, _ = nr.grpo_credit(r, reward, 0.1, config)
+    adv, _ = nr.grpo_credit(r, reward, config)
     assert torch.allclose(adv, mask * torch.tensor([[0.70701], [-0.70701]]), atol=1e-4)
     # (12), (13): returns are what is still to come: 1 - .4, 1 - .2 and -.6, -.4, -.2
-    adv, ret = nr.gae_credit(r, reward, 0.1, config)
+    adv, ret = nr.gae_credit(r, reward, config)
     assert torch.allclose(ret, torch.tensor([[0.6, 0.8, 0.0], [-0.6, -0.4, -0.2]]))
     assert torch.allclose(adv, nr.whiten(ret, mask), atol=1e-6)
-    scaled = nr.gae_credit(r, reward, 0.0, nr.replace(config, whiten_reward=True))[1]
+    scaled = nr.gae_credit(r, reward, nr.replace(config, beta=0.0, whiten_reward=True))[1]
     # rewards have mean .2 and deviation .4: 1 -> .8/.4 + .2 = 2.2 and 0 -> -.2/.4 + .2 = -.3
     assert torch.allclose(scaled, torch.tensor([[1.9, 2.2, 0.0], [-0.9, -0.6, -0.3]]), atol=1e-5)
 
@@ -461,11 +461,11 @@ def test_value_band_is_off_when_rewards_are_whitened():
         torch.ones(1, 1),
     )
     loss = lambda **n: float(  # noqa: E731
-        nr.critic_objective(zero, torch.ones(1, 1) * 2, b, mask.sum(), 0.0, nr.replace(TINY, **n))
+        nr.critic_objective(zero, torch.ones(1, 1) * 2, b, mask.sum(), nr.replace(TINY, **n))
     )
     # V = 2, V_old = 0, R = 1: plain (2-1)^2 = 1 > clipped (.2-1)^2 = .64, so take V = .9: .01 < .64
     near = lambda **n: float(  # noqa: E731
-        nr.critic_objective(zero, torch.ones(1, 1) * 0.9, b, mask.sum(), 0.0, nr.replace(TINY, **n))
+        nr.critic_objective(zero, torch.ones(1, 1) * 0.9, b, mask.sum(), nr.replace(TINY, **n))
     )
     assert loss() == pytest.approx(0.1 * 0.5) and near() == pytest.approx(0.1 * 0.5 * 0.64)
     assert near(whiten_reward=True) == near(value_clip=0.0) == pytest.approx(0.1 * 0.5 * 0.01)

@@ -1,0 +1,171 @@
+"""Preference rounds and their controls: python notebooks/preferences.py [ARM ...] [--seeds 0 1 2 3 4] [--threads 1]
+
+Each arm is a loop with a few fields changed (or, for SPIN, another function for the pairs). After every round
+the policy, and for self_rewarding the judge, is measured on the test problems; the true grader is used here
+only. -> notebooks/results/preferences/ARM-SEED.json; what is there is not run again.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+from statistics import mean
+
+import torch
+from scipy.stats import kendalltau, spearmanr
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import nanoreward as nr  # noqa: E402
+import train_small as front  # noqa: E402
+
+OUT = ROOT / "notebooks" / "results" / "preferences"
+LUCKY = {"answers": 4}  # right by luck in one case of four
+ARMS = {
+    "dpo_nll": ("iterative_dpo", {}),
+    "dpo": ("iterative_dpo", {"alpha": 0.0}),
+    "sft": ("iterative_dpo", {"preference": "sft_chosen"}),
+    "rest_em": ("iterative_dpo", {"preference": "sft_chosen", "restart": True}),
+    "one_round": ("iterative_dpo", {"rounds": 1, "round_prompts": 1024, "round_updates": 60}),
+    "spin": ("spin", {}),
+    "lucky_dpo_nll": ("iterative_dpo", LUCKY),
+    "lucky_dpo": ("iterative_dpo", LUCKY | {"alpha": 0.0}),
+    "lucky_sft": ("iterative_dpo", LUCKY | {"preference": "sft_chosen"}),
+    "self_rewarding": ("self_rewarding", {}),
+    "frozen_judge": ("self_rewarding", {"judge": "frozen"}),
+    "no_eft": ("self_rewarding", {"judging": 0.0}),
+    "one_judgement": ("self_rewarding", {"judgements": 1}),
+    "top_sft": ("self_rewarding", {"preference": "sft_chosen"}),
+    "task_problems": ("self_rewarding", {"own_problems": False}),
+}
+DRAWN = ("truth", "score", "spread", "unread", "quoted", "valid", "proposed", "pairs", "length")
+WATCHED = ("chosen", "rejected", "chosen_per_token", "rejected_per_token", "margin", "pair_accuracy")
+
+
+def spin(state: dict, task: nr.Task, config: nr.Config) -> Iterator[dict]:
+    """SPIN, arXiv 2401.01335: the winner is a careful demonstration, the loser one's own sample."""
+    teacher = front.make_task(config, careful=True)
+
+    def against_teacher(state, task, rollout, c, u):  # "right" is each prompt's first row, now the teacher's
+        first = torch.cat([torch.tensor([True]), rollout.group[1:] != rollout.group[:-1]])
+        prompts = [task.decode(x) for x in rollout.prompt[first].tolist()]
+        careful = task.encode([teacher.respond(x, nr.rng(c.seed, "teacher", u)) for x in prompts])
+        rollout.response[first] = nr.right_pad(careful, c.pad, c.response)
+        return first.float(), {"truth": float(nr.grades(task, rollout)[~first].mean())}
+
+    return nr.iterative_dpo(state, task, config, judge=against_teacher)
+
+
+def win_rate(mine: list[float], theirs: list[float]) -> dict[str, float]:
+    """Score against score on the same problems; a tie is half a win."""
+    ties = mean(a == b for a, b in zip(mine, theirs, strict=True))
+    return {"win": mean(a > b for a, b in zip(mine, theirs, strict=True)) + ties / 2, "ties": ties}
+
+
+def judge_statistics(score: list[list[float]], truth: list[list[float]]) -> dict[str, float]:
+    """Scores and true scores of several responses a problem -> how well the judge orders them.
+
+    pairwise: share of truly ordered pairs that it orders the same way, a tie is half; exact: problems with all of
+    them right; best5: how often a response that it gives exactly 5 is truly a best one of its problem.
+    """
+    pairs, exact, best, rho, tau, tied = [], [], [], [], [], []
+    for s, t in zip(score, truth, strict=True):
+        mine = [0.5 + 0.5 * ((s[i] > s[j]) - (s[i] < s[j])) * (1 if t[i] > t[j] else -1)
+                for i, j in combinations(range(len(s)), 2) if t[i] != t[j]]  # fmt: skip
+        best += [t[i] == max(t) for i in range(len(s)) if s[i] == 5]
+        tied.append(len(set(s)) == 1)
+        if mine:
+            pairs += mine
+            exact.append(min(mine) == 1)
+            rho.append(0.0 if tied[-1] else spearmanr(s, t).statistic)
+            tau.append(0.0 if tied[-1] else kendalltau(s, t).statistic)
+    named = {"pairwise": pairs, "exact": exact, "best5": best, "spearman": rho, "kendall": tau, "tied": tied}
+    return {name: round(mean(map(float, x)), 4) if x else None for name, x in named.items()}
+
+
+def measure(arm: str, seed: int, threads: int, cache: Path) -> dict:
+    """One arm with one seed: accuracy after each round, the judge's statistics, what was logged."""
+    name, fields = ARMS[arm]
+    c = replace(nr.Config(), seed=seed, threads=threads, device="cpu", **fields)
+    task, began = front.make_task(c), time.time()
+    test = task.prompts(c.eval_problems, nr.rng(0, "test"), "test")
+    own = name == "self_rewarding"
+    policy = front.seed_model(c, cache) if own else front.base_model(c, cache)
+    start, loop = (nr.start_rounds, spin) if name == "spin" else nr.LOOPS[name]
+    first = nr.frozen_copy(policy)
+    seconds, began = {"before": round(time.time() - began, 1)}, time.time()
+    state, rounds, logs, texts = start(policy, c), [], [], []
+    # what the judges of all rounds read: four responses of M1 to each of 200 problems
+    asked = nr.encode_prompts(task, test[:200], c).repeat_interleave(4, 0)
+    group = torch.arange(200).repeat_interleave(4)
+    fixed = nr.sample(first, asked, c, group=group, generator=nr.rng(seed, "judged responses"))
+    problems = [x for x in test[:200] for _ in range(4)]
+    truth = [task.rubric(x, task.decode(y)) for x, y in zip(problems, fixed.response.tolist(), strict=True)]
+
+    def look() -> None:
+        greedy = nr.respond(policy, task, test, replace(c, temperature=0.0))
+        steps = [[step for step, _ in task.steps(ids)] for ids in task.encode(greedy)]
+        honest = [
+            len(s) > 0 and all(task.step_ok(x, s)) and task.grade(x, y) == 1
+            for x, y, s in zip(test, greedy, steps, strict=True)
+        ]
+        texts.append([task.rubric(x, y) for x, y in zip(test, greedy, strict=True)])
+        found = {
+            "greedy": mean(task.grade(x, y) for x, y in zip(test, greedy, strict=True)),
+            "right for the right reasons": mean(honest),
+            "sampled": nr.accuracy(policy, task, test, c, c.temperature), "samples": state["samples"],
+        }  # fmt: skip
+        if own:
+            score, _ = nr.judged(state | {"judge": policy}, task, fixed, c, 0)
+            rows = lambda flat: [flat[i : i + 4] for i in range(0, len(flat), 4)]  # noqa: E731
+            found["judge"] = judge_statistics(rows(score.nan_to_num(0.0).tolist()), rows(truth))
+            found["over M1"] = win_rate(texts[-1], texts[0])
+            found["over the last"] = win_rate(texts[-1], texts[-2]) if len(texts) > 1 else None
+        rounds.append(found)
+
+    look()
+    for m in loop(state, task, c):
+        if "loss" in m:
+            logs.append([round(m[k], 4) for k in WATCHED])
+        if state["update"] % c.round_updates == 0:
+            look()
+            rounds[-1] |= {k: round(m[k], 4) for k in DRAWN if k in m}
+    seconds["loop and measuring"] = round(time.time() - began, 1)
+    found = {"arm": arm, "seed": seed, "fields": fields, "seconds": seconds, "rounds": rounds}
+    return found | {"watched": WATCHED, "logs": logs}
+
+
+def main() -> None:
+    """Run what is not there yet."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("arms", nargs="*", metavar="ARM", help=f"of {', '.join(ARMS)}; none: all")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--cache", type=Path, default=front.CACHE)
+    a = parser.parse_args()
+    torch.set_num_threads(a.threads)
+    OUT.mkdir(parents=True, exist_ok=True)
+    for arm in a.arms or ARMS:
+        for seed in a.seeds:
+            path = OUT / f"{arm}-{seed}.json"
+            if path.exists():
+                continue
+            about = {
+                "command": f"python notebooks/preferences.py {arm} --seeds {seed} --threads {a.threads}",
+                "commit": subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True)[:7],
+                "threads": a.threads, "machine": f"{platform.machine()}, 2 cores", "torch": torch.__version__,
+            }  # fmt: skip
+            found = about | measure(arm, seed, a.threads, a.cache)
+            front.write_text(path, json.dumps(found) + "\n")
+            print(arm, seed, [r["greedy"] for r in found["rounds"]], found["seconds"], flush=True)
+
+
+if __name__ == "__main__":
+    main()
