@@ -1460,8 +1460,9 @@ def judged(state: dict, task: Task, rollout: Rollout, c: Config, u: int) -> tupl
         scores += [parse_score(task.decode(y)) for y in written.response.tolist()]
     score = torch.tensor([float("nan") if s is None else s for s in scores], device=device)
     quoted = [parse_score(task.decode(y)) is not None for y in rollout.response.tolist()]
+    mean = float(score.nanmean())
     return score.view(-1, J).nanmean(1), {
-        "score": float(score.nanmean()), "spread": float(score[~score.isnan()].std()),
+        "score": mean, "spread": float(score.nan_to_num(mean).std(correction=0)),
         "unread": float(score.isnan().float().mean()), "quoted": sum(quoted) / len(quoted),
     }
 

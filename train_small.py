@@ -35,16 +35,16 @@ import nanoreward as nr
 from data import arithmetic
 from nanoreward import LOOPS, Config, Transformer, UserError
 
-# two-sided 95 % quantiles of Student's t with n - 1 degrees of freedom, n = 2..10
-T95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]
+T95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # Student's t, two-sided, n = 2..10
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanoreward"
 
 HEALTHY = """\
 what to watch: reward and truth rise together (only reward: it is being fooled) · kl: a few nats a response ·
 entropy falls slowly, not to 0 at once · clipfrac < 0.2 · ended near 1 · flat_groups < 1, or grpo and rloo learn
-nothing · a loss near 0 is no fault: with centred advantages its value says nothing, its gradient does"""
-WATCHED = "reward truth kl entropy clipfrac ended flat_groups pairs chosen rejected margin pair_accuracy".split()
+nothing · pairs: hundreds a round · chosen does not fall, pair_accuracy rises · score rises with dev, not alone ·
+a loss near 0 is no fault: with centred advantages its value says nothing, its gradient does"""
+WATCHED = "reward truth score kl entropy clipfrac ended flat_groups pairs chosen rejected pair_accuracy".split()
 
 # ---- the call: flags, checks, one line for a mistake -------------------------------------------
 
@@ -82,8 +82,8 @@ def build_parser() -> Parser:
 
 
 ANY_SIGN = {"no_eos", "gamma", "lam", "pad", "bos", "eos", "mask"}  # these have rules of their own
-MAY_BE_ZERO = {"value_clip", "value_coef", "beta", "kl_target", "seed", "alpha"}
-CHOICES = {"arm": tuple(nr.ARMS), "reward": tuple(nr.SIGNALS), "preference": tuple(nr.PREFERENCES)}
+MAY_BE_ZERO = {"value_clip", "value_coef", "beta", "kl_target", "seed", "alpha", "judging", "posing"}
+CHOICES = {"arm": nr.ARMS, "reward": nr.SIGNALS, "preference": nr.PREFERENCES, "judge": ("own", "frozen")}
 
 
 def check(c: Config) -> None:
@@ -106,8 +106,12 @@ def check(c: Config) -> None:
         (0 <= c.gamma <= 1 and 0 <= c.lam <= 1, "--gamma and --lam must lie in 0..1"),
         (c.vocab >= 32, "--vocab must be at least 32: the task's alphabet"),
         ((c.pad, c.bos, c.eos, c.mask) == (0, 1, 2, 3), "--pad, --bos, --eos, --mask are 0, 1, 2, 3 in this task"),
-        (c.temperature >= 0.01, "--temperature must be at least 0.01: below, log-probs overflow"),
+        (min(c.temperature, c.late_temperature) >= 0.01, "a temperature must be at least 0.01: log-probs overflow"),
         (c.kl_target == 0 or c.kl_horizon > 0.2 * c.prompts * c.samples, "--kl-horizon must exceed 0.2 * rollouts"),
+        (2 <= c.answers <= 100, "--answers must lie in 2..100"),
+        (c.judging + c.posing <= 1, "--judging and --posing are shares of the seed data: at most 1 together"),
+        (c.t_min <= 1 and c.look_ahead <= 1, "--t-min and --look-ahead are shares: at most 1"),
+        (c.candidates > 1, "--candidates must be at least 2: the best is set against the worst"),
         (c.causal, "--causal false: no loop trains a masked-diffusion LM yet"),
         (c.kl_target == 0 or c.beta > 0, "--kl-target adapts beta by factors: give it a --beta above 0"),
     ]
@@ -142,7 +146,6 @@ def parse_targets(texts: list[str], loops: list[str]) -> dict[str, float]:
 @dataclass
 class Run:
     """One --out folder: config.json, metrics.jsonl, samples.jsonl, summary.json, state/, PNG."""
-
     out: Path
     config: Config
     preset: str
@@ -383,22 +386,17 @@ def scorer_model(c: Config, cache: Path) -> dict[str, torch.nn.Module]:
 # ---- one job: one loop with one seed -----------------------------------------------------------
 
 
-def transcripts(policy: Transformer, task: nr.Task, prompts: list[str], c: Config) -> list[dict[str, Any]]:
-    """Greedy responses to 32 problems, cut down to three right and three wrong ones."""
-    texts = nr.respond(policy, task, prompts := prompts[:32], replace(c, temperature=0))
-    both = [{"prompt": x, "response": y, "reward": task.grade(x, y)} for x, y in zip(prompts, texts, strict=True)]
-    return [t for t in both if t["reward"] == 1][:3] + [t for t in both if t["reward"] < 1][:3]
-
-
 def notes(m: dict[str, Any], c: Config) -> dict[str, str]:
     """What a person should be told about an update, in plain words; each is said once."""
-    m = {"flat_groups": 0, "ended": 1, "kl": 0, "entropy": 1, "pairs": 1, "chosen_per_token": 0} | m
+    m = dict(flat_groups=0, ended=1, kl=0, entropy=1, pairs=1, chosen_per_token=0, spread=1, quoted=0, unread=0) | m
     found = {
         "flat": (m["flat_groups"] == 1 and c.arm != "gae", "equal rewards in every group, nothing to learn from"),
         "eos": (m["ended"] == 0, "no response ends with EOS (a larger --response, more --base-updates?)"),
         "kl": (m["kl"] > 20, f"KL runs away, {m['kl']:.0f} nats a response (a larger --beta, a smaller --lr?)"),
         "entropy": (m["entropy"] < 1e-3, "all samples are the same, nothing new can be found (a smaller --lr?)"),
-        "pairs": (m["pairs"] == 0, "no problem has right and wrong responses, the round teaches nothing"),
+        "pairs": (m["pairs"] == 0, "no problem has a better and a worse response, the round teaches nothing"),
+        "judge": (m["spread"] == 0 or m["unread"] > 0.5, "the judge says one score to everything, or none"),
+        "quoted": (m["quoted"] > 0.05, "responses hold a score themselves: they talk to the judge"),
         "chosen": (m["chosen_per_token"] < -1, "the chosen log-prob falls below -1 a token (a larger --alpha?)"),
     }
     return {name: text for name, (holds, text) in found.items() if holds}
@@ -424,8 +422,10 @@ def run_job(run: Run, name: str, seed: int) -> dict[str, Any]:
     state["job"], result = job, state["result"]
     offset, began = cut_log(out / "metrics.jsonl", run), time.time()
     cut_log(out / "samples.jsonl", run)
-    def show(u: int) -> None:
-        for t in transcripts(policy, task, dev, c):
+    def show(u: int) -> None:  # of 32 greedy responses up to three right and three wrong ones
+        texts = nr.respond(policy, task, dev[:32], replace(c, temperature=0))
+        both = [{"prompt": x, "response": y, "reward": task.grade(x, y)} for x, y in zip(dev, texts, strict=False)]
+        for t in [t for t in both if t["reward"] == 1][:3] + [t for t in both if t["reward"] < 1][:3]:
             append(out / "samples.jsonl", {"loop": name, "seed": seed, "step": u, **t})
     def log(m: dict[str, Any]) -> None:
         u = state["update"]

@@ -2,7 +2,8 @@
 
 Each arm is a loop with a few fields changed (or, for SPIN, another function for the pairs). After every round
 the policy, and for self_rewarding the judge, is measured on the test problems; the true grader is used here
-only. -> notebooks/results/preferences/ARM-SEED.json; what is there is not run again.
+only. Each run is kept in runs/preferences/ARM-SEED.json and not run again; all of them together make
+notebooks/results/preferences.json and preferences.png. Needs the extra `notebooks`.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 
 import torch
 from scipy.stats import kendalltau, spearmanr
@@ -26,7 +27,8 @@ sys.path.insert(0, str(ROOT))
 import nanoreward as nr  # noqa: E402
 import train_small as front  # noqa: E402
 
-OUT = ROOT / "notebooks" / "results" / "preferences"
+JOBS = ROOT / "runs" / "preferences"
+OUT = ROOT / "notebooks" / "results" / "preferences.json"
 LUCKY = {"answers": 4}  # right by luck in one case of four
 ARMS = {
     "dpo_nll": ("iterative_dpo", {}),
@@ -139,7 +141,56 @@ def measure(arm: str, seed: int, threads: int, cache: Path) -> dict:
             rounds[-1] |= {k: round(m[k], 4) for k in DRAWN if k in m}
     seconds["loop and measuring"] = round(time.time() - began, 1)
     found = {"arm": arm, "seed": seed, "fields": fields, "seconds": seconds, "rounds": rounds}
-    return found | {"watched": WATCHED, "logs": logs}
+    return found | {"logs": logs}
+
+
+def average(curves: list[list[float]]) -> list[float]:
+    """Mean over seeds, update by update, as far as all seeds have one."""
+    return [round(mean(column), 4) for column in zip(*curves)]  # noqa: B905
+
+
+def collect() -> dict:
+    """All jobs -> OUT: seeds as they are, the curves of each update as means over seeds."""
+    kept = json.loads(OUT.read_text()) if OUT.exists() else {}
+    for arm in ARMS:
+        if jobs := [json.loads(path.read_text()) for path in sorted(JOBS.glob(f"{arm}-?.json"))]:
+            about = {k: jobs[0][k] for k in ("fields", "commit", "threads", "machine", "torch")}
+            seeds = " ".join(str(job["seed"]) for job in jobs)
+            about["command"] = f"python notebooks/preferences.py {arm} --seeds {seeds} --threads {about['threads']}"
+            curves = {k: average([[u[i] for u in job["logs"]] for job in jobs]) for i, k in enumerate(WATCHED)}
+            each = [{k: job[k] for k in ("seed", "seconds", "rounds")} for job in jobs]
+            kept[arm] = about | {"seeds": each, "curves": curves}
+    lines = ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in kept.items())
+    front.write_text(OUT, "{\n" + lines + "\n}\n")
+    return kept
+
+
+def picture(kept: dict) -> None:
+    """Accuracy by round with a band over seeds, what happens to the chosen responses, the judge."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.4), layout="tight")
+    left, middle, right = figure.subplots(1, 3)
+
+    def rounds(axes, arm: str, label: str, color: str, of) -> None:
+        points = list(zip(*([of(r) for r in job["rounds"]] for job in kept[arm]["seeds"]), strict=True))
+        half = [front.T95[len(x) - 2] * stdev(x) / len(x) ** 0.5 for x in points]
+        low, high = ([mean(x) + sign * h for x, h in zip(points, half, strict=True)] for sign in (-1, 1))
+        axes.plot(range(len(points)), [mean(x) for x in points], color=color, label=label)
+        axes.fill_between(range(len(points)), low, high, color=color, alpha=0.15, lw=0)
+
+    for i, (arm, label) in enumerate((("dpo_nll", "DPO + NLL"), ("sft", "SFT on chosen"), ("dpo", "DPO alone"))):
+        rounds(left, arm, label, f"C{i}", lambda r: r["greedy"])
+        middle.plot(kept[arm]["curves"]["chosen_per_token"], color=f"C{i}", label=label)
+    for i, (arm, label) in enumerate((("self_rewarding", "own judge"), ("frozen_judge", "judge frozen at M1"))):
+        rounds(right, arm, f"greedy, {label}", f"C{i}", lambda r: r["greedy"])
+        rounds(right, arm, f"pairs in order, {label}", f"C{i + 2}", lambda r: r["judge"]["pairwise"])
+    left.set(xlabel="round", ylabel="greedy accuracy", ylim=(0, 1), xticks=range(5), title="iterative_dpo")
+    middle.set(xlabel="update", ylabel="log-prob of the chosen, a token", ylim=(-1, 0), title="chosen responses")
+    right.set(xlabel="M1, M2, M3", ylim=(0, 1), xticks=range(3), title="self_rewarding: policy and its judge")
+    for axes in (left, middle, right):
+        axes.legend(frameon=False, fontsize=8, loc="lower right")
+    nr.write_whole(OUT.with_suffix(".png"), lambda p: figure.savefig(p, format="png", dpi=110))
 
 
 def main() -> None:
@@ -151,20 +202,20 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=front.CACHE)
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
-    OUT.mkdir(parents=True, exist_ok=True)
+    JOBS.mkdir(parents=True, exist_ok=True)
     for arm in a.arms or ARMS:
         for seed in a.seeds:
-            path = OUT / f"{arm}-{seed}.json"
+            path = JOBS / f"{arm}-{seed}.json"
             if path.exists():
                 continue
             about = {
-                "command": f"python notebooks/preferences.py {arm} --seeds {seed} --threads {a.threads}",
                 "commit": subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True)[:7],
                 "threads": a.threads, "machine": f"{platform.machine()}, 2 cores", "torch": torch.__version__,
             }  # fmt: skip
             found = about | measure(arm, seed, a.threads, a.cache)
             front.write_text(path, json.dumps(found) + "\n")
             print(arm, seed, [r["greedy"] for r in found["rounds"]], found["seconds"], flush=True)
+    picture(collect())
 
 
 if __name__ == "__main__":

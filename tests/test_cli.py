@@ -111,7 +111,9 @@ def test_a_missed_target_exits_one(smoke, cache, tmp_path):
     ("ppo", ["--arm", "gae", "--updates", 12]), ("ppo", ["--arm", "grpo", "--updates", 12]),
     ("ppo", ["--arm", "rloo", "--updates", 12]),
     # its base knows a little, so that there are pairs
-    ("iterative_dpo", ["--base-updates", 200, "--round-updates", 4, "--round-prompts", 64, "--seeds", 2]),
+    ("iterative_dpo", ["--base-updates", 200, "--round-updates", 4, "--round-prompts", 64]),
+    ("self_rewarding", ["--base-updates", 200, "--seed-updates", 200, "--seed-demos", 1500, "--own-rounds", 3,
+                        "--round-updates", 4, "--round-prompts", 32]),
 ])  # fmt: skip
 def test_killed_anywhere_and_resumed_bit_for_bit(cache, tmp_path, loop, flags):
     """A real SIGKILL at a moment nobody chose, twice; then the outputs equal those of a quiet run."""
@@ -140,7 +142,7 @@ def test_killed_anywhere_and_resumed_bit_for_bit(cache, tmp_path, loop, flags):
     for seed in (0, 1):
         name = f"models/{loop}-{seed}/model.safetensors"
         assert (out / name).read_bytes() == (tmp_path / "quiet" / name).read_bytes()
-    if loop == "iterative_dpo":
+    if loop != "ppo":
         assert min(m["pairs"] for m in lines(out / "metrics.jsonl")) > 0
     results = [json.loads((f / "summary.json").read_text())["results"] for f in (out, tmp_path / "quiet")]
     assert [r | {"seconds": 0} for r in results[0]] == [r | {"seconds": 0} for r in results[1]]
@@ -225,6 +227,13 @@ def test_the_base_cache_is_reused_and_never_stale(tmp_path, monkeypatch):
     (["ppo", "--seed", "-1"], "--seed must be 0 or more"),
     (["ppo", "--arm", "a2c"], "--arm must be one of gae, grpo, rloo"),
     (["ppo", "--reward", "vibes"], "--reward must be one of"),
+    (["self_rewarding", "--judge", "vibes"], "--judge must be one of own, frozen"),
+    (["self_rewarding", "--judging", "0.9", "--posing", "0.2"], "at most 1 together"),
+    (["self_rewarding", "--candidates", "1"], "--candidates must be at least 2"),
+    (["self_rewarding", "--own-problems", "maybe"], "--own-problems"),
+    (["iterative_dpo", "--late-temperature", "0.001"], "at least 0.01"),
+    (["ppo", "--answers", "1"], "--answers must lie in"),
+    (["ppo", "--look-ahead", "1.5"], "at most 1"),
     (["ppo", "--arm", "grpo", "--samples", "1"], "--samples 2 or more"),
     (["ppo", "--response", "10"], "--response must be at least"),
     (["ppo", "--heads", "3", "--kv-heads", "2"], "--heads must be a multiple"),

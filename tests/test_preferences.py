@@ -135,3 +135,27 @@ def test_resume_in_the_middle_of_a_round_is_bit_exact(tmp_path, stop):
     rest = list(nr.iterative_dpo(again, Short(1, 1), SMALL))
     assert rest == logs[stop:]
     assert all(torch.equal(a, b) for a, b in zip(whole["policy"].parameters(), again["policy"].parameters()))
+
+
+def test_a_restarted_round_trains_the_first_model_again():
+    config = nr.replace(SMALL, restart=True, preference="sft_chosen")
+    state = nr.start_rounds(rough(config), config)
+    weight, first = state["policy"].lm_head.weight, state["first"]["lm_head.weight"].clone()
+    moved = []
+    for _ in nr.iterative_dpo(state, Short(1, 1), config):
+        moved.append(float((weight - first).detach().abs().max()))
+    assert moved[2] > 1.5 * moved[0] > 0  # within a round it moves away
+    assert moved[3] < 0.7 * moved[2]  # and the next one starts from the first model
+
+
+def test_the_second_half_of_the_rounds_has_its_own_temperature(monkeypatch):
+    config = nr.replace(SMALL, rounds=4, late_temperature=1.3, temperature=0.8)
+    heat, sample = [], nr.sample
+
+    def watched(model, prompt, config, **more):
+        heat.append(config.temperature)
+        return sample(model, prompt, config, **more)
+
+    monkeypatch.setattr(nr, "sample", watched)
+    list(nr.iterative_dpo(nr.start_rounds(rough(config), config), Short(1, 1), config))
+    assert heat == [0.8, 0.8, 1.3, 1.3]

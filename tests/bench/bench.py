@@ -1,4 +1,4 @@
-"""Time nanoreward beside the alternatives: python tests/bench/bench.py [rollouts sft grpo diffusion]
+"""Time nanoreward beside the alternatives: python tests/bench/bench.py [rollouts sft grpo dpo diffusion]
 
 Both sides run alternately in one process with the same weights, prompts and lengths; the ratio of each
 pair of runs is kept, its median and quartiles are shown. Prints a table and writes bench.json beside this file.
@@ -154,10 +154,32 @@ def sft(c: nr.Config, cache: Path, reps: int) -> list[dict]:
     return rows
 
 
+def in_turns(pairs: list, ours: Callable):
+    """A TRL callback: after each of its steps one of ours; seconds of both go to `pairs`."""
+    from transformers import TrainerCallback
+
+    class Alternate(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            self.began = time.perf_counter()
+
+        def on_step_end(self, *_, **__):
+            theirs = time.perf_counter() - self.began
+            pairs.append((seconds(ours), theirs))
+
+    return Alternate()
+
+
+def fast_tokenizer(task):
+    """The task's tokenizer as transformers wants it."""
+    from transformers import PreTrainedTokenizerFast
+
+    words = dict(pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", padding_side="left")
+    return PreTrainedTokenizerFast(tokenizer_object=task.tokenizer, **words)
+
+
 def grpo(c: nr.Config, cache: Path, reps: int) -> list[dict]:
     """A whole grpo-arm update (64 x 8, generation and KL included) against a step of TRL's GRPOTrainer."""
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerFast, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
     task = front.make_task(c)
@@ -168,24 +190,12 @@ def grpo(c: nr.Config, cache: Path, reps: int) -> list[dict]:
     state = nr.start_ppo(policy, c)
     loop = nr.ppo(state, task, c)
     texts = task.prompts(c.prompts, nr.rng(0, "prompts", 0))
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=task.tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", padding_side="left"
-    )
 
     def reward(prompts, completions, completion_ids, **_):
         asked = [arithmetic.turn(p.removeprefix("<bos>")) for p in prompts]
         return [task.grade(p, task.decode(ids)) for p, ids in zip(asked, completion_ids, strict=True)]
 
-    pairs, began = [], [0.0]
-
-    class Alternate(TrainerCallback):
-        def on_step_begin(self, *_, **__):
-            began[0] = time.perf_counter()
-
-        def on_step_end(self, *_, **__):
-            theirs = time.perf_counter() - began[0]
-            pairs.append((seconds(lambda: next(loop)), theirs))
-
+    pairs = []
     with tempfile.TemporaryDirectory() as folder:
         args = GRPOConfig(
             output_dir=folder, per_device_train_batch_size=c.prompts * c.samples, num_generations=c.samples,
@@ -195,11 +205,46 @@ def grpo(c: nr.Config, cache: Path, reps: int) -> list[dict]:
         )  # fmt: skip
         data = Dataset.from_list([{"prompt": "<bos>" + arithmetic.turn(t)} for t in texts])
         GRPOTrainer(
-            model=other, reward_funcs=reward, args=args, train_dataset=data, processing_class=tokenizer,
-            callbacks=[Alternate()],
+            model=other, reward_funcs=reward, args=args, train_dataset=data, processing_class=fast_tokenizer(task),
+            callbacks=[in_turns(pairs, lambda: next(loop))],
         ).train()  # fmt: skip
     pairs = pairs[1:]  # the first was the warm-up
     return [summary("grpo update, 64 x 8, natural lengths", pairs, "responses/s", c.prompts * c.samples)]
+
+
+def dpo(c: nr.Config, cache: Path, reps: int) -> list[dict]:
+    """A DPO+NLL update of 64 pairs against TRL's DPOTrainer; reference log-probs are ready on both sides."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    task, c = front.make_task(c), replace(c, dpo_lr=0.0, round_updates=10**6)
+    policy = front.base_model(c, cache)
+    other, state = in_transformers(policy), nr.start_rounds(policy, c)
+    prompt, group = nr.in_groups(task, task.prompts(256, nr.rng(0, "bench")), c)
+    rollout = nr.sample(policy, prompt, c, group=group, generator=nr.rng(0, "pairs"))
+    rows = nr.pair_up(nr.grades(task, rollout), group, replace(c, pairs_each=1))[: c.pair_batch]
+    assert len(rows) == c.pair_batch, "too few pairs"
+    pairs = {"prompt": prompt[rows[:, 0]], "response": rollout.response[rows]}
+    with torch.no_grad():
+        state["pairs"] = pairs | {"ref": nr.pair_logprobs(policy, pairs, torch.arange(len(rows)))}
+    word = lambda ids: arithmetic.turn(task.decode(ids.tolist())).removesuffix("<eos>")  # noqa: E731
+    texts = [
+        {"prompt": "<bos>" + word(x), "chosen": word(w), "rejected": word(lo)}
+        for x, (w, lo) in zip(pairs["prompt"], pairs["response"], strict=True)
+    ]
+    times = []
+    with tempfile.TemporaryDirectory() as folder:
+        args = DPOConfig(
+            output_dir=folder, per_device_train_batch_size=c.pair_batch, beta=c.dpo_beta, learning_rate=0.0,
+            loss_type=["sigmoid", "sft"], loss_weights=[1.0, c.alpha], precompute_ref_log_probs=True,
+            max_steps=reps + 1, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none",
+            save_strategy="no", logging_strategy="no", disable_tqdm=True, max_length=None,
+        )  # fmt: skip
+        DPOTrainer(
+            model=other, args=args, train_dataset=Dataset.from_list(texts), processing_class=fast_tokenizer(task),
+            callbacks=[in_turns(times, lambda: nr.pair_update(state, c))],
+        ).train()  # fmt: skip
+    return [summary("dpo update, 64 pairs, natural lengths", times[1:], "pairs/s", c.pair_batch)]
 
 
 @torch.no_grad()
@@ -242,7 +287,7 @@ def diffusion(c: nr.Config, cache: Path, reps: int) -> list[dict]:
 
 def main() -> None:
     """Run the named parts, print the table, keep the numbers."""
-    parts = {f.__name__: f for f in (rollouts, sft, grpo, diffusion)}
+    parts = {f.__name__: f for f in (rollouts, sft, grpo, dpo, diffusion)}
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", choices=[[], *parts], help="default: all")
     parser.add_argument("--reps", type=int, default=9)

@@ -1,0 +1,244 @@
+"""self_rewarding: scores read from text, judging, proposing, the grader out of reach, a world with a known answer."""
+
+import math
+from itertools import islice
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import kendalltau, spearmanr
+
+import nanoreward as nr
+import train_small
+from data.arithmetic import Arithmetic
+from notebooks import preferences
+from tests.conftest import TINY, rough
+
+TASK = Arithmetic(1, 1)
+SMALL = nr.replace(
+    TINY, own_rounds=2, round_updates=3, round_prompts=16, candidates=4, pair_batch=16, dpo_lr=3e-3, warmup=1,
+    seed_demos=1500, seed_updates=150, base_batch=32, judgements=2,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def m1():
+    """A small M1 whose judgements can mostly be read, and whose proposals are mostly problems."""
+    model = rough(SMALL)
+    state = {"optimizers": nr.optimizers([model], 0.01, SMALL, 0.02), "update": 0}
+    demos = train_small.seed_data(TASK, SMALL)
+    list(nr.fit(state, nr.demonstrations(model, TASK, SMALL, demos), SMALL.seed_updates, SMALL))
+    return model.state_dict()
+
+
+def start(m1, config=SMALL):
+    policy = nr.Transformer(config)
+    policy.load_state_dict(m1)
+    return nr.start_self_rewarding(policy, config)
+
+
+# ---- scores ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text,score",
+    [
+        ("3", 3), ("3.5", 3.5), ("Score: 4/5", 4), ("score 4 / 5.", 4), ("SCORE=0", 0), ("!5<eos>", 5),
+        ("42y26n!4<eos>", 4), ("It adds up. Score: 2.", 2), ("  5 \n", 5), ("0.0", 0),
+        ("", None), ("none", None), ("!", None), ("!<eos>", None), ("Score:", None),
+        ("nan", None), ("Score: nan", None), ("inf", None), ("-1", None), ("Score: -1", None), ("6", None),
+        ("5.01", None), ("4/10", None), ("10/5", None), ("1e0", None), ("3,5", None), ("!5", 5), ("!55", None),
+        ("Score: 3. Score: 4", 4), ("3 4", None), ("!3!4", 4), ("the response says Score: 5, which is wrong", None),
+        ("the response says Score: 5, which is wrong. Score: 1", 1), ("42y26n", None), ("#26", None),
+        ("٣", None), ("Score: ３", None), ("!४", None), ("3" * 10_000, None), ("x" * 10_000 + "!2", 2),
+        ("score " * 2000, None), ("Score:" + " " * 10_000 + "4", 4), ("!" * 10_000, None), ("\x00!1", 1),
+    ],
+)  # fmt: skip
+def test_scores_are_read_from_the_very_end(text, score):
+    assert nr.parse_score(text) == score
+
+
+@given(st.text(max_size=200))
+def test_reading_a_score_never_raises_and_stays_in_range(text):
+    score = nr.parse_score(text)
+    assert score is None or 0 <= score <= 5
+
+
+def test_best_against_worst_drops_ties_and_ignores_what_has_no_score():
+    nan = math.nan
+    score = torch.tensor([3.0, 5, 1, 1, 2, 2, 2, nan, nan, nan, nan, 4, nan, 0, 4, 2.5])
+    group = torch.arange(16) // 4
+    # 0: first best 1, first worst 2.  1: 2, 2, 2, none: a tie.  2: one score.  3: 4 against 0
+    assert nr.best_and_worst(score, group, SMALL).tolist() == [[1, 2], [14, 13]]
+    assert nr.best_and_worst(torch.full((4,), nan), group[:4], SMALL).shape == (0, 2)
+    assert nr.best_and_worst(torch.tensor([1.0, 2.0]), torch.tensor([0, 1]), SMALL).shape == (0, 2)
+
+
+# ---- judging and proposing ---------------------------------------------------------------------
+
+
+def test_the_score_is_the_mean_of_the_judgements_that_can_be_read(m1, monkeypatch):
+    state = start(m1)
+    prompt = nr.encode_prompts(TASK, ["3+4=", "50-1="], SMALL)
+    rollout = nr.sample(state["policy"], prompt, SMALL, generator=nr.rng(0, "s"))
+    asked = []
+
+    def written(model, prompt, config, generator=None):
+        asked.append((model, prompt))
+        texts = ["7y!5<eos>", "!2<eos>", "7y<eos>", "!4<eos>", "7y", "!9<eos>"]  # three for each response
+        ids = nr.right_pad(TASK.encode(texts), config.pad, config.response)
+        return nr.Rollout(prompt, ids, nr.up_to_eos(ids, config), ids, torch.arange(6))
+
+    monkeypatch.setattr(nr, "sample", written)
+    three = nr.replace(SMALL, judgements=3)
+    score, seen = nr.judged(state, TASK, rollout, three, 0)
+    assert score[0] == 3.5 and score[1] == 4.0  # 5, 2, none -> 3.5; 4, none, none -> 4
+    assert seen["unread"] == 0.5 and seen["score"] == pytest.approx(11 / 3)
+    ((model, read),) = asked
+    assert model is state["policy"] and len(read) == 6
+    for i, row in enumerate(read.tolist()):
+        wanted = TASK.judge_prompt(rollout.prompt[i // 3].tolist(), rollout.response[i // 3].tolist())
+        assert row[row.index(SMALL.bos) :] == [SMALL.bos, *wanted]
+
+
+def test_judging_in_parts_sees_every_response_once(m1):
+    config = nr.replace(SMALL, minibatch=5)
+    state, prompt = start(m1), nr.encode_prompts(TASK, TASK.prompts(12, nr.rng(0, "p")), SMALL)
+    rollout = nr.sample(state["policy"], prompt, config, generator=nr.rng(0, "s"))
+    score, seen = nr.judged(state, TASK, rollout, config, 3)
+    assert score.shape == (12,) and seen["unread"] < 0.5
+    other = nr.judged(state, TASK, rollout, config, 4)[0]
+    assert not torch.equal(score.nan_to_num(9), other.nan_to_num(9))  # sampled anew in another update
+    assert torch.equal(score.nan_to_num(9), nr.judged(state, TASK, rollout, config, 3)[0].nan_to_num(9))
+
+
+def test_the_frozen_judge_stays_m1_and_the_own_one_is_the_policy(m1):
+    own, frozen = start(m1), start(m1, nr.replace(SMALL, judge="frozen"))
+    assert own["judge"] is own["policy"]
+    list(nr.self_rewarding(frozen, TASK, nr.replace(SMALL, judge="frozen")))
+    assert all(torch.equal(x, m1[name]) for name, x in frozen["judge"].state_dict().items())
+    assert not torch.equal(frozen["policy"].lm_head.weight, m1["lm_head.weight"])
+
+
+def test_proposals_are_training_problems_new_and_filled_up(m1, monkeypatch):
+    state = start(m1)
+    config = nr.replace(SMALL, prompts=4)
+    dev = TASK.prompts(1, nr.rng(0, "d"), "dev")[0]
+    good = [x for x in TASK.prompts(40, nr.rng(1, "p")) if x not in ("3+4=", "9*2=")]
+    shown = []
+
+    def answers(model, task, prompts, config, generator=None):
+        shown.extend(prompts)
+        own = prompts[4].split("<sep>")[1]  # one that it was shown
+        return [f"{good[0]}<eos>", f"{good[0]}<eos>", f"{dev}<eos>", "3+4+5=<eos>", f"{own}<eos>", "", "<sep>", good[1]]
+
+    monkeypatch.setattr(nr, "respond", answers)
+    texts, seen = nr.propose(state, TASK, config, 0)
+    assert texts[:2] == good[:2] and len(set(texts)) == len(texts) == 4
+    assert seen == {"valid": 3 / 8, "proposed": 0.5} and len(shown) == 8  # two attempts a problem, no more
+    assert all(TASK.split(x) == "train" for x in texts)
+    again, seen = nr.propose(state, TASK, config, 0)
+    assert seen["proposed"] == 0 and not set(good[:2]) & set(again[:0])  # posed before: not new
+    assert list(state["posed"]) == good[:2]
+
+
+def test_problems_may_come_from_the_task_instead(m1, monkeypatch):
+    monkeypatch.setattr(nr, "propose", None)
+    config = nr.replace(SMALL, own_problems=False, own_rounds=1)
+    assert "valid" not in next(nr.self_rewarding(start(m1, config), TASK, config))
+
+
+# ---- the loop ----------------------------------------------------------------------------------
+
+
+class Blind(Arithmetic):
+    """Whoever asks for the truth gets an exception."""
+
+    def grade(self, *_):
+        raise AssertionError("the true grader was asked")
+
+    rubric = truth = step_ok = answer = judgement = judge_demo = grade
+
+
+def test_the_true_grader_is_never_asked(m1):
+    seeing, blind = start(m1), start(m1)
+    logs = list(nr.self_rewarding(seeing, TASK, SMALL))
+    assert len(logs) == 6 and all(m["pairs"] > 0 for m in logs)
+    assert list(nr.self_rewarding(blind, Blind(1, 1), SMALL)) == logs
+    assert all(torch.equal(a, b) for a, b in zip(seeing["policy"].parameters(), blind["policy"].parameters()))
+    with pytest.raises(AssertionError, match="asked"):  # the other loop does ask
+        next(nr.iterative_dpo(nr.start_rounds(rough(TINY), TINY), Blind(1, 1), TINY))
+
+
+def test_a_judge_that_cannot_be_read_ends_the_rounds_at_once(m1, monkeypatch):
+    monkeypatch.setattr(nr, "parse_score", lambda text: None)
+    lines = list(nr.self_rewarding(start(m1), TASK, SMALL))
+    assert [m["pairs"] for m in lines] == [0, 0] and all(m["unread"] == 1 for m in lines)
+    assert "pairs" in train_small.notes(lines[0], SMALL)
+
+
+@pytest.mark.parametrize("stop", [2, 3, 4])
+def test_resume_anywhere_is_bit_exact(m1, tmp_path, stop):
+    whole = start(m1)
+    logs = list(nr.self_rewarding(whole, TASK, SMALL))
+    part = start(m1)
+    list(islice(nr.self_rewarding(part, TASK, SMALL), stop))
+    nr.save_state(tmp_path, part)
+    fresh = nr.start_self_rewarding(rough(SMALL, seed=9), SMALL)
+    again = nr.load_state(tmp_path, into=fresh)
+    assert again["judge"] is again["policy"]
+    assert list(nr.self_rewarding(again, TASK, SMALL)) == logs[stop:]
+    assert all(torch.equal(a, b) for a, b in zip(whole["policy"].parameters(), again["policy"].parameters()))
+
+
+class Lengths(Arithmetic):
+    """The judge reads how long a response is, up to 9; long ones deserve more."""
+
+    def judge_prompt(self, prompt, response):
+        return self.encode([f"{min(9, sum(i > 2 for i in response))}??"])[0]
+
+
+def test_probe_what_the_own_judgement_prefers_is_learned():
+    """Taught in seconds to score lengths, the same weights learn from their own scores to write more."""
+    task = Lengths(1, 1)
+    config = nr.replace(
+        SMALL, own_rounds=4, round_updates=12, round_prompts=32, own_problems=False, alpha=1.0, pair_batch=32
+    )  # fmt: skip
+    policy = rough(config, seed=2)
+    deserved = [(f"{n}??", f"!{1 + n // 2}<eos>") for n in range(10)]
+    state = {"optimizers": nr.optimizers([policy], 0.01, config, 0.02), "update": 0}
+    list(nr.fit(state, nr.demonstrations(policy, task, config, deserved), 80, config))
+    state = nr.start_self_rewarding(policy, config)
+    logs = list(nr.self_rewarding(state, task, config))
+    assert logs[-1]["length"] > 1.3 * logs[0]["length"] and logs[-1]["score"] > logs[0]["score"] + 0.5
+
+
+def test_a_collapsed_judge_and_responses_that_talk_to_it_are_said_in_words():
+    fine = {"spread": 1.2, "quoted": 0.0, "unread": 0.0, "pairs": 9}
+    assert not train_small.notes(fine, SMALL)
+    assert "judge" in train_small.notes(fine | {"spread": 0.0}, SMALL)
+    assert "judge" in train_small.notes(fine | {"unread": 0.9}, SMALL)
+    assert "quoted" in train_small.notes(fine | {"quoted": 0.2}, SMALL)
+
+
+# ---- statistics --------------------------------------------------------------------------------
+
+
+def test_win_rate_counts_ties_half():
+    assert preferences.win_rate([5, 4, 1, 3], [4, 4, 2, 3]) == {"win": 0.5, "ties": 0.5}
+    assert preferences.win_rate([5, 5], [1, 1]) == {"win": 1.0, "ties": 0.0}
+
+
+def test_judge_statistics_by_hand_and_by_scipy():
+    score = [[5.0, 3.0, 1.0, 1.0], [5.0, 2.0, 4.0, 5.0], [2.0, 2.0, 2.0, 2.0]]
+    truth = [[5.0, 4.0, 1.0, 4.0], [1.0, 1.0, 1.0, 1.0], [5.0, 1.0, 1.0, 1.0]]
+    found = preferences.judge_statistics(score, truth)
+    # problem 0: five ordered pairs, one of them a tie of the judge; 1: none; 2: three ties
+    assert found["pairwise"] == pytest.approx((4 + 0.5 + 3 * 0.5) / 8, abs=1e-4)
+    assert found["exact"] == 0.0 and found["tied"] == pytest.approx(1 / 3, abs=1e-4)
+    assert found["best5"] == 1.0  # the 5 of problem 0, both of problem 1 (all are equally good)
+    assert found["spearman"] == pytest.approx(spearmanr(score[0], truth[0]).statistic / 2, abs=1e-4)
+    assert found["kendall"] == pytest.approx(kendalltau(score[0], truth[0]).statistic / 2, abs=1e-4)
+    perfect = preferences.judge_statistics(truth, truth)
+    assert perfect["pairwise"] == perfect["exact"] == perfect["spearman"] == 1.0
