@@ -26,6 +26,7 @@ Deviations from the papers (grep DEVIATION):
     1. GRPO too divides by the counted tokens of the step; the paper averages each response first.
     2. RLOO takes clipped token ratios; on-policy: REINFORCE over the token count.
     3. The reward model's scores are normalized after its training only, not before as well.
+    4. self_rewarding trains with DPO + NLL; DPO alone (--alpha 0) does not hold here.
 """
 
 from __future__ import annotations
@@ -51,9 +52,6 @@ from torch import Tensor, nn
 # ------------------------------------------------------------------------------------------------
 # 1. Config. Every number with its reason. After this section you know what can be turned: each
 #    field is also a flag of train_small.py, and a preset in CONFIGS only overrides fields.
-
-
-SCORE = re.compile(r"(?:^|!|score[\s:=]*)([0-9]+(?:\.[0-9]+)?)(?:\s*/\s*5)?$", re.I | re.A)
 
 
 class UserError(Exception):
@@ -151,7 +149,7 @@ class Config:
     restart: bool = False  # True: every round trains the first model again (ReST-EM)
     dpo_lr: float = 4e-4  # 1e-3 overfits 700 pairs: 62 % where this has 90
     dpo_beta: float = 0.1  # (9); the paper's
-    alpha: float = 5.0  # weight of the NLL in (9), 0 is plain DPO; on dev 3 ends with 86 %, 5 with 90
+    alpha: float = 5.0  # weight of the NLL in (9), 0: plain DPO; 3 ends at 86 % on dev, 5 at 90
     # self-rewarding: rounds with own problems and own scores
     own_rounds: int = 2  # M1 -> M2 -> M3
     candidates: int = 4  # responses a problem
@@ -1381,8 +1379,8 @@ def verified(state: dict, task: Task, rollout: Rollout, c: Config, u: int) -> tu
 
 
 def iterative_dpo(
-    state: dict, task: Task, config: Config, pose: Any = posed, judge: Any = verified,
-    pair: Any = pair_up,
+    state: dict, task: Task, config: Config, pose: Callable = posed, judge: Callable = verified,
+    pair: Callable = pair_up,
 ) -> Iterator[dict[str, Any]]:
     """Iterative reasoning preference optimization, arXiv 2404.19733v3: each round draws new
     responses, pairs right with wrong ones and goes on from where the last round ended."""
@@ -1421,6 +1419,9 @@ def iterative_dpo(
 
 
 # ---- self_rewarding: the same weights pose, solve and judge -------------------------------------
+
+
+SCORE = re.compile(r"(?:^|!|score[\s:=]*)([0-9]+(?:\.[0-9]+)?)(?:\s*/\s*5)?$", re.I | re.A)
 
 
 def parse_score(text: str) -> float | None:
@@ -1486,7 +1487,8 @@ def start_self_rewarding(policy: Transformer, config: Config) -> dict[str, Any]:
 
 def self_rewarding(state: dict, task: Task, config: Config) -> Iterator[dict[str, Any]]:
     """Self-Rewarding Language Models, arXiv 2401.10020: `iterative_dpo` whose problems and scores
-    are the policy's own. The true grader is never asked."""
+    are the policy's own. The true grader is never asked.
+    DEVIATION: the loss is DPO + NLL (9); the paper's is --alpha 0."""
     config = replace(config, samples=config.candidates)
     pose = propose if config.own_problems else posed
     return iterative_dpo(state, task, config, pose, judged, best_and_worst)

@@ -12,7 +12,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -45,6 +45,7 @@ ARMS = {
     "no_eft": ("self_rewarding", {"judging": 0.0}),
     "one_judgement": ("self_rewarding", {"judgements": 1}),
     "top_sft": ("self_rewarding", {"preference": "sft_chosen"}),
+    "own_dpo": ("self_rewarding", {"alpha": 0.0}),
     "task_problems": ("self_rewarding", {"own_problems": False}),
 }
 DRAWN = ("truth", "score", "spread", "unread", "quoted", "valid", "proposed", "pairs", "length")
@@ -154,15 +155,82 @@ def collect() -> dict:
     kept = json.loads(OUT.read_text()) if OUT.exists() else {}
     for arm in ARMS:
         if jobs := [json.loads(path.read_text()) for path in sorted(JOBS.glob(f"{arm}-?.json"))]:
-            about = {k: jobs[0][k] for k in ("fields", "commit", "threads", "machine", "torch")}
+            about = {k: jobs[0][k] for k in ("fields", "threads", "machine", "torch")}
             seeds = " ".join(str(job["seed"]) for job in jobs)
             about["command"] = f"python notebooks/preferences.py {arm} --seeds {seeds} --threads {about['threads']}"
             curves = {k: average([[u[i] for u in job["logs"]] for job in jobs]) for i, k in enumerate(WATCHED)}
-            each = [{k: job[k] for k in ("seed", "seconds", "rounds")} for job in jobs]
+            each = [{k: job[k] for k in ("seed", "commit", "seconds", "rounds")} for job in jobs]
             kept[arm] = about | {"seeds": each, "curves": curves}
     lines = ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in kept.items())
     front.write_text(OUT, "{\n" + lines + "\n}\n")
     return kept
+
+
+def over_seeds(kept: dict, arm: str, of: Callable[[list[dict]], float]) -> dict[int, float]:
+    """seed -> a number of its rounds."""
+    return {job["seed"]: of(job["rounds"]) for job in kept[arm]["seeds"]}
+
+
+def paired(a: dict[int, float], b: dict[int, float]) -> str:
+    """Mean and 95 % interval of the differences by seed."""
+    return front.interval([a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())])
+
+
+def tables(kept: dict) -> str:
+    """The README's tables of preference rounds, as Markdown: test problems, mean and 95 % interval over seeds."""
+
+    def cell(arm: str, of: Callable[[list[dict]], float]) -> str:
+        try:
+            return front.interval(list(over_seeds(kept, arm, of).values()))
+        except (IndexError, KeyError, TypeError):
+            return ""
+
+    def row(arm: str, title: str, *parts: Callable[[list[dict]], float]) -> str:
+        return " | ".join([f"| {title}", *(cell(arm, of) for of in parts)]) + " |"
+
+    def head(*titles: str) -> list[str]:
+        return ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+
+    def greedy(i: int) -> Callable[[list[dict]], float]:
+        return lambda rounds: rounds[i]["greedy"]
+
+    rounds = [*map(greedy, (1, 2, 3, 4)), lambda rounds: rounds[-1]["sampled"]]
+    named = {
+        "dpo_nll": "DPO + NLL (`iterative_dpo`)", "sft": "SFT on the chosen", "dpo": "DPO alone (`--alpha 0`)",
+        "one_round": "one round, twice the pairs and updates", "spin": "SPIN",
+        "lucky_dpo_nll": "4 answers: DPO + NLL", "lucky_sft": "4 answers: SFT", "lucky_dpo": "4 answers: DPO alone",
+    }  # fmt: skip
+    lines = head("greedy after round", "1", "2", "3", "4", "sampled at the end")
+    lines += [row(arm, title, *rounds) for arm, title in named.items() if arm in kept]
+    own = [
+        greedy(0), greedy(1), greedy(2), lambda rounds: rounds[1]["over M1"]["win"],
+        lambda rounds: rounds[2]["over the last"]["win"],
+        *((lambda rounds, i=i: rounds[i]["judge"]["pairwise"]) for i in (0, 1, 2)),
+    ]  # fmt: skip
+    titles = ("M1 greedy", "M2", "M3", "M2 wins over M1", "M3 over M2", "judge's pairs M1", "M2", "M3")
+    lines += ["", *head("`self_rewarding`", *titles)]
+    named = {"self_rewarding": "own judge, J = 3", "frozen_judge": "judge frozen at M1", "one_judgement": "J = 1",
+             "top_sft": "SFT on the best", "own_dpo": "DPO alone", "no_eft": "no EFT"}  # fmt: skip
+    lines += [row(arm, title, *own) for arm, title in named.items() if arm in kept]
+
+    differences = [
+        ("DPO + NLL minus DPO alone, round 1", "dpo_nll", 1, "dpo", 1),
+        ("DPO + NLL minus SFT on the chosen, round 4", "dpo_nll", 4, "sft", 4),
+        ("the same with four answers, round 1", "lucky_dpo_nll", 1, "lucky_sft", 1),
+        ("the same with four answers, round 4", "lucky_dpo_nll", 4, "lucky_sft", 4),
+        ("two rounds minus one with twice the pairs", "dpo_nll", 2, "one_round", 1),
+        ("M3: own judge minus judge frozen at M1", "self_rewarding", 2, "frozen_judge", 2),
+        ("M3: J = 3 minus J = 1", "self_rewarding", 2, "one_judgement", 2),
+        ("M3: pairs minus SFT on the best", "self_rewarding", 2, "top_sft", 2),
+    ]
+    lines += ["", *head("differences paired by seed", "greedy")]
+    for title, a, i, b, j in differences:
+        if a in kept and b in kept:
+            lines.append(f"| {title} | {paired(over_seeds(kept, a, greedy(i)), over_seeds(kept, b, greedy(j)))} |")
+    if "self_rewarding" in kept:
+        pairs = [over_seeds(kept, "self_rewarding", lambda r, i=i: r[i]["judge"]["pairwise"]) for i in (2, 0)]
+        lines.append(f"| judge's pairs in order, M3 minus M1 | {paired(*pairs)} |")
+    return "\n".join(lines)
 
 
 def picture(kept: dict) -> None:
@@ -184,10 +252,10 @@ def picture(kept: dict) -> None:
         middle.plot(kept[arm]["curves"]["chosen_per_token"], color=f"C{i}", label=label)
     for i, (arm, label) in enumerate((("self_rewarding", "own judge"), ("frozen_judge", "judge frozen at M1"))):
         rounds(right, arm, f"greedy, {label}", f"C{i}", lambda r: r["greedy"])
-        rounds(right, arm, f"pairs in order, {label}", f"C{i + 2}", lambda r: r["judge"]["pairwise"])
+    rounds(right, "self_rewarding", "the judge's pairs in order", "C2", lambda r: r["judge"]["pairwise"])
     left.set(xlabel="round", ylabel="greedy accuracy", ylim=(0, 1), xticks=range(5), title="iterative_dpo")
-    middle.set(xlabel="update", ylabel="log-prob of the chosen, a token", ylim=(-1, 0), title="chosen responses")
-    right.set(xlabel="M1, M2, M3", ylim=(0, 1), xticks=range(3), title="self_rewarding: policy and its judge")
+    middle.set(xlabel="update", ylabel="log-prob of the chosen, a token", ylim=(-0.4, 0), title="chosen responses")
+    right.set(ylim=(0, 1), xticks=range(3), xticklabels=["M1", "M2", "M3"], title="self_rewarding")
     for axes in (left, middle, right):
         axes.legend(frameon=False, fontsize=8, loc="lower right")
     nr.write_whole(OUT.with_suffix(".png"), lambda p: figure.savefig(p, format="png", dpi=110))
@@ -215,7 +283,9 @@ def main() -> None:
             found = about | measure(arm, seed, a.threads, a.cache)
             front.write_text(path, json.dumps(found) + "\n")
             print(arm, seed, [r["greedy"] for r in found["rounds"]], found["seconds"], flush=True)
-    picture(collect())
+    kept = collect()
+    print(tables(kept))
+    picture(kept)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import nanoreward as nr
 import train_small
 from data.arithmetic import Arithmetic
+from notebooks import preferences
 from tests.conftest import TINY, random_batch, rough
 
 TASK = Arithmetic(1, 1)
@@ -159,3 +160,16 @@ def test_the_second_half_of_the_rounds_has_its_own_temperature(monkeypatch):
     monkeypatch.setattr(nr, "sample", watched)
     list(nr.iterative_dpo(nr.start_rounds(rough(config), config), Short(1, 1), config))
     assert heat == [0.8, 0.8, 1.3, 1.3]
+
+
+def test_spin_sets_a_careful_demonstration_against_an_own_sample():
+    config = nr.replace(SMALL, rounds=1, answers=100)
+    state = nr.start_rounds(rough(config), config)
+    next(preferences.spin(state, TASK, config))
+    pairs = state["pairs"]
+    careful = Arithmetic(1, 1, careful=True, guess=0)
+    assert len(pairs["prompt"]) == config.pairs_each * config.round_prompts
+    for x, (winner, loser) in zip(pairs["prompt"].tolist(), pairs["response"].tolist()):
+        problem = TASK.decode(x)
+        assert TASK.decode(winner) == careful.respond(problem, nr.rng(0, "any")) != TASK.decode(loser)
+        assert TASK.grade(problem, TASK.decode(winner)) == 1

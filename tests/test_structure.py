@@ -14,6 +14,7 @@ import pytest
 
 import nanoreward as nr
 import train_small
+from notebooks import preferences
 from tests.conftest import ROOT
 
 MAIN = (ROOT / "nanoreward.py").read_text()
@@ -180,3 +181,11 @@ def test_nothing_of_a_machine_or_a_registry_is_in_the_repository():
         if path != Path(__file__).resolve():
             text = path.read_text()
             assert not re.search(r"/tmp/\w|/root/|/home/\w|pypi\.org|files\.pythonhosted", text), path
+
+
+def test_the_readmes_preference_tables_are_those_of_the_committed_runs():
+    kept = json.loads(preferences.OUT.read_text())
+    lines = preferences.tables(kept).splitlines()
+    assert len(lines) >= 12 and all(line in README for line in lines)
+    for arm in kept.values():
+        assert arm["command"] and all(len(job["rounds"]) >= 2 and job["commit"] for job in arm["seeds"])
