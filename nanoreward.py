@@ -11,8 +11,8 @@ Loops (python train_small.py NAME)
     self_rewarding  judge own, frozen           arXiv 2401.10020
 
     python train_small.py   greedy accuracy on held-out problems: chance 0.01, base 0.45, ppo
-                            0.93, iterative_dpo 0.90, careful twin 0.99; 322 s from nothing
-                            on two free cores
+                            0.93, iterative_dpo 0.94, self_rewarding 0.55, careful twin 1.00;
+                            261 s from nothing on two free cores
 
 Non-goals: a trainer framework, serving, multi-turn agents, quantization, kernels.
 
