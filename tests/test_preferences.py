@@ -162,6 +162,17 @@ def test_the_second_half_of_the_rounds_has_its_own_temperature(monkeypatch):
     assert heat == [0.8, 0.8, 1.3, 1.3]
 
 
+def test_micro_batches_of_pairs_change_nothing():
+    logs, weights = [], []
+    for micro in (64, 5):
+        config = nr.replace(SMALL, micro=micro)
+        state = nr.start_rounds(rough(config), config)
+        logs.append(next(nr.iterative_dpo(state, Short(1, 1), config)))
+        weights.append(state["policy"].lm_head.weight.detach())
+    assert logs[0] == pytest.approx(logs[1], rel=1e-4, abs=1e-5)
+    assert torch.allclose(*weights, atol=1e-6)
+
+
 def test_spin_sets_a_careful_demonstration_against_an_own_sample():
     config = nr.replace(SMALL, rounds=1, answers=100)
     state = nr.start_rounds(rough(config), config)
