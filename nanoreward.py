@@ -159,7 +159,7 @@ class Config:
     seed_demos: int = 8_000  # what makes the base M1: solving, judging, posing
     judging: float = 0.7  # share of them that judge (0: no EFT); with 0.8 M1 solves 37 %, not 45
     posing: float = 0.07  # share of them that pose a problem
-    seed_updates: int = 300  # a right response outscores a wrong one in 75 %; 86 after 400
+    seed_updates: int = 300  # a right response outscores a wrong one in 80 %; 86 after 400
     # a learned reward (Bradley-Terry) in place of the verifier
     reward: str = "verifier"  # or learned
     pairs: int = 2_000  # preference pairs of its training
