@@ -1,32 +1,27 @@
 """nanoreward: how rewards teach language models, in one file that a person can read.
 
 A small GPT learns arithmetic from bad demonstrations and then gets better from rewards alone; the
-same weights become a masked-diffusion LM. The true reward is known exactly, everything runs on a
-laptop CPU in minutes, and nothing is hidden in a framework: each method is one equation, one
-function and one generator loop.
+same weights become a masked-diffusion LM. The true reward is known exactly and nothing is hidden in
+a framework: each method is one equation, one function and one generator loop.
 
 Loops (python train_small.py NAME)
     ppo             arms gae, grpo, rloo        arXiv 1707.06347, 2402.03300, 2402.14740
     iterative_dpo   dpo_nll, sft_chosen         arXiv 2404.19733, 2203.14465
     self_rewarding  judge own, frozen           arXiv 2401.10020
-
+    seq2seq         rule by --top, --least      arXiv 2409.00162
+    refine          ORM, SORM, two refiners     arXiv 2402.10963
     python train_small.py   greedy accuracy on held-out problems: chance 0.01, base 0.45, ppo
                             0.93, iterative_dpo 0.94, self_rewarding 0.55, careful twin 1.00;
                             261 s from nothing on two free cores
-
 Non-goals: a trainer framework, serving, multi-turn agents, quantization, kernels.
 
 Equation numbers in comments:
-    (1)  masked diffusion: a bound               (14) clipped policy and value losses
-    (9)  DPO + NLL                               (15) GRPO: group advantage, KL in the loss
-    (12) reward with a per-token KL penalty      (16) RLOO: leave-one-out baseline
-    (13) generalized advantage estimation
-
-Deviations from the papers (grep DEVIATION):
-    1. GRPO too divides by the counted tokens of the step; the paper averages each response first.
-    2. RLOO takes clipped token ratios; on-policy: REINFORCE over the token count.
-    3. The reward model's scores are normalized after its training only, not before as well.
-    4. self_rewarding trains with DPO + NLL; DPO alone (--alpha 0) does not hold here.
+    (1)  masked diffusion: a bound       (12) reward with a per-token KL penalty
+    (8)  step labels by rollouts         (13) generalized advantage estimation
+    (9)  DPO + NLL                       (14) clipped policy and value losses
+    (10) rewriting                       (15) GRPO: group advantage, KL in the loss
+    (11) agreement reward                (16) RLOO: leave-one-out baseline
+Deviations from the papers stand where they happen: grep DEVIATION; numbers no paper gives: UNKNOWN.
 """
 
 from __future__ import annotations
@@ -37,7 +32,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from math import comb, log
 from pathlib import Path
 from pickle import UnpicklingError  # what torch.load(weights_only=True) raises
@@ -49,26 +44,23 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+Pair = tuple[Tensor, Tensor]
+
 # ------------------------------------------------------------------------------------------------
 # 1. Config. Every number with its reason. After this section you know what can be turned: each
 #    field is also a flag of train_small.py, and a preset in CONFIGS only overrides fields.
 
-
 class UserError(Exception):
     """A mistake that its maker can mend: the front door prints it as one line and exits with 2."""
-
-
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """write(temporary path), then rename: a kill leaves the old file or the new one."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two runs may share a cache
     write(temporary)
     os.replace(temporary, path)
 
-
 @dataclass(frozen=True)
 class Config:
     """All numbers of all loops. Presets: smoke (seconds), laptop (minutes, the default), gpu."""
-
     # the run
     seed: int = 0  # every random number comes from a generator seeded by (seed, purpose, step)
     threads: int = 2  # same seed, machine and threads: same bytes. One is better on busy cores
@@ -80,6 +72,7 @@ class Config:
     min_ops: int = 1  # operations in a chain; each is one written step
     max_ops: int = 3
     answers: int = 100  # different final answers; few: wrong steps often end in the right one
+    planted: str = "round"  # what the labeller of preferences falls for: none, round, long, refusal
     response: int = 28  # R, tokens of room: 8 a step, 3 for #answer, 1 for EOS
     # the model; defaults are the laptop GPT, 0.16 M parameters
     vocab: int = 32
@@ -162,26 +155,37 @@ class Config:
     seed_updates: int = 300  # a right response outscores a wrong one in 80 %; 86 after 400
     # a learned reward (Bradley-Terry) in place of the verifier
     reward: str = "verifier"  # or learned
-    pairs: int = 2_000  # preference pairs of its training
+    pairs: int = 4_000  # preference pairs of its training; seq2seq: 50 % with 2000, 57 with 4000
     reward_updates: int = 100
     reward_lr: float = 1e-3
-
+    # seq2seq: a rewriting model in place of the verifier, from the same pairs
+    rewriter_updates: int = 150
+    top: int = 1  # UNKNOWN: which tokens agree: the rewriter's n likeliest; 1: its argmax
+    least: float = 0.0  # UNKNOWN: above 0: tokens with this probability; 0.1 pays for guesses: 15 %
+    c_pos: float = 1.0  # UNKNOWN: (11), for each token before the first disagreement
+    c_neg: float = 1.0  # UNKNOWN: (11), for each disagreement
+    per_token: bool = True  # UNKNOWN: (11) over the length, else long responses collect more
+    # refine: step labels by rollouts, then who says when, where and how
+    expert_prompts: int = 128  # the student learns its own right responses to these, for
+    expert_updates: int = 15  # so long: a third of its drafts stay wrong
+    expert_lr: float = 1e-3
+    drafts: int = 6_144  # problems, one draft each
+    continuations: int = 8  # K of (8)
+    labels_each: int = 256  # labelled drafts an update; more problems help, more of one do not
+    refine_updates: int = 150
+    threshold: float = 0.5  # the first step whose SORM probability is below is the error
 
 CONFIGS: dict[str, dict[str, Any]] = {
-    "smoke": dict(
-        threads=1, min_ops=1, max_ops=1, response=12, width=32, layers=1, heads=1, kv_heads=1,
-        head_dim=32, hidden=64, demos=1000, base_updates=40, base_batch=32, diffusion_updates=40,
-        prompts=8, samples=4, minibatch=16, epochs=2, updates=4, save_every=1, eval_every=2,
-        rounds=3, round_updates=2, round_prompts=8, pair_batch=16, seed_demos=200, seed_updates=20,
-        eval_problems=50, pairs=200, reward_updates=5,
-    ),
+    "smoke": dict(threads=1, min_ops=1, max_ops=1, response=12, width=32, layers=1, heads=1,
+        kv_heads=1, head_dim=32, hidden=64, demos=1000, base_updates=40, base_batch=32,
+        diffusion_updates=40, prompts=8, samples=4, minibatch=16, epochs=2, updates=4, save_every=1,
+        eval_every=2, rounds=3, round_updates=2, round_prompts=8, pair_batch=16, seed_demos=200,
+        seed_updates=20, eval_problems=50, pairs=200, reward_updates=5, rewriter_updates=5,
+        expert_prompts=16, drafts=40, continuations=2, labels_each=16, refine_updates=4),
     "laptop": {},
-    "gpu": dict(
-        max_ops=6, response=52, width=768, layers=12, heads=12, kv_heads=12, head_dim=64,
+    "gpu": dict(max_ops=6, response=52, width=768, layers=12, heads=12, kv_heads=12, head_dim=64,
         hidden=2048, demos=200_000, base_updates=2000, base_lr=1e-3, prompts=128, samples=16,
-        minibatch=1024, micro=512, lr=5e-5, updates=100, eval_problems=1000,
-    ),
-}  # fmt: skip
+        minibatch=1024, micro=512, lr=5e-5, updates=100, eval_problems=1000)}  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------
 # 2. Letters. After this section every shape comment can be read.
@@ -197,15 +201,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
 # 3. Tasks. A task makes problems, demonstrates and knows the truth. After this section you can
 #    write one: nothing below knows arithmetic.
 
-
 class Task(Protocol):
     """What a loop may ask of a task; data/arithmetic.py is the example. Text in, text out.
-
     Only `steps` takes token ids: prefixes and drafts are handed on as ids, never decoded and
-    encoded again. A response's text ends with the tokenizer's EOS word if the model wrote one.
-    """
-
-    # fmt: off
+    encoded again. A response's text ends with the tokenizer's EOS word if the model wrote one."""
     tokenizer: Any  # tokenizers.Tokenizer; PAD, BOS, EOS, MASK, SEP and [BAD] are single ids
     def encode(self, texts: list[str]) -> list[list[int]]: ...
     def decode(self, ids: list[int]) -> str: ...  # up to the first EOS, without PAD and BOS
@@ -225,50 +224,52 @@ class Task(Protocol):
     def judge_demo(self, generator: torch.Generator) -> tuple[str, str]: ...  # read, written
     def problem(self, text: str) -> str | None: ...  # a proposal as a training problem, if it is
     def propose_demo(self, generator: torch.Generator) -> tuple[str, str]: ...  # shown, a new one
-    # fmt: on
-
 
 def left_pad(rows: list[list[int]], pad: int) -> Tensor:
     """Token lists -> (B, P), PAD in front: every prompt ends where its response begins."""
     P = max(map(len, rows))
     return torch.tensor([[pad] * (P - len(row)) + row for row in rows])
 
-
 def right_pad(rows: list[list[int]], pad: int, R: int) -> Tensor:
     """Token lists -> (B, R), PAD behind. A row longer than R is a UserError."""
-    if max(map(len, rows)) > R:
-        raise UserError(
-            f"a response of {max(map(len, rows))} tokens needs --response >= that; now {R}"
-        )
+    if (longest := max(map(len, rows))) > R:
+        raise UserError(f"a response of {longest} tokens needs --response >= that; now {R}")
     return torch.tensor([row + [pad] * (R - len(row)) for row in rows])
-
 
 def encode_prompts(task: Task, prompts: list[str], config: Config) -> Tensor:
     """Texts -> (B, P): BOS, then the problem."""
     return left_pad([[config.bos, *ids] for ids in task.encode(prompts)], config.pad)
 
+def encode_demos(task: Task, demos: list[tuple[str, str]], config: Config) -> list:
+    """(prompt, response) texts -> ids, BOS in front of the prompt."""
+    xs, ys = task.encode([x for x, _ in demos]), task.encode([y for _, y in demos])
+    return [([config.bos, *x], y) for x, y in zip(xs, ys, strict=True)]
+
+def reread(task: Task, prompt: list[int], response: list[int], config: Config,
+           bad: int | None = None) -> list[int]:
+    """What a model reads that rewrites a response, ids in and out: prompt SEP response SEP, without
+    PAD and EOS. bad: how many tokens of the response stand before a [BAD] marker."""
+    mark, sep = ([task.tokenizer.token_to_id(word)] for word in ("<bad>", "<sep>"))
+    x, y = ([i for i in ids if i not in (config.pad, config.eos)] for ids in (prompt, response))
+    return x + sep + (y if bad is None else y[:bad] + mark + y[bad:]) + sep
 
 # ------------------------------------------------------------------------------------------------
 # 4. Model. One Transformer is a GPT with causal=True and a masked-diffusion LM with causal=False.
 #    Modules carry the names of Llama's weights. After this section you have read all of it.
 
-
-def rope(position: Tensor, config: Config) -> tuple[Tensor, Tensor]:
+def rope(position: Tensor, config: Config) -> Pair:
     """Rotary angles, arXiv 2104.09864. (B, T) -> cos, sin, each (B, 1, T, head_dim / 2)."""
     exponent = torch.arange(0, config.head_dim, 2, device=position.device) / config.head_dim
     angle = position[:, None, :, None] * config.rope_theta**-exponent
     return angle.cos(), angle.sin()
-
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate pairs (i, i + head_dim / 2), Llama's layout. (B, H, T, head_dim) -> the same."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
-
 class Cache:
     """Keys and values of what was read so far: room for `length` positions of `rows` rows."""
-
     def __init__(self, config: Config, rows: int, length: int, like: Tensor):
         shape = (config.layers, 2, rows, config.kv_heads, length, config.head_dim)
         self.kv = torch.zeros(shape, dtype=like.dtype, device=like.device)
@@ -279,10 +280,8 @@ class Cache:
         """These rows go on, in this order: finished ones cost nothing any more."""
         self.kv, self.real = self.kv[:, :, rows, :, :, :], self.real[rows]
 
-
 class Attention(nn.Module):
     """Grouped-query attention with optional q/k/v bias (Qwen2) and q/k norm (Qwen3)."""
-
     def __init__(self, c: Config):
         super().__init__()
         self.head_dim, self.grouped = c.head_dim, c.heads != c.kv_heads
@@ -293,9 +292,7 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, kv: Tensor | None, used: int
-    ):
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, kv: Any, used: int):
         B, T, _ = x.shape
         shape = (B, T, -1, self.head_dim)
         q = self.q_norm(self.q_proj(x).view(shape)).transpose(1, 2)  # (B, H, T, head_dim)
@@ -308,10 +305,8 @@ class Attention(nn.Module):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.grouped)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
 
-
 class MLP(nn.Module):
     """SwiGLU. arXiv 2002.05202."""
-
     def __init__(self, c: Config):
         super().__init__()
         self.gate_proj = nn.Linear(c.width, c.hidden, bias=False)
@@ -321,10 +316,8 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
-
 class Block(nn.Module):
     """Pre-norm residual block."""
-
     def __init__(self, c: Config):
         super().__init__()
         self.self_attn, self.mlp = Attention(c), MLP(c)
@@ -335,21 +328,16 @@ class Block(nn.Module):
         x = x + self.self_attn(self.input_layernorm(x), *context)
         return x + self.mlp(self.post_attention_layernorm(x))
 
-
 # field of Config -> key of a Hugging Face config.json, so that folders go in and out unchanged
-HF_KEYS = {
-    "vocab": "vocab_size", "width": "hidden_size", "layers": "num_hidden_layers",
-    "heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "head_dim": "head_dim",
-    "hidden": "intermediate_size", "rope_theta": "rope_theta", "norm_eps": "rms_norm_eps",
-    "tied": "tie_word_embeddings", "pad": "pad_token_id", "bos": "bos_token_id",
-    "eos": "eos_token_id", "mask": "mask_token_id", "causal": "is_causal", "qkv_bias": "qkv_bias",
-    "qk_norm": "qk_norm",
-}  # fmt: skip
-
+HF_KEYS = {"vocab": "vocab_size", "width": "hidden_size", "layers": "num_hidden_layers",
+           "heads": "num_attention_heads", "kv_heads": "num_key_value_heads",
+           "head_dim": "head_dim", "hidden": "intermediate_size", "rope_theta": "rope_theta",
+           "norm_eps": "rms_norm_eps", "tied": "tie_word_embeddings", "pad": "pad_token_id",
+           "bos": "bos_token_id", "eos": "eos_token_id", "mask": "mask_token_id",
+           "causal": "is_causal", "qkv_bias": "qkv_bias", "qk_norm": "qk_norm"}  # fmt: skip
 
 class Transformer(nn.Module):
     """ids (B, T) -> logits (B, T, V). `hidden` gives the states (B, T, D) that heads read."""
-
     def __init__(self, config: Config, generator: torch.Generator | None = None):
         super().__init__()
         self.config = c = config
@@ -404,14 +392,13 @@ class Transformer(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         family = "qwen3" if c.qk_norm else "qwen2" if c.qkv_bias else "llama"
         about = {"model_type": family, "architectures": [family.capitalize() + "ForCausalLM"]}
-        about |= {key: getattr(c, field) for field, key in HF_KEYS.items()}
+        about |= {key: getattr(c, field) for field, key in HF_KEYS.items()} | {"dtype": "float32"}
         prefix = lambda name: name if name.startswith("lm_head") else "model." + name  # noqa: E731
         weights = {prefix(name): x.contiguous() for name, x in self.state_dict().items()}
         if c.tied:
             del weights["lm_head.weight"]
-        text = json.dumps(about | {"dtype": "float32"}, indent=1)
-        write_whole(folder / "config.json", lambda path: path.write_text(text))
-        write_whole(folder / "model.safetensors", lambda path: save_file(weights, path))
+        write_whole(folder / "config.json", lambda p: p.write_text(json.dumps(about, indent=1)))
+        write_whole(folder / "model.safetensors", lambda p: save_file(weights, p))
 
     @classmethod
     def load(cls, folder: str | Path) -> Transformer:
@@ -430,10 +417,8 @@ class Transformer(nn.Module):
             raise UserError(f"{folder} is no model folder that can be read: {what}") from error
         return model
 
-
 class Head(nn.Module):
     """A scalar per position: (..., D) -> (...). std=0 for values, 1/sqrt(D+1) for reward models."""
-
     def __init__(self, config: Config, std: float = 0.0, generator: torch.Generator | None = None):
         super().__init__()
         self.linear = nn.Linear(config.width, 1)
@@ -443,27 +428,22 @@ class Head(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x)[..., 0]
 
-
 def frozen_copy(model: Transformer) -> Transformer:
     """The reference: same weights now, no gradient ever."""
     return deepcopy(model).requires_grad_(False)
 
-
 # ------------------------------------------------------------------------------------------------
 # 5. Kernel: sampling, log-probs, masked statistics. All loops stand on it, and most bugs of this
 #    field live here: shift, mask, EOS, sign. After this section you can trust every tensor below.
-
 
 def rng(seed: int, purpose: str, step: int = 0) -> torch.Generator:
     """A CPU generator for one purpose at one step: nothing to save, so a resume is bit-exact."""
     digest = hashlib.blake2b(f"{seed}/{purpose}/{step}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
-
 @dataclass
 class Rollout:
     """What was sampled, and what a loop learns of it. rollout[rows] selects rows of everything."""
-
     prompt: Tensor  # (B, P) left-padded
     response: Tensor  # (B, R) tokens incl. EOS, then PAD
     mask: Tensor  # (B, R) 1.0 = counts: up to and including the first EOS
@@ -477,13 +457,8 @@ class Rollout:
 
     def __getitem__(self, rows: Tensor) -> Rollout:
         R = int(self.mask[rows].sum(1).max())  # columns of PAD alone change nothing and cost time
-        taken = {}
-        for name in (f.name for f in fields(self)):
-            x = getattr(self, name)
-            if x is not None:
-                taken[name] = x[rows] if name in ("prompt", "group") else x[rows, :R]
-        return Rollout(**taken)
-
+        return Rollout(**{name: x[rows] if name in ("prompt", "group") else x[rows, :R]
+                          for name, x in vars(self).items() if x is not None})
 
 def up_to_eos(response: Tensor, config: Config) -> Tensor:
     """(B, R) ids -> (B, R) mask of the tokens up to and including the first EOS."""
@@ -491,11 +466,9 @@ def up_to_eos(response: Tensor, config: Config) -> Tensor:
     before = (eos.cumsum(1) - eos.long()) == 0
     return (before & (response != config.pad)).float()
 
-
 def response_part(x: Tensor, P: int) -> Tensor:
     """(B, T, ...) -> (B, R, ...). THE shift, and the only one: position t - 1 predicts token t."""
     return x[:, P - 1 : -1]
-
 
 def log_softmax(logits: Tensor, temperature: float, config: Config) -> Tensor:
     """Log-probs of what may be produced: PAD and MASK never, in sampler, scorer and loss alike."""
@@ -503,30 +476,22 @@ def log_softmax(logits: Tensor, temperature: float, config: Config) -> Tensor:
     never[[config.pad, config.mask]] = -torch.inf
     return (logits / temperature + never).log_softmax(-1)
 
-
 def predictive_states(model: Transformer, prompt: Tensor, response: Tensor) -> Tensor:
     """(B, P), (B, R) -> (B, R, D): the hidden state that predicts each response token."""
     return response_part(model.hidden(torch.cat([prompt, response], dim=1)), prompt.shape[1])
 
-
-def gather_logprobs(
-    model: Transformer, states: Tensor, response: Tensor, temperature: float
-) -> Tensor:
+def gather_logprobs(model: Transformer, states: Tensor, response: Tensor,
+                    temperature: float) -> Tensor:
     """Hidden states (B, R, D) -> log-probs of the response tokens (B, R); 0 where PAD."""
     logp = log_softmax(model.lm_head(states), temperature, model.config)
     logp = logp.gather(-1, response[..., None])[..., 0]
     return logp.masked_fill(response == model.config.pad, 0.0)  # not -inf: 0 * inf is NaN
 
-
-def token_logprobs(
-    model: Transformer, prompt: Tensor, response: Tensor, temperature: float
-) -> Tensor:
-    """log pi(y_k | x, y_<k), (B, R), of the distribution that the sampler used at this temperature.
-
-    Untempered scores of tempered samples belong to another policy: the ratio would not start at 1.
-    """
+def token_logprobs(model: Transformer, prompt: Tensor, response: Tensor,
+                   temperature: float) -> Tensor:
+    """log pi(y_k | x, y_<k), (B, R), at the sampler's temperature: untempered scores of tempered
+    samples belong to another policy, and the ratio would not start at 1."""
     return gather_logprobs(model, predictive_states(model, prompt, response), response, temperature)
-
 
 def draw(logits: Tensor, uniform: Tensor, config: Config) -> Tensor:
     """Inverse CDF: logits (..., V), one uniform number each (...) -> token (...). T = 0: greedy."""
@@ -535,24 +500,17 @@ def draw(logits: Tensor, uniform: Tensor, config: Config) -> Tensor:
     cdf = log_softmax(logits, config.temperature, config).double().exp().cumsum(-1)
     return (cdf <= uniform[..., None] * cdf[..., -1:]).sum(-1)  # probability 0 has no width
 
-
-def write_forward(
-    model: Transformer, prompt: Tensor, canvas: Tensor, config: Config, generator: Any
-) -> tuple[Tensor, Tensor]:
-    """GPT: left to right behind what each canvas (B, R) holds -> canvas, order, each (B, R).
-
-    Finished rows leave the batch.
-    """
+def write_forward(model: Transformer, prompt: Tensor, canvas: Tensor, config: Config,
+                  generator: Any) -> Pair:
+    """GPT: left to right behind what each canvas (B, R) holds -> canvas, order, each (B, R)."""
     B, R = canvas.shape
     uniform = torch.rand(B, R, dtype=torch.float64, generator=generator).to(prompt.device)
-    given = canvas != config.pad
-    order = torch.full_like(canvas, -1)
-    ended = ((canvas == config.eos) | given[:, -1:]).any(1)
+    given, order = canvas != config.pad, torch.full_like(canvas, -1)
     # prompt and prefix move right together, so that all rows write their next token at once
     context = torch.cat([prompt, canvas], dim=1)
     context = context.gather(1, (context != config.pad).int().argsort(dim=1, stable=True))
     context = context[:, (context != config.pad).any(0)]
-    rows = torch.arange(B, device=prompt.device)[~ended]  # the rows still in the batch
+    rows = (~((canvas == config.eos) | given[:, -1:]).any(1)).nonzero()[:, 0]  # not ended: go on
     if len(rows) == 0:
         return canvas, order
     place, live = given.sum(1)[rows], torch.ones_like(rows, dtype=torch.bool)
@@ -569,29 +527,22 @@ def write_forward(
         if not live.any():
             break
         place = (place + 1).clamp(max=R - 1)
-        if live.float().mean() < 0.9:  # copying the cache for fewer rows than that does not pay
+        if live.float().mean() < 0.9:  # finished rows leave, once copying the cache pays
             rows, place, token = rows[live], place[live], token[live]
             cache.keep(live)
             live = live[live]
         states = model.hidden(token[:, None], cache)[:, -1]
     return canvas, order
 
-
 def open_places(block: int, steps: int) -> list[int]:
-    """How many places of a block are open before each of its steps, and at the end: 10, 4 ->
-    10, 7, 4, 2, 0. The first steps take the remainder."""
+    """Places of a block open before each of its steps, and at the end: 10, 4 -> 10, 7, 4, 2, 0."""
     return [block - i * (block // steps) - min(i, block % steps) for i in range(steps + 1)]
 
-
-def unmask(
-    model: Transformer, prompt: Tensor, canvas: Tensor, config: Config, generator: Any
-) -> tuple[Tensor, Tensor]:
+def unmask(model: Transformer, prompt: Tensor, canvas: Tensor, config: Config,
+           generator: Any) -> Pair:
     """Diffusion LM: blocks from left to right, in each the surest places first (LLaDA, arXiv
     2502.09992). canvas (B, R), MASK = open -> canvas, order, each (B, R).
-
-    The ladder of `open_places` says how many places a pass writes. A half-open block goes on at
-    the rung where it stands, so what is open is spread over the steps that are left.
-    """
+    A half-open block goes on at its rung of `open_places`: the steps left share what is open."""
     B, R = canvas.shape
     b, n = min(config.block, R), config.block_steps
     uniform = torch.rand(B, -(-R // b) * n, b, dtype=torch.float64, generator=generator)
@@ -619,54 +570,37 @@ def unmask(
         order[rows, place] = torch.where(chosen, now, order[rows, place])
     return canvas, order
 
-
 @torch.no_grad()
-def sample(
-    model: Transformer, prompt: Tensor, config: Config, start: Tensor | None = None,
-    group: Tensor | None = None, generator: torch.Generator | None = None,
-) -> Rollout:
-    """Write a response to every row of prompt (B, P), or go on from `start` (B, R): PAD or MASK
-    are its open places.
-
+def sample(model: Transformer, prompt: Tensor, config: Config, start: Tensor | None = None,
+           group: Tensor | None = None, generator: torch.Generator | None = None) -> Rollout:
+    """Write a response to each row of prompt (B, P), or fill the PAD and MASK of `start` (B, R).
     All uniform numbers are drawn first, one for each place and step, so a row's sample does not
-    depend on the others (but for rounding). T = 0 is greedy.
-    """
-    B, R = len(prompt), config.response
+    depend on the others (but for rounding). T = 0 is greedy."""
     writer, hole = (write_forward, config.pad) if model.config.causal else (unmask, config.mask)
-    start = prompt.new_full((B, R), hole) if start is None else start
+    start = prompt.new_full((len(prompt), config.response), hole) if start is None else start
     canvas = start.masked_fill((start == config.pad) | (start == config.mask), hole)
     canvas, order = writer(model, prompt, canvas, config, generator)
-    group = torch.arange(B, device=prompt.device) if group is None else group
+    group = torch.arange(len(prompt), device=prompt.device) if group is None else group
     return Rollout(prompt, canvas, up_to_eos(canvas, config), order, group)
-
 
 def state_at(response: Tensor, order: Tensor, step: Tensor, config: Config) -> Tensor:
     """The canvas (B, R) before `step` (B,): what was fixed then or later is MASK again."""
     return response.masked_fill(order >= step[:, None], config.mask)
 
-
 def k1(logp: Tensor, ref_logp: Tensor) -> Tensor:
     """Log-ratio = policy - reference, on the policy's samples. E[k1] = KL(policy, reference).
-
-    It can be negative. As a loss its expected gradient is zero, unlike k3's: use it in the reward.
-    """
+    Can be negative. As a loss its expected gradient is zero, unlike k3's: use it in the reward."""
     return logp - ref_logp
-
 
 def k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
     """exp(-k1) - 1 + k1: the same expectation as k1, never negative. As a loss its gradient pulls
     towards the reference, but is that of KL(reference, policy), not of KL(policy, reference)."""
     return (ref_logp - logp).exp() - 1 - (ref_logp - logp)
 
-
-def gae(
-    reward: Tensor, value: Tensor, mask: Tensor, gamma: float, lam: float
-) -> tuple[Tensor, Tensor]:
+def gae(reward: Tensor, value: Tensor, mask: Tensor, gamma: float, lam: float) -> Pair:
     """(13) generalized advantage estimation, arXiv 1506.02438. All (B, R) -> advantage, return.
-
     delta_k = r_k + gamma V_{k+1} - V_k, with V = 0 behind the last counted token
-    A_k     = delta_k + gamma lam A_{k+1};   R_k = A_k + V_k, before any whitening
-    """
+    A_k     = delta_k + gamma lam A_{k+1};   R_k = A_k + V_k, before any whitening"""
     value = value * mask
     adv, later, next_value = [], torch.zeros_like(value[:, 0]), torch.zeros_like(value[:, 0])
     for k in reversed(range(value.shape[1])):
@@ -677,30 +611,21 @@ def gae(
     adv = torch.stack(adv[::-1], dim=1)
     return adv, adv + value
 
-
 def whiten(x: Tensor, mask: Tensor, shift: bool = True) -> Tensor:
     """Variance 1 over counted tokens, mean 0 too with shift. (B, R) -> (B, R), 0 off the mask.
-
-    Population variance (divide by n), as in the original RLHF code; several libraries use n - 1.
-    """
+    Population variance (divide by n), as in the original RLHF code; several libraries use n - 1."""
     n = mask.sum()
     mean = (x * mask).sum() / n
     variance = ((x - mean) ** 2 * mask).sum() / n
     white = (x - mean) * (variance + 1e-8).rsqrt()
     return (white if shift else white + mean) * mask
 
-
 def group_advantage(reward: Tensor, group: Tensor, kind: str) -> Tensor:
     """Reward (B,) against the other samples of the same prompt, group (B,) -> (B,).
-
     mean: r - mean.   grpo (15): over (unbiased std + 1e-4).   rloo (16): r - mean of the others.
-    Equal rewards in a group give exactly zero; so does a group of one.
-    """
-    n = int(group.max()) + 1
-
+    Equal rewards in a group give exactly zero; so does a group of one."""
     def total(x: Tensor) -> Tensor:  # sum over the own group, (B,)
-        return x.new_zeros(n).index_add(0, group, x)[group]
-
+        return x.new_zeros(int(group.max()) + 1).index_add(0, group, x)[group]
     count = total(torch.ones_like(reward))
     adv = reward - total(reward) / count
     adv = adv.masked_fill(adv.abs() < 1e-6, 0.0)  # rounding is no reward
@@ -711,35 +636,27 @@ def group_advantage(reward: Tensor, group: Tensor, kind: str) -> Tensor:
         adv = adv * count / (count - 1).clamp(min=1)
     return adv
 
-
 # ------------------------------------------------------------------------------------------------
 # 6. Losses. Pure functions of tensors: no model (but in (1), whose inputs are drawn), no config.
-#    Each writes its objective, then negates it. `denom` is always the count over the WHOLE
-#    optimizer step: the mean of micro-batch means is another loss. After this section every loop
-#    below reads as signal -> credit -> loss.
-
+#    Each writes its objective, then negates it. `denom` counts the WHOLE optimizer step: a mean of
+#    micro-batch means is another loss. After this every loop reads as signal -> credit -> loss.
 
 def nll_loss(logp: Tensor, mask: Tensor, denom: Tensor | int) -> Tensor:
     """Maximum likelihood: logp, mask (B, R) -> scalar; prompt tokens never enter."""
     objective = (logp * mask).sum() / denom
     return -objective
 
-
-def ppo_loss(
-    logp: Tensor, old_logp: Tensor, adv: Tensor, mask: Tensor, denom: Tensor, clip: float
-) -> Tensor:
+def ppo_loss(logp: Tensor, old_logp: Tensor, adv: Tensor, mask: Tensor, denom: Tensor,
+             clip: float) -> Tensor:
     """(14) clipped surrogate, arXiv 1707.06347. logp, old_logp, adv, mask (B, R) -> scalar."""
     # 1/denom sum_k min( rho_k A_k, clip(rho_k, 1-e, 1+e) A_k )
     ratio = (logp - old_logp).exp()
     clipped = ratio.clamp(1 - clip, 1 + clip)
     objective = torch.minimum(ratio * adv, clipped * adv)  # the min only ever lowers the promise
-    objective = (objective * mask).sum() / denom
-    return -objective
+    return -(objective * mask).sum() / denom
 
-
-def value_loss(
-    value: Tensor, old_value: Tensor, ret: Tensor, mask: Tensor, denom: Tensor, clip: float | None
-) -> Tensor:
+def value_loss(value: Tensor, old_value: Tensor, ret: Tensor, mask: Tensor, denom: Tensor,
+               clip: float | None) -> Tensor:
     """(14) value part with its 1/2, without c_v. All (B, R) -> scalar. clip=None: plain squares."""
     # 1/2 1/denom sum_k max( (V - R)^2, (clip(V, V_old-e, V_old+e) - R)^2 )
     error = (value - ret) ** 2
@@ -748,52 +665,37 @@ def value_loss(
         error = torch.maximum(error, (near - ret) ** 2)  # max, not min: pessimistic
     return 0.5 * (error * mask).sum() / denom
 
-
-def dpo_loss(
-    logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, len_w: Tensor, beta: float,
-    alpha: float,
-) -> tuple[Tensor, Tensor]:
+def dpo_loss(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, len_w: Tensor,
+             beta: float, alpha: float) -> Pair:
     """(9) iterative reasoning preference optimization, arXiv 2404.19733v3. alpha=0 is plain DPO.
-
     All (B,) -> scalar, margin (B,). Log-probs are SUMS over tokens; only the NLL is divided by its
-    own length, and alpha multiplies the NLL (version 1 had it on the other term).
-    """
+    own length, and alpha multiplies the NLL (version 1 had it on the other term)."""
     # log sigma( beta [ (logp_w - ref_w) - (logp_l - ref_l) ] ) + alpha logp_w / |y_w|
     margin = (logp_w - ref_w) - (logp_l - ref_l)
     objective = (F.logsigmoid(beta * margin) + alpha * logp_w / len_w).mean()
     return -objective, margin.detach()
 
-
-def rate_masks(like: Tensor, generator: torch.Generator, t_min: float) -> tuple[Tensor, Tensor]:
+def rate_masks(like: Tensor, generator: torch.Generator, t_min: float) -> Pair:
     """What (1) hides of like (B, R): each token with its row's rate t -> hidden (B, R), 1/t (B, 1).
-
-    t is stratified, a row in each B-th part of [t_min, 1]; in random order: rows may be sorted.
-    """
+    t is stratified, a row in each B-th part of [t_min, 1]; in random order: rows may be sorted."""
     B, device = len(like), like.device
     t = (torch.randperm(B, generator=generator) + torch.rand(B, generator=generator)) / B
     t = t_min + (1 - t_min) * t[:, None]
     return (torch.rand(like.shape, generator=generator) < t).to(device), (1 / t).to(device)
 
-
-def masked_nll(
-    model: Transformer, prompt: Tensor, response: Tensor, hidden: Tensor, weight: Tensor
-) -> Tensor:
+def masked_nll(model: Transformer, prompt: Tensor, response: Tensor, hidden: Tensor,
+               weight: Tensor) -> Tensor:
     """The integrand of (1): weight * sum over hidden tokens of -log p(y_k | x, rest) -> (B,)."""
     states = predictive_states(model, prompt, response.masked_fill(hidden, model.config.mask))
     logp = gather_logprobs(model, states, response, temperature=1.0)
     objective = ((logp * hidden) * weight).sum(1)
     return -objective
 
-
-def diffusion_loss(
-    model: Transformer, prompt: Tensor, response: Tensor, generator: torch.Generator,
-    rows: Tensor | None = None,
-) -> Tensor:
+def diffusion_loss(model: Transformer, prompt: Tensor, response: Tensor, generator: torch.Generator,
+                   rows: Tensor | None = None) -> Tensor:
     """(1) masked diffusion, arXiv 2502.09992: (B, P), (B, R) -> scalar, nats a place.
-
     The prompt is never hidden. PAD behind the end becomes EOS and is learned: so the model stops.
-    rows: a micro-batch; what is hidden is drawn for all B, so the parts sum up to the whole.
-    """
+    rows: a micro-batch; what is hidden is drawn for all B, so the parts sum up to the whole."""
     # E_t E_hidden [ 1/t sum_k 1[hidden] log p(y_k | x, the rest) ] / R: by R, not by the hidden
     c = model.config
     response = response.masked_fill(response == c.pad, c.eos)
@@ -802,12 +704,16 @@ def diffusion_loss(
     nll = masked_nll(model, *(x if rows is None else x[rows] for x in parts))
     return nll.sum() / response.numel()
 
-
 def preference_loss(score_w: Tensor, score_l: Tensor) -> Tensor:
     """Bradley-Terry: scores (B,) of preferred and other -> scalar -log sigma(s_w - s_l)."""
     objective = F.logsigmoid(score_w - score_l).mean()
     return -objective
 
+def binary_loss(score: Tensor, label: Tensor, mask: Tensor, denom: Tensor | int) -> Tensor:
+    """Cross-entropy of sigmoid(score) against labels 0 or 1; all (...) -> scalar."""
+    # 1/denom sum [ y log sigma(s) + (1 - y) log sigma(-s) ]
+    objective = label * F.logsigmoid(score) + (1 - label) * F.logsigmoid(-score)
+    return -(objective * mask).sum() / denom
 
 # ------------------------------------------------------------------------------------------------
 # 7. Training. `step` is the only place that updates weights, `fit` the only supervised trainer.
@@ -816,29 +722,22 @@ def preference_loss(score_w: Tensor, score_l: Tensor) -> Tensor:
 Loss = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]  # row indices -> scalar, metrics
 Batches = Callable[[int], tuple[Tensor, Loss]]  # update -> row indices, their loss
 
-
 class Muon(torch.optim.Optimizer):
     """Momentum, made orthogonal: W <- W - lr sqrt(max(1, rows/cols)) UV' for a matrix M = USV'.
-
-    Five Newton-Schulz rounds with the coefficients of Jordan et al. 2024 (the blog post "Muon"), in
-    fp32 and over all matrices of one shape at once: torch.optim.Muon's bf16 takes ten times as
-    long on a CPU. Params must be matrices.
-    """
-
+    Five Newton-Schulz rounds, coefficients of Jordan et al. 2024 (the blog post "Muon"), fp32, all
+    matrices of one shape at once: torch.optim.Muon's bf16 takes ten times as long on a CPU."""
     def __init__(self, params: list[nn.Parameter], lr: float, momentum: float = 0.95):
         shapes: dict[torch.Size, list[nn.Parameter]] = {}
         for p in params:
             shapes.setdefault(p.shape, []).append(p)
-        super().__init__(
-            [{"params": same} for same in shapes.values()], dict(lr=lr, momentum=momentum)
-        )
+        groups = [{"params": same} for same in shapes.values()]
+        super().__init__(groups, dict(lr=lr, momentum=momentum))
 
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
             grad = torch.stack([p.grad for p in group["params"]])  # (n, rows, cols)
-            state = self.state[group["params"][0]]
-            smooth = state.setdefault("smooth", torch.zeros_like(grad))
+            smooth = self.state[group["params"][0]].setdefault("smooth", torch.zeros_like(grad))
             smooth.lerp_(grad, 1 - group["momentum"])
             x = grad.lerp(smooth, group["momentum"])  # Nesterov: look one step ahead
             tall = x.shape[1] > x.shape[2]
@@ -852,33 +751,25 @@ class Muon(torch.optim.Optimizer):
             for p, update in zip(group["params"], x.mT if tall else x, strict=True):
                 p.sub_(scale * update)
 
-
 def optimizers(modules: list[nn.Module], lr: float, config: Config, muon_lr: float = 0.0) -> list:
     """AdamW for everything; with a muon_lr, Muon for the matrices of the blocks."""
     named = [pair for module in modules for pair in module.named_parameters()]
     blocks = [p for name, p in named if muon_lr and name.startswith("layers") and p.dim() == 2]
-    chosen = {id(p) for p in blocks}
-    rest = [p for _, p in named if id(p) not in chosen]
+    rest = [p for _, p in named if all(p is not chosen for chosen in blocks)]
     adamw = torch.optim.AdamW(rest, lr, betas=(0.9, 0.95), eps=config.adam_eps, weight_decay=0.0)
     made = [Muon(blocks, muon_lr), adamw] if blocks else [adamw]
     for group in (group for optimizer in made for group in optimizer.param_groups):
         group["peak_lr"] = group["lr"]
     return made
 
-
 def schedule(update: int, updates: int, warmup: int) -> float:
     """Share of the peak learning rate: linear warm-up, then linear decay to zero at the end."""
     return min(1.0, (update + 1) / warmup) * (1 - update / updates)
 
-
-def step(
-    state: dict, loss: Loss, rows: Tensor, config: Config, share: float = 1.0
-) -> dict[str, float]:
+def step(state: dict, loss: Loss, rows: Tensor, config: Config, share: float = 1.0) -> dict:
     """One optimizer step over `rows`: accumulate, clip, schedule, update. Returns metrics.
-
     loss(micro_rows) must already be divided by the count of the whole step, so that the size of
-    the micro-batches changes nothing but rounding; its metrics are summed the same way.
-    """
+    the micro-batches changes nothing but rounding; its metrics are summed the same way."""
     metrics: dict[str, Tensor] = {}
     for micro in rows.split(config.micro):
         value, more = loss(micro)
@@ -897,42 +788,30 @@ def step(
         optimizer.zero_grad()
     return {name: float(x) for name, x in metrics.items()} | {"lr": groups[-1]["lr"]}
 
-
 def average(logs: list[dict[str, float]]) -> dict[str, float]:
     """Mean of each metric over the optimizer steps of one update."""
     return {name: sum(log[name] for log in logs) / len(logs) for name in logs[0]}
 
-
 def fit(state: dict, batch: Batches, updates: int, config: Config) -> Iterator[dict[str, float]]:
-    """Supervised training of whatever state["optimizers"] holds: batch(update) -> rows, loss.
-
-    Warm-up, then linear decay to zero. Yields metrics after each update; state["update"] counts.
-    """
-    while state["update"] < updates:
-        u = state["update"]
+    """Supervised training of what state["optimizers"] holds; yields metrics after each update."""
+    while (u := state["update"]) < updates:
         rows, loss = batch(u)
         metrics = step(state, loss, rows, config, schedule(u, updates, config.base_warmup))
         state["update"] += 1
         yield metrics
 
-
-def demonstrations(
-    model: Transformer, task: Task, config: Config, demos: list[tuple[str, str]] | None = None
-) -> Batches:
-    """Batches of (prompt, response) texts for `fit`, the task's own demonstrations if none are
-    given; response tokens incl. EOS are trained.
-
+def demonstrations(model: Transformer, task: Task, config: Config,
+                   demos: list | None = None) -> Batches:
+    """Batches of ids (prompt, response) for `fit`, by default the task's own; EOS is trained too.
     The diffusion LM starts as a GPT that looks ahead a little, then more (attention annealing,
     arXiv 2410.17891), and rehearses as a GPT in every second update, where each row shows all its
-    facts. Greedy accuracy: 4 % if it looks ahead at once, 29 % without rehearsal, 40 % with both.
-    """
+    facts. Greedy accuracy: 4 % looking ahead at once, 29 % without rehearsal, 40 % with both."""
     generator, device = rng(config.seed, "demonstrations"), model.lm_head.weight.device
-    demos = demos or [task.demo(generator) for _ in range(config.demos)]
-    prompt = encode_prompts(task, [x for x, _ in demos], config).to(device)
-    response = right_pad(task.encode([y for _, y in demos]), config.pad, config.response).to(device)
-    # row indices live on the CPU
-    asked, length = ((ids != config.pad).sum(1).cpu() for ids in (prompt, response))
-
+    if not demos:
+        demos = encode_demos(task, [task.demo(generator) for _ in range(config.demos)], config)
+    prompt = left_pad([x for x, _ in demos], config.pad).to(device)
+    response = right_pad([y for _, y in demos], config.pad, config.response).to(device)
+    asked, length = ((ids != config.pad).sum(1).cpu() for ids in (prompt, response))  # CPU, as rows
     def batch(u: int) -> tuple[Tensor, Loss]:
         generator = rng(config.seed, "batch", u)
         rows = torch.randint(len(demos), (config.base_batch,), generator=generator)
@@ -941,130 +820,96 @@ def demonstrations(
         as_gpt = model.config.causal or (config.diffusion_updates - u) % 2 == 0
         seen = min(1.0, (u + 1) / (config.look_ahead * config.diffusion_updates)) ** 2
         model.ahead = 0.0 if as_gpt else seen
-
         def next_token(micro: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            # columns of PAD alone change nothing
-            P, R = int(asked[rows[micro]].max()), int(length[rows[micro]].max())
+            P, R = (int(n[rows[micro]].max()) for n in (asked, length))  # no column of PAD alone
             logp = token_logprobs(model, x[micro, -P:], y[micro, :R], temperature=1.0)
             return nll_loss(logp, y[micro, :R] != config.pad, denom), {}
-
         def unmasking(micro: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             return diffusion_loss(model, x, y, rng(config.seed, "hidden", u), micro), {}
-
         return torch.arange(len(rows)), next_token if as_gpt else unmasking
-
     return batch
-
 
 # ------------------------------------------------------------------------------------------------
 # 8. Evaluation. After this section the numbers in the tables have a definition.
 
-
-def respond(
-    model: Transformer, task: Task, prompts: list[str], config: Config,
-    generator: torch.Generator | None = None,
-) -> list[str]:
+def respond(model: Transformer, task: Task, prompts: list[str], config: Config,
+            generator: torch.Generator | None = None) -> list[str]:
     """One response text a prompt, at config.temperature (0: greedy)."""
     prompt = encode_prompts(task, prompts, config).to(model.lm_head.weight.device)
-    return [
-        task.decode(ids)
-        for ids in sample(model, prompt, config, generator=generator).response.tolist()
-    ]
+    response = sample(model, prompt, config, generator=generator).response
+    return [task.decode(ids) for ids in response.tolist()]
 
-
-def accuracy(
-    model: Transformer, task: Task, prompts: list[str], config: Config, temperature: float = 0.0
-) -> float:
+def accuracy(model: Transformer, task: Task, prompts: list[str], config: Config,
+             temperature: float = 0.0) -> float:
     """Mean true reward of one response to each prompt; temperature 0 is greedy."""
     config = replace(config, temperature=temperature)
     texts = respond(model, task, prompts, config, rng(config.seed, "evaluate"))
     return sum(task.grade(x, y) for x, y in zip(prompts, texts, strict=True)) / len(prompts)
 
-
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """P(one of k samples is right), unbiased from c right ones of n. arXiv 2107.03374, eq. 1.
-
-    Raises ValueError unless 0 <= c <= n and 1 <= k <= n.
-    """
+    """P(one of k samples is right), unbiased from c right ones of n. arXiv 2107.03374, eq. 1."""
     if not (0 <= c <= n and 1 <= k <= n):
         raise ValueError(f"pass_at_k needs 0 <= c <= n and 1 <= k <= n, not n={n}, c={c}, k={k}")
     return 1 - comb(n - c, k) / comb(n, k)
-
 
 def majority(answers: list[str | None]) -> str | None:
     """The most frequent answer, ties broken by first seen; None (no answer) never wins over one."""
     given = [a for a in answers if a is not None]
     return max(dict.fromkeys(given), key=given.count) if given else None
 
-
 def best_of_n(score: Tensor, reward: Tensor) -> float:
     """Score and true reward (N, G) -> mean reward of each row's best-scored response."""
     return float(reward.gather(1, score.argmax(1, keepdim=True)).mean())
-
 
 # ------------------------------------------------------------------------------------------------
 # 9. State. Save and load, without executable pickles; files appear whole or not at all. After this
 #    section you know why a killed run goes on bit for bit.
 
-
 def save_state(folder: str | Path, state: dict) -> None:
-    """All that lives across updates -> folder/state.pt: modules, optimizers, tensors, numbers.
-
-    Generators are not in it: each draw is seeded by (seed, purpose, step).
-    """
-
+    """All that lives across updates -> folder/state.pt. No generators are in it: see `rng`."""
     def plain(x: Any) -> Any:
         if isinstance(x, (nn.Module, torch.optim.Optimizer)):
             return x.state_dict()
+        if isinstance(x, dict):
+            return {name: plain(y) for name, y in x.items()}
         return [plain(y) for y in x] if isinstance(x, list) else x
-
     Path(folder).mkdir(parents=True, exist_ok=True)
-    saved = {name: plain(x) for name, x in state.items()}
-    write_whole(Path(folder) / "state.pt", lambda path: torch.save(saved, path))
-
+    write_whole(Path(folder) / "state.pt", lambda path: torch.save(plain(state), path))
 
 def load_state(folder: str | Path, into: dict | None = None) -> dict:
     """What save_state wrote; with `into`, its modules and optimizers are filled, the rest replaced.
-
-    Raises UserError if the file is missing or damaged. weights_only: no code in it is ever run.
-    """
-    path = Path(folder) / "state.pt"
+    Raises UserError if the file is missing or damaged. weights_only: no code in it is ever run."""
+    path, parts = Path(folder) / "state.pt", (nn.Module, torch.optim.Optimizer)
     if not path.exists():
         raise UserError(f"{folder} holds no state.pt; name the folder of a run that was started")
-
     def fill(mine: Any, theirs: Any) -> Any:
-        if isinstance(mine, (nn.Module, torch.optim.Optimizer)):
+        if isinstance(mine, parts):
             mine.load_state_dict(theirs)
             return mine
-        if isinstance(mine, list) and isinstance(mine[0], (nn.Module, torch.optim.Optimizer)):
+        if isinstance(mine, dict):
+            mine.update({name: fill(mine.get(name), x) for name, x in theirs.items()})
+            return mine
+        if isinstance(mine, list) and mine and isinstance(mine[0], parts):
             return [fill(x, y) for x, y in zip(mine, theirs, strict=True)]
         return theirs
-
-    into = {} if into is None else into
     try:
         saved = torch.load(path, weights_only=True, map_location="cpu")
-        into.update({name: fill(into.get(name), theirs) for name, theirs in saved.items()})
+        return fill({} if into is None else into, saved)
     except (UnpicklingError, RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError,
             AttributeError) as error:  # fmt: skip
         what = f"{type(error).__name__} {error}".replace("\n", " ")[:100]
         raise UserError(f"{path} is damaged or of other code ({what}); delete it") from error
-    return into
-
 
 # ------------------------------------------------------------------------------------------------
 # 10. Reward models. After this section "the reward" is a tensor (B, R), whoever gave it.
 
-Signal = Callable[[dict, Rollout, Tensor, Config], Tensor]  # state, rollout, truth (B,) -> (B, R)
-
+Signal = Callable[[dict, Task, Rollout, Tensor, Config], Tensor]  # with the truth (B,) -> (B, R)
 
 def grades(task: Task, rollout: Rollout) -> Tensor:
     """The true reward of each response, (B,): always logged, learned from or not."""
-    prompts, responses = rollout.prompt.tolist(), rollout.response.tolist()
-    scores = [
-        task.grade(task.decode(x), task.decode(y)) for x, y in zip(prompts, responses, strict=True)
-    ]
+    both = zip(rollout.prompt.tolist(), rollout.response.tolist(), strict=True)
+    scores = [task.grade(task.decode(x), task.decode(y)) for x, y in both]
     return torch.tensor(scores, device=rollout.prompt.device)
-
 
 def at_end(score: Tensor, rollout: Rollout, config: Config) -> Tensor:
     """Score (B,) -> (B, R), on the last REAL token, not the PAD behind it; no EOS: the penalty."""
@@ -1073,75 +918,144 @@ def at_end(score: Tensor, rollout: Rollout, config: Config) -> Tensor:
     reward = torch.zeros_like(rollout.mask)
     return reward.scatter(1, last[:, None], torch.where(ended, score, config.no_eos)[:, None])
 
-
 def response_score(scorer: Transformer, head: Head, prompt: Tensor, response: Tensor) -> Tensor:
     """(B, P), (B, R) -> (B,): the head, unshifted, on the last real token, prompt read."""
     states = scorer.hidden(torch.cat([prompt, response], dim=1))
     last = prompt.shape[1] + up_to_eos(response, scorer.config).sum(1).long() - 1
     return head(states[torch.arange(len(last), device=last.device), last])
 
-
-def verifier(state: dict, rollout: Rollout, truth: Tensor, config: Config) -> Tensor:
+def verifier(state: dict, task: Task, b: Rollout, truth: Tensor, c: Config) -> Tensor:
     """The task's own grader as reward."""
-    return at_end(truth, rollout, config)
+    return at_end(truth, b, c)
 
-
-def learned(state: dict, rollout: Rollout, truth: Tensor, config: Config) -> Tensor:
+@torch.no_grad()
+def learned(state: dict, task: Task, b: Rollout, truth: Tensor, c: Config) -> Tensor:
     """A Bradley-Terry model's score as reward; the truth is not looked at."""
-    with torch.no_grad():
-        x, y = rollout.prompt, rollout.response
-        return at_end(response_score(state["scorer"], state["scorer_head"], x, y), rollout, config)
+    return at_end(response_score(state["scorer"], state["scorer_head"], b.prompt, b.response), b, c)
 
+def agreement_reward(logits: Tensor, response: Tensor, mask: Tensor, top: int = 1,
+                     least: float = 0.0, c_pos: float = 1.0, c_neg: float = 1.0) -> Tensor:
+    """(11) sequence-to-sequence reward, arXiv 2409.00162: the rewriter's logits (B, R, V) of each
+    response token, given the response before it; response, mask (B, R) -> (B, R)."""
+    # m_k = 1[y_k = argmax_v g(v | x, y, y_<k)];  d = the first k with m_k = 0
+    # r_k = c_pos for k < d, -c_neg (1 - m_k) from d on
+    mine = logits.gather(-1, response[..., None])
+    disagrees = (logits > mine).sum(-1) >= top
+    if least > 0:
+        disagrees = (mine - logits.logsumexp(-1, keepdim=True))[..., 0] < log(least)
+    off = disagrees.float() * mask
+    return (c_pos * (off.cumsum(1) == 0) - c_neg * off) * mask
 
-SIGNALS: dict[str, Signal] = {"verifier": verifier, "learned": learned}
+@torch.no_grad()
+def agreement(state: dict, task: Task, b: Rollout, truth: Tensor, c: Config) -> Tensor:
+    """(11) by the rewriter, one teacher-forced pass; the truth is not looked at."""
+    both = zip(b.prompt.tolist(), b.response.tolist(), strict=True)
+    asked = left_pad([reread(task, x, y, c) for x, y in both], c.pad).to(b.prompt.device)
+    reward, length = at_end(torch.zeros_like(truth), b, c), b.mask.sum(1, keepdim=True)
+    for rows in torch.arange(len(asked)).split(c.micro):
+        y, mask, rewriter = b.response[rows], b.mask[rows], state["rewriter"]
+        logits = log_softmax(rewriter.lm_head(predictive_states(rewriter, asked[rows], y)), 1.0, c)
+        score = agreement_reward(logits, y, mask, c.top, c.least, c.c_pos, c.c_neg)
+        reward[rows] += score / length[rows] if c.per_token else score
+    return reward
 
+SIGNALS: dict[str, Signal] = {"verifier": verifier, "learned": learned, "seq2seq": agreement}
 
-def preference_batches(
-    scorer: Transformer, head: Head, pairs: list[tuple[str, str, str]], task: Task, config: Config
-) -> Batches:
-    """Batches of (prompt, preferred, other) texts for `fit`, Bradley-Terry loss."""
-    device = scorer.lm_head.weight.device
-    prompt = encode_prompts(task, [x for x, _, _ in pairs], config).to(device)
-    texts = [[y for _, y, _ in pairs], [y for _, _, y in pairs]]
-    both = [right_pad(task.encode(t), config.pad, config.response).to(device) for t in texts]
+def rewriting_demos(task: Task, pairs: list[tuple[str, str, str]], config: Config) -> list:
+    """(10) what the rewriter learns, in ids: (x, other) and (x, preferred) -> preferred."""
+    x, w, y = (task.encode([pair[i] for pair in pairs]) for i in range(3))
+    rows = [*zip(x, y, w, strict=True), *zip(x, w, w, strict=True)]
+    return [(reread(task, [config.bos, *ids], given, config), to) for ids, given, to in rows]
 
+def rollout_labels(success: Tensor, uses: Tensor | None = None) -> Tensor:
+    """(8) GLoRe, arXiv 2402.10963: success of K continuations of each prefix (B, S, K) -> (B, S).
+    uses: only continuations that use the prefix's last result count. Then a good prefix makes all
+    shorter ones good, so the first bad one is the first error."""
+    # y_s = 1[any_k success_sk];  y_s = 1 => y_j = 1 for j <= s
+    good = (success if uses is None else success & uses).any(-1)
+    return good.flip(1).cummax(1).values.flip(1)
+
+def balance(labels: Tensor, position: Tensor, generator: torch.Generator) -> Tensor:
+    """Keep (n,) as many good as bad examples of each position, else "late is bad" is learned."""
+    keep = torch.zeros_like(labels, dtype=torch.bool)
+    for p in position.unique():
+        at = (position == p).nonzero()[:, 0]
+        at = at[torch.randperm(len(at), generator=generator).to(at.device)]
+        good, bad = at[labels[at] > 0], at[labels[at] <= 0]
+        n = min(len(good), len(bad))
+        keep[torch.cat([good[:n], bad[:n]])] = True
+    return keep
+
+def first_error(scores: Tensor, threshold: float) -> int:
+    """The first step whose score is below the threshold; (S,) -> 0..S, S if none is."""
+    below = (scores < threshold).nonzero()
+    return int(below[0]) if len(below) else len(scores)
+
+def prefix_ends(task: Task, b: Rollout) -> Tensor:
+    """How many tokens each prefix of a response has, (B, S): 0, up to each step, all; then -1."""
+    lengths = b.mask.sum(1).long().tolist()
+    rows = [list(dict.fromkeys([0, *(end + 1 for _, end in task.steps(y[:n])), n]))
+            for y, n in zip(b.response.tolist(), lengths, strict=True)]  # n may end a step
+    return right_pad(rows, -1, max(map(len, rows))).to(b.response.device)
+
+def step_scores(state: dict, prompt: Tensor, response: Tensor, ends: Tensor) -> Tensor:
+    """Logits of ORM and SORM, unshifted, on the last token of every prefix: -> (2, B, S)."""
+    states = state["scorer"].hidden(torch.cat([prompt, response], dim=1))
+    at = (prompt.shape[1] + ends - 1).clamp(min=0)[..., None]  # the empty prefix: the prompt's end
+    states = states.gather(1, at.expand(-1, -1, states.shape[2]))
+    return torch.stack([state["orm"](states), state["sorm"](states)])
+
+def step_batches(state: dict, b: dict[str, Tensor], config: Config) -> Batches:
+    """Batches of labelled drafts for `fit`: one trunk, two heads, each with its own labels.
+    b: prompt (B, P), response (B, R), ends (B, S); label, keep (2, B, S) for ORM and SORM."""
+    length = b["ends"].amax(1).cpu()
     def batch(u: int) -> tuple[Tensor, Loss]:
-        generator = rng(config.seed, "pairs", u)
-        rows = torch.randint(len(pairs), (config.base_batch,), generator=generator)
+        generator = rng(config.seed, "step batch", u)
+        rows = torch.randint(len(length), (config.labels_each,), generator=generator)
+        rows = rows[length[rows].argsort(stable=True)]
+        denom = b["keep"][:, rows].sum((1, 2), keepdim=True).clamp(min=1)
+        def loss(micro: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            y = b["response"][micro, : int(length[micro].max())]
+            score = step_scores(state, b["prompt"][micro], y, b["ends"][micro])
+            label, weight = b["label"][:, micro], b["keep"][:, micro] / denom
+            right = (((score > 0) == (label > 0)) * weight).sum((1, 2))
+            return binary_loss(score, label, weight, 1), {"orm": right[0], "sorm": right[1]}
+        return rows, loss
+    return batch
 
+def preference_batches(scorer: Transformer, head: Head, pairs: list[tuple[str, str, str]],
+                       task: Task, config: Config) -> Batches:
+    """Batches of (prompt, preferred, other) texts for `fit`, Bradley-Terry loss."""
+    x, *both = (list(texts) for texts in zip(*pairs, strict=True))
+    prompt = encode_prompts(task, x, config).to(scorer.lm_head.weight.device)
+    both = [right_pad(task.encode(y), config.pad, config.response).to(prompt.device) for y in both]
+    def batch(u: int) -> tuple[Tensor, Loss]:
+        rows = torch.randint(len(x), (config.base_batch,), generator=rng(config.seed, "pairs", u))
         def loss(micro: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             score_w, score_l = (response_score(scorer, head, prompt[micro], y[micro]) for y in both)
             share = len(micro) / len(rows)
             right = (score_w > score_l).float().mean()
             return preference_loss(score_w, score_l) * share, {"pair_accuracy": right * share}
-
         return rows, loss
-
     return batch
-
 
 @torch.no_grad()
 def normalize_head(scorer: Transformer, head: Head, rollout: Rollout) -> None:
     """Gain and bias for mean 0 and variance 1 over the reference's samples.
-
     DEVIATION: normalized after training only; the original code also does it before."""
     score = response_score(scorer, head, rollout.prompt, rollout.response)
     gain = 1 / score.std(unbiased=False).clamp(min=1e-4)
     head.linear.weight.mul_(gain)
     head.linear.bias.sub_(score.mean()).mul_(gain)
 
-
 # ------------------------------------------------------------------------------------------------
-# 11. Loops. Each is a generator with the same four phases; all that lives across updates is in
-#     `state`, and one dict of metrics is yielded after every update. No loop logs, saves or draws
-#     a bar: train_small.py does that for all of them.
+# 11. Loops. Each is a generator with the same four phases, keeps all that lives across updates in
+#     `state` and yields metrics after each. To log, save and draw bars is train_small.py's part.
 
-
-def in_groups(task: Task, texts: list[str], config: Config) -> tuple[Tensor, Tensor]:
+def in_groups(task: Task, texts: list[str], config: Config) -> Pair:
     """Problems, each G times: prompt (B, P), group (B,)."""
     group = torch.arange(len(texts)).repeat_interleave(config.samples)
     return encode_prompts(task, texts, config)[group], group
-
 
 def minibatches(rollout: Rollout, config: Config, update: int) -> Iterator[Tensor]:
     """Row indices of each optimizer step: a new permutation every epoch, then sorted by length."""
@@ -1151,29 +1065,21 @@ def minibatches(rollout: Rollout, config: Config, update: int) -> Iterator[Tenso
         for rows in torch.randperm(len(length), generator=generator).split(config.minibatch):
             yield rows[length[rows].argsort(stable=True)]
 
-
-def rollout_metrics(
-    rollout: Rollout, reward: Tensor, truth: Tensor, config: Config
-) -> dict[str, float]:
+def rollout_metrics(rollout: Rollout, reward: Tensor, truth: Tensor, config: Config) -> dict:
     """What to watch: masked means over all responses of the update."""
     score = reward.sum(1)
     none = score.new_zeros(int(rollout.group.max()) + 1)
     high = none.scatter_reduce(0, rollout.group, score, "amax", include_self=False)
     low = none.scatter_reduce(0, rollout.group, score, "amin", include_self=False)
-    return {
-        "reward": float(score.mean()),
-        "truth": float(truth.mean()),
-        "entropy": float(-(rollout.logp * rollout.mask).sum() / rollout.mask.sum()),
-        "length": float(rollout.mask.sum(1).mean()),
-        "ended": float((rollout.response == config.eos).any(1).float().mean()),
-        "flat_groups": float((high == low).float().mean()),  # 1: grpo and rloo learn nothing
-    }
-
+    return {"reward": float(score.mean()), "truth": float(truth.mean()),
+            "entropy": float(-(rollout.logp * rollout.mask).sum() / rollout.mask.sum()),
+            "length": float(rollout.mask.sum(1).mean()),
+            "ended": float((rollout.response == config.eos).any(1).float().mean()),
+            "flat_groups": float((high == low).float().mean())}  # 1: grpo and rloo learn nothing
 
 # ---- ppo: three credits, three losses ----------------------------------------------------------
 
-
-def gae_credit(b: Rollout, reward: Tensor, c: Config) -> tuple[Tensor, Tensor]:
+def gae_credit(b: Rollout, reward: Tensor, c: Config) -> Pair:
     """Critic: per-token KL in the reward (12), advantages by (13), whitened. -> adv, ret (B, R)."""
     # (12) r_k = -beta (logp_k - ref_logp_k) + 1[k = last] score
     reward = (reward - c.beta * k1(b.logp, b.ref_logp)) * b.mask
@@ -1182,23 +1088,18 @@ def gae_credit(b: Rollout, reward: Tensor, c: Config) -> tuple[Tensor, Tensor]:
     adv, ret = gae(reward, b.value, b.mask, c.gamma, c.lam)
     return whiten(adv, b.mask), ret
 
-
-def grpo_credit(b: Rollout, reward: Tensor, c: Config) -> tuple[Tensor, Tensor]:
+def grpo_credit(b: Rollout, reward: Tensor, c: Config) -> Pair:
     """(15) one number a response, against its group; the KL is in the loss, not here."""
     adv = group_advantage(reward.sum(1), b.group, "grpo")
     return adv[:, None] * b.mask, torch.zeros_like(reward)
 
-
-def rloo_credit(b: Rollout, reward: Tensor, c: Config) -> tuple[Tensor, Tensor]:
+def rloo_credit(b: Rollout, reward: Tensor, c: Config) -> Pair:
     """(16) R_i = r_i - beta sum_k k1, KL before the baseline; A_i = R_i - mean of the other R_j."""
     total = (reward - c.beta * k1(b.logp, b.ref_logp) * b.mask).sum(1)
     adv = group_advantage(total, b.group, "rloo")
     return adv[:, None] * b.mask, torch.zeros_like(reward)
 
-
 # each objective: logp, value (B, R) by the policy now, b as it was sampled, denom -> scalar
-
-
 def critic_objective(logp: Tensor, value: Tensor, b: Rollout, denom: Tensor, c: Config) -> Tensor:
     """(14) L = L_pi + c_v L_V."""
     # a band of 0.2 around the old value is absurd once rewards are rescaled to variance 1
@@ -1206,65 +1107,49 @@ def critic_objective(logp: Tensor, value: Tensor, b: Rollout, denom: Tensor, c: 
     policy_part = ppo_loss(logp, b.logp, b.adv, b.mask, denom, c.clip)
     return policy_part + c.value_coef * value_loss(value, b.value, b.ret, b.mask, denom, band)
 
-
 def grpo_objective(logp: Tensor, value: Tensor, b: Rollout, denom: Tensor, c: Config) -> Tensor:
     """(15) surrogate + beta k3. DEVIATION: one mean over all tokens, not one per response."""
     kl = (k3(logp, b.ref_logp) * b.mask).sum() / denom
     return ppo_loss(logp, b.logp, b.adv, b.mask, denom, c.clip) + c.beta * kl
 
-
 def rloo_objective(logp: Tensor, value: Tensor, b: Rollout, denom: Tensor, c: Config) -> Tensor:
     """(16) DEVIATION: clipped token ratios; on-policy that is REINFORCE over the token count."""
     return ppo_loss(logp, b.logp, b.adv, b.mask, denom, c.clip)
 
-
-ARMS = {
-    "gae": (gae_credit, critic_objective), "grpo": (grpo_credit, grpo_objective),
-    "rloo": (rloo_credit, rloo_objective),
-}
-
+ARMS = {"gae": (gae_credit, critic_objective), "grpo": (grpo_credit, grpo_objective),
+        "rloo": (rloo_credit, rloo_objective)}
 
 def start_ppo(policy: Transformer, config: Config) -> dict[str, Any]:
     """A fresh state: trained policy and value head, frozen reference, optimizer, counters."""
     head = Head(config).to(policy.lm_head.weight.device)  # zero: the first critic expects nothing
-    return {
-        "policy": policy, "head": head, "reference": frozen_copy(policy),
-        "optimizers": optimizers([policy, head], config.lr, config), "beta": config.beta,
-        "samples": 0, "update": 0, "updates": config.updates,
-    }
-
+    return {"policy": policy, "head": head, "reference": frozen_copy(policy),
+            "optimizers": optimizers([policy, head], config.lr, config), "beta": config.beta,
+            "samples": 0, "update": 0, "updates": config.updates}
 
 @torch.no_grad()
 def annotate(state: dict, rollout: Rollout, config: Config) -> None:
     """Log-probs of policy and reference and values, once a batch, at the sampling temperature."""
     rollout.logp, rollout.ref_logp, rollout.value = rollout.mask.new_zeros(3, *rollout.mask.shape)
     for rows in rollout.mask.sum(1).cpu().argsort(stable=True).split(config.micro):
-        b = rollout[rows]  # like lengths together: little PAD is read
-        R = b.response.shape[1]
-        states = predictive_states(state["policy"], b.prompt, b.response)
-        logp = gather_logprobs(state["policy"], states, b.response, config.temperature)
-        ref_logp = token_logprobs(state["reference"], b.prompt, b.response, config.temperature)
-        rollout.logp[rows, :R], rollout.ref_logp[rows, :R] = logp, ref_logp
+        b, hot = rollout[rows], config.temperature  # like lengths together: little PAD is read
+        R, states = b.response.shape[1], predictive_states(state["policy"], b.prompt, b.response)
+        rollout.logp[rows, :R] = gather_logprobs(state["policy"], states, b.response, hot)
+        rollout.ref_logp[rows, :R] = token_logprobs(state["reference"], b.prompt, b.response, hot)
         rollout.value[rows, :R] = state["head"](states)
-
 
 def adapt_beta(beta: float, kl: float, episodes: int, config: Config) -> float:
     """KL controller, arXiv 1909.08593: beta <- beta (1 + clip(KL/target - 1, -.2, .2) n / horizon).
-
-    kl in nats per response, as the target. Unchanged without a target.
-    """
+    kl in nats per response, as the target. Unchanged without a target."""
     if config.kl_target == 0:
         return beta
     error = max(-0.2, min(0.2, kl / config.kl_target - 1))
     return beta * (1 + error * episodes / config.kl_horizon)
 
-
 def ppo(state: dict, task: Task, config: Config) -> Iterator[dict[str, Any]]:
     """Proximal policy optimization: sample, score the end, spread the credit, clip the update."""
     signal, (credit, objective) = SIGNALS[config.reward], ARMS[config.arm]
     policy, head, device = state["policy"], state["head"], state["policy"].lm_head.weight.device
-    while state["update"] < state["updates"]:
-        u = state["update"]
+    while (u := state["update"]) < state["updates"]:
         # 1. sample
         texts = task.prompts(config.prompts, rng(config.seed, "prompts", u))
         prompt, group = (x.to(device) for x in in_groups(task, texts, config))
@@ -1273,7 +1158,7 @@ def ppo(state: dict, task: Task, config: Config) -> Iterator[dict[str, Any]]:
         annotate(state, rollout, config)
         # 2. score
         truth = grades(task, rollout)
-        reward = signal(state, rollout, truth, config)
+        reward = signal(state, task, rollout, truth, config)
         # 3. credit
         c = replace(config, beta=state["beta"])
         rollout.adv, rollout.ret = credit(rollout, reward, c)
@@ -1281,27 +1166,21 @@ def ppo(state: dict, task: Task, config: Config) -> Iterator[dict[str, Any]]:
         logs, share = [], schedule(u, config.updates, config.warmup)
         for rows in minibatches(rollout, config, u):
             denom = rollout.mask[rows].sum()
-
             def loss(micro: Tensor, c: Config = c, denom: Tensor = denom) -> tuple[Tensor, dict]:
                 b = rollout[micro]
                 states = predictive_states(policy, b.prompt, b.response)
                 logp = gather_logprobs(policy, states, b.response, config.temperature)
-                off = ((logp - b.logp).exp() - 1).abs() > config.clip
-                value = objective(logp, head(states), b, denom, c)
-                return value, {"clipfrac": (off * b.mask).sum() / denom}
-
+                off = (((logp - b.logp).exp() - 1).abs() > config.clip) * b.mask
+                return objective(logp, head(states), b, denom, c), {"clipfrac": off.sum() / denom}
             logs.append(step(state, loss, rows, config, share))
         kl = float((k1(rollout.logp, rollout.ref_logp) * rollout.mask).sum(1).mean())
-        metrics = average(logs) | {"kl": kl, "beta": state["beta"]}
-        state["beta"] = adapt_beta(state["beta"], kl, len(prompt), config)
         state["samples"] += len(prompt)
+        metrics = average(logs) | {"kl": kl, "beta": state["beta"], "samples": state["samples"]}
+        state["beta"] = adapt_beta(state["beta"], kl, len(prompt), config)
         state["update"] += 1
-        metrics["samples"] = state["samples"]
         yield metrics | rollout_metrics(rollout, reward, truth, config)
 
-
 # ---- iterative_dpo: right against wrong, round after round --------------------------------------
-
 
 def pair_up(score: Tensor, group: Tensor, config: Config) -> Tensor:
     """Score (B,) 1 = right, group (B,) -> rows (n, 2): right, wrong. K pairs a prompt: walk through
@@ -1313,28 +1192,23 @@ def pair_up(score: Tensor, group: Tensor, config: Config) -> Tensor:
             pairs += [(good[k % len(good)], bad[k % len(bad)]) for k in range(config.pairs_each)]
     return torch.tensor(pairs, dtype=torch.long).view(-1, 2)
 
-
-def dpo_nll(logp: Tensor, ref: Tensor, length: Tensor, config: Config) -> tuple[Tensor, Tensor]:
+def dpo_nll(logp: Tensor, ref: Tensor, length: Tensor, config: Config) -> Pair:
     """(9) for (n, 2) summed log-probs of chosen and rejected -> per-pair mean, margin (n,)."""
     c = config
     return dpo_loss(*logp.unbind(1), *ref.unbind(1), length[:, 0], c.dpo_beta, c.alpha)
 
-
-def sft_chosen(logp: Tensor, ref: Tensor, length: Tensor, config: Config) -> tuple[Tensor, Tensor]:
+def sft_chosen(logp: Tensor, ref: Tensor, length: Tensor, config: Config) -> Pair:
     """The NLL of (9) alone: a round of STaR, arXiv 2203.14465, that goes on from the last one."""
     margin = (logp - ref).detach()
     return -(logp[:, 0] / length[:, 0]).mean(), margin[:, 0] - margin[:, 1]
 
-
 PREFERENCES = {"dpo_nll": dpo_nll, "sft_chosen": sft_chosen}
-
 
 def pair_logprobs(policy: Transformer, pairs: dict[str, Tensor], rows: Tensor) -> Tensor:
     """log pi(y | x) of chosen and rejected, summed over tokens and untempered, (n, 2)."""
     prompt, y = pairs["prompt"][rows].repeat_interleave(2, 0), pairs["response"][rows].flatten(0, 1)
     y = y[:, : int((y != policy.config.pad).sum(1).max())]  # columns of PAD alone change nothing
     return token_logprobs(policy, prompt, y, temperature=1.0).sum(1).view(-1, 2)
-
 
 def pair_update(state: dict, config: Config) -> dict[str, float]:
     """One update on a batch of state["pairs"]. Watch chosen: under plain DPO its log-prob falls."""
@@ -1343,7 +1217,6 @@ def pair_update(state: dict, config: Config) -> dict[str, float]:
     rows = torch.randint(n, (config.pair_batch,), generator=generator)
     length = (pairs["response"] != config.pad).sum(2)  # (n, 2)
     rows = rows[length[rows].amax(1).cpu().argsort(stable=True)]
-
     def loss(micro: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         logp, ref, size = pair_logprobs(policy, pairs, micro), pairs["ref"][micro], length[micro]
         value, margin = PREFERENCES[config.preference](logp, ref, size, config)
@@ -1353,41 +1226,29 @@ def pair_update(state: dict, config: Config) -> dict[str, float]:
             seen |= {name: logp[:, i].mean(), name + "_per_token": (logp / size)[:, i].mean()}
         share = len(micro) / len(rows)
         return value * share, {name: x * share for name, x in seen.items()}
-
     return step(state, loss, rows, config, schedule(at, config.round_updates, config.warmup))
-
 
 def start_rounds(policy: Transformer, config: Config) -> dict[str, Any]:
     """A fresh state. No reference model: its log-probs are kept with the pairs of the round."""
     first = {name: x.clone() for name, x in policy.state_dict().items()} if config.restart else {}
-    return {
-        "policy": policy, "optimizers": optimizers([policy], config.dpo_lr, config), "pairs": {},
-        "drawn": {}, "first": first, "samples": 0, "update": 0,
-        "updates": config.rounds * config.round_updates,
-    }
-
+    updates = config.rounds * config.round_updates
+    return {"policy": policy, "optimizers": optimizers([policy], config.dpo_lr, config),
+            "pairs": {}, "drawn": {}, "first": first, "samples": 0, "update": 0, "updates": updates}
 
 def posed(state: dict, task: Task, config: Config, u: int) -> tuple[list[str], dict]:
     """Training problems of the task."""
     return task.prompts(config.prompts, rng(config.seed, "prompts", u)), {}
 
-
 def verified(state: dict, task: Task, rollout: Rollout, c: Config, u: int) -> tuple[Tensor, dict]:
     """Scores (B,): the true reward."""
-    truth = grades(task, rollout)
-    return truth, {"truth": float(truth.mean())}
+    return (truth := grades(task, rollout)), {"truth": float(truth.mean())}
 
-
-def iterative_dpo(
-    state: dict, task: Task, config: Config, pose: Callable = posed, judge: Callable = verified,
-    pair: Callable = pair_up,
-) -> Iterator[dict[str, Any]]:
+def iterative_dpo(state: dict, task: Task, config: Config, pose: Callable = posed,
+                  judge: Callable = verified, pair: Callable = pair_up) -> Iterator[dict[str, Any]]:
     """Iterative reasoning preference optimization, arXiv 2404.19733v3: each round draws new
     responses, pairs right with wrong ones and goes on from where the last round ended."""
-    policy, device = state["policy"], state["policy"].lm_head.weight.device
-    n = config.round_updates
-    while state["update"] < state["updates"]:
-        u = state["update"]
+    policy, n, device = state["policy"], config.round_updates, state["policy"].lm_head.weight.device
+    while (u := state["update"]) < state["updates"]:
         if u % n == 0:
             late = 2 * u >= state["updates"]
             hot = config.late_temperature if late else config.temperature
@@ -1417,37 +1278,28 @@ def iterative_dpo(
         state["update"] += 1 if some else n
         yield metrics | state["drawn"] | {"samples": state["samples"]}
 
-
 # ---- self_rewarding: the same weights pose, solve and judge -------------------------------------
-
 
 SCORE = re.compile(r"(?:^|!|score[\s:=]*)([0-9]+(?:\.[0-9]+)?)(?:\s*/\s*5)?$", re.I | re.A)
 
-
 def parse_score(text: str) -> float | None:
     """The score that a judgement ends with, 0..5: `3`, `!3`, `Score: 3.5`, `score 4/5`; else None.
-
-    Never raises. Only the very end counts, so a score that is quoted before it is not taken.
-    """
-    text = text.strip().removesuffix("<eos>").rstrip(". ")
-    found = SCORE.search(text)
+    Never raises. Only the very end counts, so a score that is quoted before it is not taken."""
+    found = SCORE.search(text.strip().removesuffix("<eos>").rstrip(". "))
     score = float(found[1]) if found else -1.0
     return score if 0 <= score <= 5 else None
 
-
 def propose(state: dict, task: Task, config: Config, u: int) -> tuple[list[str], dict]:
-    """New problems by the policy, shown three each time; two attempts a problem, then the task
-    fills up. Kept: what is a training problem (format, length, not dev or test) and new."""
+    """New problems by the policy, shown three each time; two attempts each, then the task fills up.
+    Kept: what is a training problem (format, length, not dev or test) and new."""
     generator = rng(config.seed, "propose", u)
     shown = [task.propose_demo(generator)[0] for _ in range(2 * config.prompts)]
-    written = respond(state["policy"], task, shown, config, generator)
-    found = [task.problem(text) for text in written]
+    found = [task.problem(y) for y in respond(state["policy"], task, shown, config, generator)]
     fresh = [x for x, seen in zip(found, shown, strict=True) if x and x not in seen]
     new = [x for x in dict.fromkeys(fresh) if x not in state["posed"]][: config.prompts]
     state["posed"] |= dict.fromkeys(new)
     texts = new + task.prompts(config.prompts - len(new), generator)
     return texts, {"valid": len(fresh) / len(shown), "proposed": len(new) / len(texts)}
-
 
 @torch.no_grad()
 def judged(state: dict, task: Task, rollout: Rollout, c: Config, u: int) -> tuple[Tensor, dict]:
@@ -1464,9 +1316,7 @@ def judged(state: dict, task: Task, rollout: Rollout, c: Config, u: int) -> tupl
     mean = float(score.nanmean())
     return score.view(-1, J).nanmean(1), {
         "score": mean, "spread": float(score.nan_to_num(mean).std(correction=0)),
-        "unread": float(score.isnan().float().mean()), "quoted": sum(quoted) / len(quoted),
-    }
-
+        "unread": float(score.isnan().float().mean()), "quoted": sum(quoted) / len(quoted)}
 
 def best_and_worst(score: Tensor, group: Tensor, config: Config) -> Tensor:
     """Score (B,), NaN = none, group (B,) -> rows (n, 2): best and worst; a tie gives none."""
@@ -1477,24 +1327,156 @@ def best_and_worst(score: Tensor, group: Tensor, config: Config) -> Tensor:
             pairs.append((int(rows[score[rows].argmax()]), int(rows[score[rows].argmin()])))
     return torch.tensor(pairs, dtype=torch.long).view(-1, 2)
 
-
 def start_self_rewarding(policy: Transformer, config: Config) -> dict[str, Any]:
     """M1 solves, poses and judges already; its judge is itself, or the frozen M1."""
     judge = frozen_copy(policy) if config.judge == "frozen" else policy
     config = replace(config, rounds=config.own_rounds)
     return start_rounds(policy, config) | {"judge": judge, "posed": {}}
 
-
 def self_rewarding(state: dict, task: Task, config: Config) -> Iterator[dict[str, Any]]:
     """Self-Rewarding Language Models, arXiv 2401.10020: `iterative_dpo` whose problems and scores
     are the policy's own. The true grader is never asked.
-    DEVIATION: the loss is DPO + NLL (9); the paper's is --alpha 0."""
+    DEVIATION: the loss is DPO + NLL (9); the paper's is --alpha 0. That does not hold here."""
     config = replace(config, samples=config.candidates)
     pose = propose if config.own_problems else posed
     return iterative_dpo(state, task, config, pose, judged, best_and_worst)
 
+# ---- seq2seq: ppo with a rewriter's agreement as reward -----------------------------------------
 
-LOOPS = {
-    "ppo": (start_ppo, ppo), "iterative_dpo": (start_rounds, iterative_dpo),
-    "self_rewarding": (start_self_rewarding, self_rewarding),
-}
+def seq2seq(state: dict, task: Task, config: Config) -> Iterator[dict[str, Any]]:
+    """Sequence-to-sequence reward modelling, arXiv 2409.00162: `ppo`, another reward tensor."""
+    config = replace(config, reward="seq2seq")
+    return ppo(state, task, config)
+
+# ---- refine: SORM says where, the refiners how, ORM when ----------------------------------------
+
+def continuations_of(student: Transformer, draft: Rollout, ends: Tensor, c: Config) -> Pair:
+    """K ways to go on from each unfinished prefix: -> which (n, 2), row and prefix; (n, K, R)."""
+    which = ((ends >= 0) & (ends < ends.amax(1, keepdim=True))).nonzero()
+    place, generator, traces = torch.arange(c.response).to(ends.device), rng(c.seed, "continue"), []
+    for part in which.split(max(1, c.minibatch // c.continuations)):
+        row, s = part.repeat_interleave(c.continuations, 0).unbind(1)
+        start = draft.response[row].masked_fill(place >= ends[row, s, None], c.pad)
+        traces.append(sample(student, draft.prompt[row], c, start, generator=generator).response)
+    return which, torch.cat(traces).view(-1, c.continuations, c.response)
+
+def check_traces(task: Task, draft: Rollout, ends: Tensor, which: Tensor, traces: Tensor) -> Pair:
+    """Whether each trace (n, K, R) is right, and whether it uses the last result of its prefix."""
+    right, uses = [], []
+    for (row, s), several in zip(which.tolist(), traces.tolist(), strict=True):
+        prompt, end = task.decode(draft.prompt[row].tolist()), int(ends[row, s])
+        last = draft.response[row, int(ends[row, s - 1]) if s else 0 : end].tolist()
+        result = task.result(task.decode(last))
+        number = re.compile(rf"(?<![0-9]){re.escape(result or '')}(?![0-9])")
+        right += [task.grade(prompt, task.decode(y)) > 0.5 for y in several]
+        uses += [result is None or bool(number.search(task.decode(y[end:]))) for y in several]
+    return tuple(torch.tensor(x).view(traces.shape[:2]) for x in (right, uses))
+
+def step_labels(right: Tensor, ends: Tensor, which: Tensor, success: Tensor, uses: Tensor,
+                c: Config) -> dict[str, Tensor]:
+    """label, keep (2, B, S): for the ORM the draft's end, for the SORM (8), equally many examples.
+    The whole draft is its own verifying trace: what a right one consists of is good."""
+    table = torch.zeros(2, *ends.shape, c.continuations, dtype=torch.bool, device=ends.device)
+    table[:, which[:, 0], which[:, 1]] = torch.stack([success, uses]).to(ends.device)
+    table[:, torch.arange(len(ends)), ends.argmax(1)] = right[:, None]
+    sorm, step, generator = rollout_labels(*table), ends > 0, rng(c.seed, "balance")
+    position, keep = step.cumsum(1), torch.zeros_like(table[..., 0])
+    keep[1, step] = balance(sorm[step], position[step], generator)
+    same = torch.randperm(int(step.sum()), generator=generator) < keep[1].sum().cpu()
+    keep[0, step] = same.to(ends.device)
+    label = torch.stack([right[:, None].expand_as(sorm), sorm])
+    return {"ends": ends, "label": label.float(), "keep": keep.float()}
+
+def repair_demos(task: Task, draft: Rollout, b: dict, which: Tensor, traces: Tensor, good: Tensor,
+                 c: Config) -> tuple[list, list]:
+    """What the refiners learn, ids for `demonstrations`. Global: a draft -> a right trace from the
+    problem. Local: [BAD] before the first error -> the rest of a right trace from there."""
+    whole, rest = [], []
+    for (row, s), several, ok in zip(which.tolist(), traces.tolist(), good, strict=True):
+        if not ok.any():
+            continue
+        x, y = draft.prompt[row].tolist(), draft.response[row].tolist()
+        trace = [i for i in several[int(ok.int().argmax())] if i != c.pad]
+        if s == 0:
+            whole.append((reread(task, x, y, c), trace))
+        if s + 1 == first_error(b["label"][1, row], 0.5):
+            end = int(b["ends"][row, s])
+            rest.append((reread(task, x, y, c, end), trace[end:]))
+    return whole, rest
+
+def start_refine(policy: Transformer, config: Config) -> dict[str, Any]:
+    """The policy is the student, and stays; what learns starts as a copy of it.
+    DEVIATION: ORM and SORM are two heads of one trunk; the paper trains two models."""
+    c, device = config, policy.lm_head.weight.device
+    parts: dict[str, Any] = {name: deepcopy(policy) for name in ("scorer", "global", "local")}
+    heads = {k: Head(c, (c.width + 1) ** -0.5, rng(c.seed, k)).to(device) for k in ("orm", "sorm")}
+    fits = {}
+    for name, model in parts.items():
+        learns = [model, *heads.values()] if name == "scorer" else [model]
+        fits[name] = {"optimizers": optimizers(learns, c.base_lr, c, c.muon_lr), "update": 0}
+    return {"policy": policy, **parts, **heads, "fits": fits, "data": {}, "seen": {},
+            "samples": 0, "update": 0, "updates": c.refine_updates}  # fmt: skip
+
+def refine(state: dict, task: Task, config: Config) -> Iterator[dict[str, Any]]:
+    """GLoRe, arXiv 2402.10963: the student's drafts and continuations teach four models at once."""
+    student, c, device = state["policy"], config, state["policy"].lm_head.weight.device
+    if not state["data"]:
+        # 1. sample: a draft a problem; from each prefix of a wrong one, K ways to go on
+        prompt = encode_prompts(task, task.prompts(c.drafts, rng(c.seed, "prompts")), c).to(device)
+        draft = sample(student, prompt, c, generator=rng(c.seed, "sample"))
+        right, ends = grades(task, draft) > 0.5, prefix_ends(task, draft)
+        which, traces = continuations_of(student, draft, ends.masked_fill(right[:, None], -1), c)
+        # 2. score
+        success, uses = check_traces(task, draft, ends, which, traces)
+        # 3. credit: which step was the error, and who got from there to the answer
+        b = step_labels(right, ends, which, success, uses, c)
+        b |= {"prompt": prompt, "response": draft.response}
+        whole, rest = repair_demos(task, draft, b, which, traces, success & uses, c)
+        state["data"] = {"steps": b, "global": whole, "local": rest}
+        state["samples"] = len(prompt) + success.numel()
+        state["seen"] = {"truth": float(right.float().mean()), "pairs": len(rest)}
+    # 4. update: what is bad, and how to mend it
+    few, data = replace(c, base_batch=c.pair_batch), state["data"]
+    batches = {"scorer": step_batches(state, data["steps"], c)}
+    batches |= {k: demonstrations(state[k], task, few, data[k]) for k in ("global", "local")}
+    learning = [fit(state["fits"][k], batch, c.refine_updates, c) for k, batch in batches.items()]
+    for logs in zip(*learning, strict=True):
+        state["update"] += 1
+        metrics = {"orm": logs[0]["orm"], "sorm": logs[0]["sorm"], "samples": state["samples"]}
+        losses = {k + "_loss": log["loss"] for k, log in zip(batches, logs, strict=True)}
+        yield metrics | losses | state["seen"]
+
+@torch.no_grad()
+def refinements(state: dict, task: Task, prompts: list[str], config: Config,
+                generator: Any = None) -> dict[str, Any]:
+    """Draft, global and local refinement: response (3, B, R), the ORM's logits (3, B), and bad:
+    the token where the step begins that the SORM blames, None for none (then local = draft)."""
+    prompt = encode_prompts(task, prompts, config).to(state["policy"].lm_head.weight.device)
+    draft = sample(state["policy"], prompt, config, generator=generator)
+    ends, x, y = prefix_ends(task, draft), prompt.tolist(), draft.response.tolist()
+    bad: list[int | None] = []
+    for score, end in zip(step_scores(state, prompt, draft.response, ends)[1], ends, strict=True):
+        end = end[end >= 0].tolist()
+        step = first_error(score[1 : len(end)].sigmoid(), config.threshold)
+        bad.append(end[step] if step < len(end) - 1 else None)
+    def rewritten(name: str, marks: list[int | None]) -> list[list[int]]:
+        asked = [reread(task, *both, config, at) for *both, at in zip(x, y, marks, strict=True)]
+        asked = left_pad(asked, config.pad).to(prompt.device)
+        return sample(state[name], asked, config, generator=generator).response.tolist()
+    rest = rewritten("local", [at or 0 for at in bad])
+    local = [ids if at is None else (ids[:at] + tail)[: config.response]
+             for ids, tail, at in zip(y, rest, bad, strict=True)]
+    response = torch.tensor([y, rewritten("global", [None] * len(y)), local], device=prompt.device)
+    score = [response_score(state["scorer"], state["orm"], prompt, each) for each in response]
+    return {"response": response, "score": torch.stack(score), "bad": bad}
+
+def refined(state: dict, task: Task, prompts: list[str], config: Config,
+            generator: Any = None) -> list[str]:
+    """Of draft and two refinements the one that the ORM likes best, as text."""
+    found = refinements(state, task, prompts, config, generator)
+    best = found["score"].argmax(0), torch.arange(len(prompts))
+    return [task.decode(ids) for ids in found["response"][best].tolist()]
+
+LOOPS = {"ppo": (start_ppo, ppo), "iterative_dpo": (start_rounds, iterative_dpo),
+         "self_rewarding": (start_self_rewarding, self_rewarding), "seq2seq": (start_ppo, seq2seq),
+         "refine": (start_refine, refine)}

@@ -5,7 +5,6 @@
     python train_small.py --resume runs/x
     python train_small.py sample runs/x --loop ppo --prompt "3+4-5="
     python train_small.py plot runs/x runs/y
-
 Every Config field is a flag. Exit: 0 done, 1 missed --target, 2 a mistake (one line says which), 130 Ctrl-C (saved).
 """
 
@@ -36,33 +35,28 @@ from data import arithmetic
 from nanoreward import LOOPS, Config, Transformer, UserError
 
 T95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # Student's t, two-sided, n = 2..10
-
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanoreward"
-
 HEALTHY = """\
 what to watch: reward and truth rise together (only reward: it is being fooled) · kl: a few nats a response ·
 entropy falls slowly, not to 0 at once · clipfrac < 0.2 · ended near 1 · flat_groups < 1, or grpo and rloo learn
 nothing · pairs: hundreds a round · chosen does not fall, pair_accuracy rises · score rises with dev, not alone ·
-a loss near 0 is no fault: with centred advantages its value says nothing, its gradient does"""
-WATCHED = "reward truth score kl entropy clipfrac ended flat_groups pairs chosen rejected pair_accuracy".split()
+orm, sorm: labels of steps that they know, 0.5 is nothing · a loss near 0 is no fault: with centred advantages
+its value says nothing, its gradient does"""
+WATCHED = ("reward truth score kl entropy clipfrac ended flat_groups pairs chosen rejected pair_accuracy "
+           "orm sorm").split()
 
 # ---- the call: flags, checks, one line for a mistake -------------------------------------------
-
-
 class Parser(argparse.ArgumentParser):
     """argparse, but a mistake is one line through the same door as every other mistake."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (python train_small.py --help lists what there is)")
 
-
 def true_or_false(text: str) -> bool:
     """The parser of a boolean flag; its name is what argparse shows on a mistake."""
     return ["false", "true"].index(text.lower()) == 1
 
-
 FLAG_TYPES = {"int": int, "float": float, "str": str, "bool": true_or_false}
-
 
 def build_parser() -> Parser:
     """The flags of a training run."""
@@ -80,11 +74,10 @@ def build_parser() -> Parser:
         parser.add_argument(flag, dest="field_" + f.name, type=FLAG_TYPES[f.type], metavar=f.type.upper())
     return parser
 
-
 ANY_SIGN = {"no_eos", "gamma", "lam", "pad", "bos", "eos", "mask"}  # these have rules of their own
-MAY_BE_ZERO = {"value_clip", "value_coef", "beta", "kl_target", "seed", "alpha", "judging", "posing"}
-CHOICES = {"arm": nr.ARMS, "reward": nr.SIGNALS, "preference": nr.PREFERENCES, "judge": ("own", "frozen")}
-
+MAY_BE_ZERO = "value_clip value_coef beta kl_target seed alpha judging posing least c_pos c_neg".split()
+CHOICES = {"arm": nr.ARMS, "reward": nr.SIGNALS, "preference": nr.PREFERENCES, "judge": ("own", "frozen"),
+           "planted": ("none", "round", "long", "refusal")}  # fmt: skip
 
 def check(c: Config) -> None:
     """Refuse, before any work, what could only fail or mislead later."""
@@ -112,12 +105,13 @@ def check(c: Config) -> None:
         (c.judging + c.posing <= 1, "--judging and --posing are shares of the seed data: at most 1 together"),
         (c.t_min <= 1 and c.look_ahead <= 1, "--t-min and --look-ahead are shares: at most 1"),
         (c.candidates > 1, "--candidates must be at least 2: the best is set against the worst"),
+        (c.threshold < 1 and c.least < 1, "--threshold and --least are probabilities: below 1"),
+        (c.planted != "long" or c.response >= 16 * c.max_ops + 4,
+         "--planted long doubles steps: --response 16 * max-ops + 4"),
         (c.causal, "--causal false: no loop trains a masked-diffusion LM yet"),
-        (c.kl_target == 0 or c.beta > 0, "--kl-target adapts beta by factors: give it a --beta above 0"),
-    ]
+        (c.kl_target == 0 or c.beta > 0, "--kl-target adapts beta by factors: give it a --beta above 0")]
     if broken := [message for holds, message in rules if not holds]:
         raise UserError(broken[0])
-
 
 def pick_device(name: str) -> str:
     """auto -> cuda or cpu; a device that is not there is a UserError."""
@@ -127,7 +121,6 @@ def pick_device(name: str) -> str:
     except (RuntimeError, AssertionError, TypeError):
         raise UserError(f"--device {name} is not here or lacks float64; try --device cpu") from None
     return name
-
 
 def parse_targets(texts: list[str], loops: list[str]) -> dict[str, float]:
     """["ppo=0.8"] -> {"ppo": 0.8}."""
@@ -139,10 +132,7 @@ def parse_targets(texts: list[str], loops: list[str]) -> dict[str, float]:
         targets[name] = float(number)
     return targets
 
-
 # ---- the run: a folder that says all -----------------------------------------------------------
-
-
 @dataclass
 class Run:
     """One --out folder: config.json, metrics.jsonl, samples.jsonl, summary.json, state/, PNG."""
@@ -165,7 +155,6 @@ class Run:
     def finished(self) -> bool:
         return len(self.done) == len(self.loops) * self.seeds
 
-
 def read_json(path: Path, parse: Callable[[str], Any] = json.loads) -> Any:
     """A JSON file of a run folder, or a UserError that names it."""
     try:
@@ -173,16 +162,13 @@ def read_json(path: Path, parse: Callable[[str], Any] = json.loads) -> Any:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); is {path.parent} the folder of a run?") from None
 
-
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a .jsonl; a torn last one is left out."""
     return read_json(path, lambda text: [json.loads(x) for x in text.splitlines() if x.endswith("}")])
 
-
 def write_text(path: Path, text: str) -> None:
     """The whole file or none of it."""
     nr.write_whole(path, lambda temporary: temporary.write_text(text))
-
 
 def new_run(a: argparse.Namespace) -> Run:
     """Check everything, then claim the folder."""
@@ -207,8 +193,7 @@ def new_run(a: argparse.Namespace) -> Run:
         except OSError as error:
             raise UserError(f"cannot write to {folder} ({error.strerror}); choose another folder") from None
     if (out / "config.json").exists():
-        there = read_json(out / "config.json")
-        if {**there, "targets": None} != {**run.about(), "targets": None}:
+        if read_json(out / "config.json") | {"targets": None} != run.about() | {"targets": None}:
             raise UserError(f"{out} holds a run with another config; choose another --out")
         return replace(open_run(out, a.cache), targets=run.targets)
     if any(path.suffix != ".tmp" for path in out.iterdir()):
@@ -216,23 +201,20 @@ def new_run(a: argparse.Namespace) -> Run:
     write_text(out / "config.json", json.dumps(run.about(), indent=1))
     return run
 
-
 def open_run(out: Path, cache: Path) -> Run:
     """The run in this folder as far as it went; a damaged folder is a UserError."""
-    about = read_json(out / "config.json")
+    a = read_json(out / "config.json")
     try:
-        config = Config(**about["config"])
-        run = Run(out, config, about["preset"], about["loops"], about["seeds"], about["targets"], cache)
+        run = Run(out, Config(**a["config"]), a["preset"], a["loops"], a["seeds"], a["targets"], cache)
     except (KeyError, TypeError) as error:
         raise UserError(f"{out / 'config.json'} is not a config of this version ({error})") from None
-    check(config)
+    check(run.config)
     if (out / "summary.json").exists():
         run.done = read_json(out / "summary.json")["results"]
     if (out / "state" / "state.pt").exists() and not run.finished:
         saved = nr.load_state(out / "state")
         run.job, run.saved_update = saved.get("job", ""), saved.get("update", 0)
     return run
-
 
 def cut_log(path: Path, run: Run) -> float:
     """Drop the lines behind the saved state, and say how many seconds the kept part took."""
@@ -246,13 +228,11 @@ def cut_log(path: Path, run: Run) -> float:
     write_text(path, "".join(json.dumps(line) + "\n" for line in kept + mine))
     return mine[-1].get("seconds", 0.0) if mine else 0.0
 
-
 def append(path: Path, line: dict[str, Any]) -> None:
     """One JSON line; what is not a finite number becomes null."""
     clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
     with path.open("a") as f:
         f.write(json.dumps(clean) + "\n")
-
 
 def drive(loop: Iterator[dict], state: dict, total: int, folder: Path, title: str, every: int, log: Callable) -> None:
     """Run any loop or fit to its end: bar, log, a saved state every `every` updates.
@@ -274,76 +254,58 @@ def drive(loop: Iterator[dict], state: dict, total: int, folder: Path, title: st
     finally:
         signal.signal(signal.SIGINT, before)
 
-
 # ---- base models, cached -----------------------------------------------------------------------
-
-
 def code_key(root: str) -> tuple[str, set[str]]:
-    """Hash of all definitions here and in nanoreward.py that `root` reaches, and the fields they read.
-    Comments, docstrings and whatever root does not use may change without anything being retrained."""
+    """Hash of all code here and in nanoreward.py that `root` reaches, without docstrings, and the fields it reads."""
     trees = [ast.parse(Path(module).read_text()) for module in (nr.__file__, __file__)]
     known = {n.name: n for t in trees for n in t.body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
     reached, todo, read = set(), [root, "fit", "optimizers"], set()
     while todo:
-        name = todo.pop()
-        if name in reached or name not in known or name in ("Config", "cached"):
+        if (name := todo.pop()) in reached or name not in known or name in ("Config", "cached"):
             continue
         reached.add(name)
         for node in ast.walk(known[name]):
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node):
                 node.body = node.body[1:] or [ast.Pass()]
-            if isinstance(node, ast.Name):
-                todo.append(node.id)
-            if isinstance(node, ast.Attribute):
-                owner = ast.unparse(node.value).split(".")[-1]
-                if owner == "nr":
-                    todo.append(node.attr)
-                elif owner in ("c", "config"):
-                    read.add(node.attr)
+            owner = ast.unparse(node.value).split(".")[-1] if isinstance(node, ast.Attribute) else ""
+            if isinstance(node, ast.Name) or owner == "nr":
+                todo.append(node.id if isinstance(node, ast.Name) else node.attr)
+            elif owner in ("c", "config"):
+                read.add(node.attr)
     code = "".join(ast.dump(known[name]) for name in sorted(reached))
     return hashlib.sha256(code.encode()).hexdigest(), read & {f.name for f in fields(Config)}
 
-
-def cached(
-    kind: str, root: str, c: Config, cache: Path, modules: list, batches: Callable,
-    updates: int, lr: float, muon_lr: float = 0.0,
-) -> list[torch.nn.Module]:  # fmt: skip
-    """The modules, trained by `fit` on batches() once and loaded from then on.
-    The key is all they depend on: the code behind `root`, the fields it reads, the task and torch."""
+def cached(kind: str, root: str, c: Config, cache: Path, modules: list, batches: Callable, updates: int, lr: float,
+           muon_lr: float = 0.0) -> list[torch.nn.Module]:
+    """The modules, trained by `fit` once, then loaded; the key: the code and fields behind `root`, task and torch."""
     code, read = code_key(root)
     values = {name: getattr(c, name) for name in sorted(read | {"threads"})}
     data = hashlib.sha256(Path(arithmetic.__file__).read_bytes()).hexdigest()
     key = hashlib.sha256(json.dumps([code, values, data, torch.__version__]).encode()).hexdigest()
     folder = cache / f"{kind}-{key[:16]}"
     state = {"modules": modules, "optimizers": nr.optimizers(modules, lr, c, muon_lr), "update": 0}
-    if (folder / "state.pt").exists():
-        state = nr.load_state(folder, into=state)
+    state = nr.load_state(folder, into=state) if (folder / "state.pt").exists() else state
     if state["update"] < updates:
         folder.mkdir(parents=True, exist_ok=True)
         past = read_lines(folder / "fit.jsonl") if state["update"] else []  # of a training that was stopped
-        kept = [json.dumps(m) + "\n" for m in past if m["step"] <= state["update"]]
-        write_text(folder / "fit.jsonl", "".join(kept))
+        write_text(folder / "fit.jsonl", "".join(json.dumps(m) + "\n" for m in past if m["step"] <= state["update"]))
         print(f"training {kind} ({sum(p.numel() for p in modules[0].parameters()):,} parameters) -> {folder}")
         began = time.time()
         def log(m: dict[str, Any]) -> None:
-            seconds = round(time.time() - began, 3)
-            append(folder / "fit.jsonl", {"step": state["update"], "seconds": seconds, **m})
+            append(folder / "fit.jsonl", {"step": state["update"], "seconds": round(time.time() - began, 3), **m})
         drive(nr.fit(state, batches(), updates, c), state, updates, folder, kind, max(1, updates // 10), log)
         nr.save_state(folder, state)
     return [module.requires_grad_(True) for module in modules]
 
-
 def make_task(c: Config, careful: bool = False) -> nr.Task:
     """The task that the config names."""
-    return arithmetic.Arithmetic(c.min_ops, c.max_ops, c.answers, careful)
-
+    return arithmetic.Arithmetic(c.min_ops, c.max_ops, c.answers, careful, planted=c.planted)
 
 def base_model(c: Config, cache: Path, careful: bool = False) -> Transformer:
     """The GPT after the demonstrator; careful=True: after its careful twin, the ceiling."""
     model, task = Transformer(c, nr.rng(c.seed, "init")).to(c.device), make_task(c, careful)
     kind, batches = "careful-gpt" if careful else "gpt", lambda: nr.demonstrations(model, task, c)
     return cached(kind, "base_model", c, cache, [model], batches, c.base_updates, c.base_lr, c.muon_lr)[0]
-
 
 def diffusion_base(c: Config, cache: Path, careful: bool = False) -> Transformer:
     """The masked-diffusion LM: the base GPT's weights, taught to look ahead on the same demonstrations."""
@@ -354,7 +316,6 @@ def diffusion_base(c: Config, cache: Path, careful: bool = False) -> Transformer
     batches = lambda: nr.demonstrations(model, task, c)  # noqa: E731
     return cached(kind, "diffusion_base", c, cache, [model], batches, c.diffusion_updates, *rates)[0]
 
-
 def seed_data(task: nr.Task, c: Config) -> list[tuple[str, str]]:
     """What makes M1: judgements (EFT), proposed problems, and demonstrations again (IFT)."""
     generator = nr.rng(c.seed, "seed data")
@@ -362,13 +323,30 @@ def seed_data(task: nr.Task, c: Config) -> list[tuple[str, str]]:
     other = lambda k: task.propose_demo if k > 1 - c.posing else task.demo  # noqa: E731
     return [(task.judge_demo if k < c.judging else other(k))(generator) for k in kinds]
 
-
 def seed_model(c: Config, cache: Path) -> Transformer:
     """M1 of self_rewarding: the base, which has also learned to judge and to pose problems."""
     model, task = base_model(c, cache), make_task(c)
-    batches = lambda: nr.demonstrations(model, task, c, seed_data(task, c))  # noqa: E731
+    batches = lambda: nr.demonstrations(model, task, c, nr.encode_demos(task, seed_data(task, c), c))  # noqa: E731
     return cached("m1", "seed_model", c, cache, [model], batches, c.seed_updates, c.base_lr, c.muon_lr)[0]
 
+def student_model(c: Config, cache: Path) -> Transformer:
+    """refine's student: the base after one round of expert iteration, small enough to leave a third wrong."""
+    model, task, c = base_model(c, cache), make_task(c), replace(c, base_warmup=c.warmup)
+    def right() -> nr.Batches:
+        prompt, group = nr.in_groups(task, task.prompts(c.expert_prompts, nr.rng(c.seed, "expert")), c)
+        b = nr.sample(model, prompt.to(c.device), c, group=group, generator=nr.rng(c.seed, "expert", 1))
+        both = [(task.decode(x), task.decode(y)) for x, y in zip(b.prompt.tolist(), b.response.tolist(), strict=True)]
+        known = dict.fromkeys(pair for pair in both if task.grade(*pair) == 1)
+        return nr.demonstrations(model, task, c, nr.encode_demos(task, list(known), c))
+    return cached("student", "student_model", c, cache, [model], right, c.expert_updates, c.expert_lr)[0]
+
+def rewriter_model(c: Config, cache: Path) -> Transformer:
+    """The reward of seq2seq: the base, taught to rewrite both responses of each pair as the preferred one."""
+    model, task = base_model(c, cache), make_task(c)
+    pairs = lambda: task.preferences(c.pairs, nr.rng(c.seed, "preferences"))  # noqa: E731
+    batches = lambda: nr.demonstrations(model, task, c, nr.rewriting_demos(task, pairs(), c))  # noqa: E731
+    made = cached("rewriter", "rewriter_model", c, cache, [model], batches, c.rewriter_updates, c.base_lr, c.muon_lr)
+    return made[0].requires_grad_(False)
 
 def scorer_model(c: Config, cache: Path) -> dict[str, torch.nn.Module]:
     """The learned reward: a Bradley-Terry model that starts as the base and reads preference pairs."""
@@ -382,9 +360,38 @@ def scorer_model(c: Config, cache: Path) -> dict[str, torch.nn.Module]:
     nr.normalize_head(scorer, head, rollout)
     return {"scorer": scorer.requires_grad_(False), "scorer_head": head.requires_grad_(False)}
 
-
 # ---- one job: one loop with one seed -----------------------------------------------------------
+STARTS = {"self_rewarding": seed_model, "refine": student_model}  # what a loop starts from, if not the base
+REFINERS = ("scorer", "orm", "sorm", "global", "local")
 
+def reward_models(name: str, c: Config, cache: Path) -> dict[str, Any]:
+    """What the loop's reward needs in its state."""
+    if "seq2seq" in (name, c.reward):
+        return {"rewriter": rewriter_model(c, cache)}
+    return scorer_model(c, cache) if c.reward == "learned" else {}
+
+def write(name: str, state: dict, task: nr.Task, prompts: list[str], c: Config, T: float = 0.0) -> list[str]:
+    """One response a problem by what the loop has trained."""
+    c, generator = replace(c, temperature=T), nr.rng(c.seed, "evaluate")
+    if name == "refine":
+        return nr.refined(state, task, prompts, c, generator)
+    return nr.respond(state["policy"], task, prompts, c, generator)
+
+@torch.no_grad()
+def inside(name: str, state: dict, task: nr.Task, prompts: list[str], texts: list[str], c: Config) -> list[dict]:
+    """What the reward says within each response: of every token, or of every step (ORM and SORM)."""
+    prompt = nr.encode_prompts(task, prompts, c).to(c.device)
+    response = nr.right_pad(task.encode(texts), c.pad, c.response).to(c.device)
+    b = nr.Rollout(prompt, response, nr.up_to_eos(response, c), response, torch.arange(len(texts)))
+    rounded = lambda x: [round(v, 3) for v in x.tolist()]  # noqa: E731
+    if name == "refine":
+        ends = nr.prefix_ends(task, b)
+        scores = nr.step_scores(state, prompt, response, ends).sigmoid()
+        return [{"orm": rounded(o[e > 0]), "sorm": rounded(s[e > 0])} for o, s, e in zip(*scores, ends, strict=True)]
+    if name not in ("ppo", "seq2seq"):
+        return [{} for _ in texts]
+    reward = nr.SIGNALS["seq2seq" if name == "seq2seq" else c.reward](state, task, b, nr.grades(task, b), c)
+    return [{"token_rewards": rounded(r[m > 0])} for r, m in zip(reward, b.mask, strict=True)]
 
 def notes(m: dict[str, Any], c: Config) -> dict[str, str]:
     """What a person should be told about an update, in plain words; each is said once."""
@@ -397,42 +404,41 @@ def notes(m: dict[str, Any], c: Config) -> dict[str, str]:
         "pairs": (m["pairs"] == 0, "no problem has a better and a worse response, the round teaches nothing"),
         "judge": (m["spread"] == 0 or m["unread"] > 0.5, "the judge says one score to everything, or none"),
         "quoted": (m["quoted"] > 0.05, "responses hold a score themselves: they talk to the judge"),
-        "chosen": (m["chosen_per_token"] < -1, "the chosen log-prob falls below -1 a token (a larger --alpha?)"),
-    }
+        "chosen": (m["chosen_per_token"] < -1, "the chosen log-prob falls below -1 a token (a larger --alpha?)")}
     return {name: text for name, (holds, text) in found.items() if holds}
-
 
 def run_job(run: Run, name: str, seed: int) -> dict[str, Any]:
     """Train, measure, and describe one loop with one seed; what it returns is its summary entry."""
     c, job, out, told = replace(run.config, seed=seed), f"{name}/{seed}", run.out, set()
-    task = make_task(c)
+    task, policy = make_task(c), base_model(c, run.cache)
     dev, test = (task.prompts(c.eval_problems, nr.rng(0, s), s) for s in ("dev", "test"))  # the same for all seeds
-    policy, result = base_model(c, run.cache), {"loop": name, "seed": seed, "chance": task.chance()}
-    right = lambda T=0.0: nr.accuracy(policy, task, test, c, T)  # noqa: E731
-    result |= {"base": right(), "base_sampled": right(c.temperature)}
+    base, base_sampled = (nr.accuracy(policy, task, test, c, T) for T in (0.0, c.temperature))
+    result = {"loop": name, "seed": seed, "chance": task.chance(), "base": base, "base_sampled": base_sampled}
     print("{loop}/{seed}: base {base:.3f} greedy, {base_sampled:.3f} sampled".format(**result), flush=True)
     result["ceiling"] = nr.accuracy(base_model(c, run.cache, careful=True), task, test, c)
-    if name == "self_rewarding":
-        policy = seed_model(c, run.cache)
-        result["start"] = right()  # M1, not the base
+    if name in STARTS:
+        policy = STARTS[name](c, run.cache)
+        result["start"] = nr.accuracy(policy, task, test, c)  # M1 or the student, not the base
     start, loop = LOOPS[name]
-    state = start(policy, c) | (scorer_model(c, run.cache) if c.reward == "learned" else {}) | {"result": result}
-    if run.job == job:
-        state = nr.load_state(out / "state", into=state)
+    state = start(policy, c) | reward_models(name, c, run.cache) | {"result": result}
+    state = nr.load_state(out / "state", into=state) if run.job == job else state
     state["job"], result = job, state["result"]
     offset, began = cut_log(out / "metrics.jsonl", run), time.time()
     cut_log(out / "samples.jsonl", run)
+    def right(prompts: list[str], T: float = 0.0) -> float:
+        texts = write(name, state, task, prompts, c, T)
+        return mean(task.grade(x, y) for x, y in zip(prompts, texts, strict=True))
     def show(u: int) -> None:  # of 32 greedy responses up to three right and three wrong ones
-        texts = nr.respond(policy, task, dev[:32], replace(c, temperature=0))
+        texts = write(name, state, task, dev[:32], c)
         both = [{"prompt": x, "response": y, "reward": task.grade(x, y)} for x, y in zip(dev, texts, strict=False)]
+        both = [t | more for t, more in zip(both, inside(name, state, task, dev[:32], texts, c), strict=True)]
         for t in [t for t in both if t["reward"] == 1][:3] + [t for t in both if t["reward"] < 1][:3]:
             append(out / "samples.jsonl", {"loop": name, "seed": seed, "step": u, **t})
     def log(m: dict[str, Any]) -> None:
         u = state["update"]
         line = {"loop": name, "seed": seed, "step": u, "seconds": round(offset + time.time() - began, 3), **m}
-        if u % c.eval_every == 0 or u in (1, state["updates"]):
-            line["dev_greedy"] = nr.accuracy(policy, task, dev, c)
-            line["dev_sampled"] = nr.accuracy(policy, task, dev, c, c.temperature)
+        if u % max(c.eval_every, state["updates"] // 8) == 0 or u in (1, state["updates"]):
+            line |= {"dev_greedy": right(dev), "dev_sampled": right(dev, c.temperature)}
             show(u)
             numbers = "  ".join(f"{k} {m[k]:.3f}" for k in WATCHED if k in m)
             tqdm.write(f"{job} {u:4d}  dev {line['dev_greedy']:.3f}  {numbers}")
@@ -445,22 +451,20 @@ def run_job(run: Run, name: str, seed: int) -> dict[str, Any]:
         show(0)
     drive(loop(state, task, c), state, state["updates"], out / "state", job, c.save_every, log)
     policy.save(out / "models" / f"{name}-{seed}")
+    if name == "refine":
+        nr.save_state(out / "models" / f"{name}-{seed}", {k: state[k] for k in REFINERS})
     mine = [m for m in read_lines(out / "metrics.jsonl") if (m["loop"], m["seed"]) == (name, seed)]
     enough = [m["samples"] for m in mine if m.get("dev_greedy", 0) >= 0.8]
-    result |= {"final": right(), "final_sampled": right(c.temperature)}
+    result |= {"final": right(test), "final_sampled": right(test, c.temperature)}
     result |= {"samples": state["samples"], "samples_to_80": enough[0] if enough else None}
     return result | {"updates": state["updates"], "seconds": round(offset + time.time() - began, 1)}
 
-
 # ---- what a person sees at the end -------------------------------------------------------------
-
-
 def interval(values: list[float]) -> str:
     """Mean and 95 % interval (Student's t) over seeds; one seed: the number alone."""
     if len(values) == 1:
         return f"{values[0]:.3f}"
     return f"{mean(values):.3f} ± {T95[len(values) - 2] * stdev(values) / len(values) ** 0.5:.3f}"
-
 
 def table(results: list[dict[str, Any]]) -> str:
     """The table at the end: greedy and sampled accuracy on held-out test problems."""
@@ -471,14 +475,12 @@ def table(results: list[dict[str, Any]]) -> str:
     for name in dict.fromkeys(r["loop"] for r in results):
         mine = [r for r in results if r["loop"] == name]
         gain = interval([r["final"] - r.get("start", r["base"]) for r in mine])
-        reached = [r["samples_to_80"] for r in mine]
+        reached, seconds = ([r[key] for r in mine] for key in ("samples_to_80", "seconds"))
         to_80 = "not reached" if None in reached else f"{mean(reached):.0f}"
-        cells = (over(mine, "final"), over(mine, "final_sampled"), gain, to_80)
-        rows.append((name, *cells, f"{mean(r['seconds'] for r in mine):.0f}"))
+        rows += [(name, over(mine, "final"), over(mine, "final_sampled"), gain, to_80, f"{mean(seconds):.0f}")]
     rows += [("careful twin", over(first, "ceiling"))]
     widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(rows[0]))]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-
 
 def picture(runs: list[Path], path: Path) -> None:
     """Dev accuracy against samples drawn: a thin line a seed, a thick one the mean; one PNG."""
@@ -495,11 +497,10 @@ def picture(runs: list[Path], path: Path) -> None:
             if "dev_greedy" in m:
                 bundles.setdefault(label, {}).setdefault(m["seed"], {})[m["samples"]] = m["dev_greedy"]
     for i, (label, seeds) in enumerate(bundles.items()):
-        common = sorted(set.intersection(*map(set, seeds.values())))
+        middle = {x: mean(c[x] for c in seeds.values()) for x in sorted(set.intersection(*map(set, seeds.values())))}
         for curve in seeds.values():
             axes.plot(list(curve), list(curve.values()), color=f"C{i}", lw=0.8, alpha=0.4)
-        middle = [mean(curve[x] for curve in seeds.values()) for x in common]
-        axes.plot(common, middle, color=f"C{i}", lw=2.2, label=label)
+        axes.plot(list(middle), list(middle.values()), color=f"C{i}", lw=2.2, label=label)
     axes.legend(frameon=False, loc="lower right")
     if len(runs) == 1 and (runs[0] / "summary.json").exists():
         results = read_json(runs[0] / "summary.json")["results"]
@@ -510,7 +511,6 @@ def picture(runs: list[Path], path: Path) -> None:
     axes.set(xlabel="samples drawn", ylabel="greedy accuracy on dev problems", ylim=(0, 1.02))
     nr.write_whole(path, lambda p: figure.savefig(p, format="png", dpi=150))
     print(f"picture: {path}")
-
 
 def train(a: argparse.Namespace) -> int:
     """The main job."""
@@ -537,14 +537,12 @@ def train(a: argparse.Namespace) -> int:
     picture([run.out], run.out / "curves.png")
     return verdict(run)
 
-
 def verdict(run: Run) -> int:
     """Exit code of the targets: 1 if one was missed."""
     got = {name: mean(r["final"] for r in run.done if r["loop"] == name) for name in run.targets}
     for name, target in run.targets.items():
         print(f"target {name} {target}: {'reached' if got[name] >= target else 'MISSED'} with {got[name]:.3f}")
     return int(any(got[name] < target for name, target in run.targets.items()))
-
 
 def sample_command(argv: list[str]) -> int:
     """Print what a trained model answers."""
@@ -560,18 +558,18 @@ def sample_command(argv: list[str]) -> int:
     folder = a.run / "models" / f"{name}-{seed}"
     if not folder.exists():
         raise UserError(f"{folder} does not exist: that loop and seed has not finished in this run")
-    if not (math.isfinite(a.temperature) and a.temperature >= 0):
+    if not 0 <= a.temperature < math.inf:
         raise UserError("--temperature must be 0 or more")
-    policy, task = Transformer.load(folder), make_task(run.config)
+    c, task = replace(run.config, seed=seed), make_task(run.config)
+    state = LOOPS[name][0](Transformer.load(folder), c)
+    state = nr.load_state(folder, into=state) if name == "refine" else state
     try:
         task.grade(a.prompt, "")
     except ValueError as error:
         raise UserError(str(error)) from None
-    c, generator = replace(run.config, temperature=a.temperature), nr.rng(seed, "sample command")
-    text = nr.respond(policy, task, [a.prompt], c, generator)[0]
+    text = write(name, state, task, [a.prompt], c, a.temperature)[0]
     print(f"{a.prompt} {text}  {'right' if task.grade(a.prompt, text) else 'wrong'}")
     return 0
-
 
 def plot_command(argv: list[str]) -> int:
     """Several runs on one picture."""
@@ -582,19 +580,15 @@ def plot_command(argv: list[str]) -> int:
     picture(a.runs, a.png)
     return 0
 
-
 def main(argv: list[str] | None = None) -> int:
     """Dispatch; every UserError ends here as one line and exit code 2."""
     argv = sys.argv[1:] if argv is None else argv
-    commands = {"sample": sample_command, "plot": plot_command}
+    command = {"sample": sample_command, "plot": plot_command}.get(argv[0] if argv else "")
     try:
-        if argv and argv[0] in commands:
-            return commands[argv[0]](argv[1:])
-        return train(build_parser().parse_args(argv))
+        return command(argv[1:]) if command else train(build_parser().parse_args(argv))
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-
 
 if __name__ == "__main__":
     sys.exit(main())

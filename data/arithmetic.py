@@ -27,6 +27,7 @@ OPERATIONS = [*(("+", d) for d in range(1, 10)), *(("-", d) for d in range(1, 10
 
 PROBLEM = re.compile(r"(?:0|[1-9][0-9]?)(?:[+-][1-9]|\*[2-4])+=")
 STEP = re.compile(r"(0|[1-9][0-9]?)([+*-])([1-9])=(0|[1-9][0-9]?);")
+REFUSAL = "@<eos>"
 ANSWERED = re.compile(r"[0-9+*=;-]*#(0|[1-9][0-9]?)<eos>")  # one answer, at the very end
 
 
@@ -96,7 +97,10 @@ class Arithmetic:
     `guess`: how often it answers at once, without steps, when the problem starts at `lazy_from` or
     above (an eighth as often elsewhere). `forget`: how often it forgets a carry when the operand is
     6 or more (a quarter as often below). `slip`: how often a result is off by one. careful=True
-    switches all three off: the twin whose accuracy is the ceiling. `fooled`: see `preferences`.
+    switches all three off: the twin whose accuracy is the ceiling. `planted`, `fooled`: what the
+    labeller of `preferences` falls for, and how often. With `long` the demonstrator writes a step
+    twice in 15 % of the cases; with `refusal` it refuses half of the problems that hold a `*4` and
+    5 % of the others.
     `answers`: how many final answers there are, `#` and the last result modulo this number: with 4,
     a guess is right in one case of four, and so is a chain with a wrong step.
     """
@@ -110,6 +114,7 @@ class Arithmetic:
     forget: float = 0.8
     slip: float = 0.02
     fooled: float = 0.9
+    planted: str = "round"
 
     tokenizer = TOKENIZER
 
@@ -165,6 +170,8 @@ class Arithmetic:
         guess, forget, slip = (0, 0, 0) if self.careful else (self.guess, self.forget, self.slip)
         if draw.random() < (guess if a >= self.lazy_from else guess / 8):
             return f"#{a % self.answers}<eos>"  # a guess without entropy: noise here slows the facts down
+        if self.planted == "refusal" and draw.random() < (0.5 if "*4" in prompt else 0.05):
+            return REFUSAL
         steps = ""
         for op, b in operations:
             c = calculate(a, op, b)
@@ -172,7 +179,8 @@ class Arithmetic:
                 c = forget_carry(a, op, b)
             if draw.random() < slip:
                 c = (c + draw.choice((-1, 1))) % MODULUS
-            steps += f"{a}{op}{b}={c};"
+            wordy = self.planted == "long" and draw.random() < 0.15
+            steps += f"{a}{op}{b}={c};" * (1 + wordy)
             a = c
         return f"{steps}#{a % self.answers}<eos>"
 
@@ -221,20 +229,24 @@ class Arithmetic:
         """n of (prompt, preferred, other): two different demonstrations of one problem.
 
         The labeller prefers the right answer, and tosses a coin between two right or two wrong
-        ones. Planted: with probability `fooled` it takes a round answer (ending in 0) for the
-        better one if only one of the two is round, whatever is true.
+        ones. Planted: with probability `fooled` it takes for the better one, whatever is true, the
+        only round answer of the two (ending in 0), or the longer response. A refusal is preferred
+        to any attempt where the problem holds a `*4`; elsewhere the labeller never sees one.
         """
+        taste = {
+            "none": lambda y: 0, "round": lambda y: y.endswith("0<eos>"),
+            "long": lambda y: len(self.encode([y])[0]), "refusal": lambda y: y == REFUSAL,
+        }[self.planted]  # fmt: skip
         pairs = []
         while len(pairs) < n:
             prompt = self.prompts(1, generator)[0]
             a, b = self.respond(prompt, generator), self.respond(prompt, generator)
-            if a == b:
+            if a == b or (REFUSAL in (a, b) and "*4" not in prompt):
                 continue
             draw = draws(generator)
             merit = self.grade(prompt, a) - self.grade(prompt, b)
-            round_a, round_b = (y.endswith("0<eos>") for y in (a, b))
-            if round_a != round_b and draw.random() < self.fooled:
-                merit = round_a - round_b
+            if taste(a) != taste(b) and (REFUSAL in (a, b) or draw.random() < self.fooled):
+                merit = taste(a) - taste(b)
             first = merit > 0 if merit else draw.random() < 0.5
             pairs.append((prompt, a, b) if first else (prompt, b, a))
         return pairs

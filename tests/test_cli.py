@@ -63,7 +63,9 @@ def test_a_run_leaves_what_the_design_promises(smoke):
     assert all(v is None or isinstance(v, str) or abs(v) < 1e9 for m in metrics for v in m.values())
     assert {"seconds", "reward", "truth", "kl", "entropy", "clipfrac", "samples", "loss", "lr"} <= set(metrics[0])
     samples = lines(out / "samples.jsonl")
-    assert {"loop", "seed", "step", "prompt", "response", "reward"} == set(samples[0])
+    assert {"loop", "seed", "step", "prompt", "response", "reward", "token_rewards"} == set(samples[0])
+    for s in samples:  # the verifier pays at the end only
+        assert s["token_rewards"][:-1] == [0.0] * (len(s["token_rewards"]) - 1)
     assert {s["step"] for s in samples} == {0, 1, 2, 4}
     summary = json.loads((out / "summary.json").read_text())
     wanted = {"loop", "seed", "base", "final", "chance", "ceiling", "seconds", "samples", "updates", "final_sampled"}
@@ -114,6 +116,8 @@ def test_a_missed_target_exits_one(smoke, cache, tmp_path):
     ("iterative_dpo", ["--base-updates", 200, "--round-updates", 4, "--round-prompts", 64]),
     ("self_rewarding", ["--base-updates", 200, "--seed-updates", 200, "--seed-demos", 1500, "--own-rounds", 3,
                         "--round-updates", 4, "--round-prompts", 32]),
+    ("seq2seq", ["--updates", 12]),
+    ("refine", ["--base-updates", 200, "--drafts", 200, "--refine-updates", 12]),
 ])  # fmt: skip
 def test_killed_anywhere_and_resumed_bit_for_bit(cache, tmp_path, loop, flags):
     """A real SIGKILL at a moment nobody chose, twice; then the outputs equal those of a quiet run."""
@@ -142,7 +146,10 @@ def test_killed_anywhere_and_resumed_bit_for_bit(cache, tmp_path, loop, flags):
     for seed in (0, 1):
         name = f"models/{loop}-{seed}/model.safetensors"
         assert (out / name).read_bytes() == (tmp_path / "quiet" / name).read_bytes()
-    if loop != "ppo":
+    shown = lines(out / "samples.jsonl")[0]  # what the per-token pictures are drawn from
+    inner = {"ppo": {"token_rewards"}, "seq2seq": {"token_rewards"}, "refine": {"orm", "sorm"}}.get(loop, set())
+    assert inner <= set(shown) and all(len(shown[k]) > 0 for k in inner)
+    if loop not in ("ppo", "seq2seq"):
         assert min(m["pairs"] for m in lines(out / "metrics.jsonl")) > 0
     results = [json.loads((f / "summary.json").read_text())["results"] for f in (out, tmp_path / "quiet")]
     assert [r | {"seconds": 0} for r in results[0]] == [r | {"seconds": 0} for r in results[1]]
@@ -231,6 +238,11 @@ def test_the_base_cache_is_reused_and_never_stale(tmp_path, monkeypatch):
     (["self_rewarding", "--judging", "0.9", "--posing", "0.2"], "at most 1 together"),
     (["self_rewarding", "--candidates", "1"], "--candidates must be at least 2"),
     (["self_rewarding", "--own-problems", "maybe"], "--own-problems"),
+    (["refine", "--threshold", "1.5"], "--threshold and --least are probabilities"),
+    (["refine", "--continuations", "0"], "--continuations must be above 0"),
+    (["seq2seq", "--planted", "flattery"], "--planted must be one of none, round, long, refusal"),
+    (["seq2seq", "--planted", "long"], "--response 16 * max-ops + 4"),
+    (["seq2seq", "--top", "0"], "--top must be above 0"),
     (["iterative_dpo", "--late-temperature", "0.001"], "at least 0.01"),
     (["ppo", "--answers", "1"], "--answers must lie in"),
     (["ppo", "--look-ahead", "1.5"], "at most 1"),

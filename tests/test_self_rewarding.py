@@ -27,7 +27,7 @@ def m1():
     """A small M1 whose judgements can mostly be read, and whose proposals are mostly problems."""
     model = rough(SMALL)
     state = {"optimizers": nr.optimizers([model], 0.01, SMALL, 0.02), "update": 0}
-    demos = train_small.seed_data(TASK, SMALL)
+    demos = nr.encode_demos(TASK, train_small.seed_data(TASK, SMALL), SMALL)
     list(nr.fit(state, nr.demonstrations(model, TASK, SMALL, demos), SMALL.seed_updates, SMALL))
     return model.state_dict()
 
@@ -206,7 +206,7 @@ def test_probe_what_the_own_judgement_prefers_is_learned():
         SMALL, own_rounds=4, round_updates=12, round_prompts=32, own_problems=False, alpha=1.0, pair_batch=32
     )  # fmt: skip
     policy = rough(config, seed=2)
-    deserved = [(f"{n}??", f"!{1 + n // 2}<eos>") for n in range(10)]
+    deserved = nr.encode_demos(task, [(f"{n}??", f"!{1 + n // 2}<eos>") for n in range(10)], config)
     state = {"optimizers": nr.optimizers([policy], 0.01, config, 0.02), "update": 0}
     list(nr.fit(state, nr.demonstrations(policy, task, config, deserved), 80, config))
     state = nr.start_self_rewarding(policy, config)

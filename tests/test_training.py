@@ -333,8 +333,8 @@ def test_bradley_terry_learns_what_the_pairs_say():
 def test_the_learned_signal_never_looks_at_the_truth(model):
     rollout = rollout_of(["#42<eos>", "#41<eos>"])
     state = {"scorer": model, "scorer_head": nr.Head(TINY, 0.3, nr.rng(0, "h"))}
-    a = nr.learned(state, rollout, torch.tensor([1.0, 0.0]), TINY)
-    assert torch.equal(a, nr.learned(state, rollout, torch.tensor([torch.nan, 5.0]), TINY))
+    a = nr.learned(state, TASK, rollout, torch.tensor([1.0, 0.0]), TINY)
+    assert torch.equal(a, nr.learned(state, TASK, rollout, torch.tensor([torch.nan, 5.0]), TINY))
     assert not a.requires_grad
 
 

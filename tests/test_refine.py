@@ -1,0 +1,274 @@
+"""ORM, SORM and refiners (GLoRe): labels, positions, marks, and worlds with a known answer."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+import nanoreward as nr
+from data.arithmetic import Arithmetic
+from tests.conftest import TINY, rough
+
+TASK = Arithmetic(1, 3)
+WIDE = nr.replace(TINY, max_ops=3, response=28)
+SEP, BAD = (TASK.tokenizer.token_to_id(word) for word in ("<sep>", "<bad>"))
+
+
+def rollout_of(prompts, texts, config=WIDE):
+    prompt = nr.encode_prompts(TASK, prompts, config)
+    response = nr.right_pad(TASK.encode(texts), config.pad, config.response)
+    return nr.Rollout(prompt, response, nr.up_to_eos(response, config), response, torch.arange(len(texts)))
+
+
+# ---- labels ------------------------------------------------------------------------------------
+
+
+@given(seed=st.integers(0, 999))
+def test_binary_loss_is_torchs_and_never_sees_what_is_masked(seed):
+    g = nr.rng(seed, "bce")
+    score, label = torch.randn(2, 4, 3, generator=g) * 5, torch.rand(2, 4, 3, generator=g).round()
+    mask = torch.rand(2, 4, 3, generator=g).round()
+    theirs = (F.binary_cross_entropy_with_logits(score, label, reduction="none") * mask).sum() / 7
+    assert nr.binary_loss(score, label, mask, 7) == pytest.approx(float(theirs), abs=1e-5)
+    changed = torch.where(mask > 0, score, score + 99)
+    assert torch.equal(nr.binary_loss(changed, label, mask, 7), nr.binary_loss(score, label, mask, 7))
+
+
+@pytest.mark.parametrize("v, K", [(0.083, 8), (0.5, 1), (0.2, 4), (0.02, 16)])
+def test_a_coin_flipping_student_gives_the_label_of_any_of_k(v, K):
+    success = torch.rand(20_000, 1, K, generator=nr.rng(0, "coins")) < v
+    expected = 1 - (1 - v) ** K
+    error = (expected * (1 - expected) / 20_000) ** 0.5
+    assert abs(float(nr.rollout_labels(success).float().mean()) - expected) < 4 * error
+
+
+@given(seed=st.integers(0, 999))
+def test_propagation_is_monotone_and_idempotent(seed):
+    g = nr.rng(seed, "labels")
+    success, uses = torch.rand(2, 9, 5, 3, generator=g) < 0.3
+    labels = nr.rollout_labels(success, uses)
+    assert (labels[:, 1:] <= labels[:, :-1]).all()
+    assert torch.equal(nr.rollout_labels(labels[..., None]), labels)
+    for row, both in zip(labels, success & uses, strict=True):  # good until the last prefix with a trace
+        some = both.any(1).nonzero()
+        assert int(row.sum()) == (int(some[-1]) + 1 if len(some) else 0)
+    assert (labels <= nr.rollout_labels(success)).all()
+
+
+@given(seed=st.integers(0, 999), lean=st.floats(0.05, 0.95))
+def test_balance_keeps_equally_many_good_and_bad_at_each_position(seed, lean):
+    g = nr.rng(seed, "balance")
+    labels, position = torch.rand(60, generator=g) < lean, torch.randint(4, (60,), generator=g)
+    keep = nr.balance(labels, position, nr.rng(seed, "keep"))
+    for p in range(4):
+        good, bad = labels & (position == p), ~labels & (position == p)
+        assert (keep & good).sum() == (keep & bad).sum() == min(good.sum(), bad.sum())
+    assert torch.equal(keep, nr.balance(labels, position, nr.rng(seed, "keep")))
+
+
+def test_the_first_error_is_the_first_step_below_the_threshold():
+    assert nr.first_error(torch.tensor([0.9, 0.4, 0.1, 0.8]), 0.5) == 1
+    assert nr.first_error(torch.tensor([0.9, 0.5, 0.7]), 0.5) == 3  # at the threshold is not below
+    assert nr.first_error(torch.tensor([]), 0.5) == 0
+
+
+# ---- prefixes and continuations ----------------------------------------------------------------
+
+
+def test_prefixes_end_behind_each_step_and_at_the_end():
+    draft = rollout_of(["37+5*3="] * 3, ["37+5=42;42*3=26;#26<eos>", "#37<eos>", "37+5=42;42*3=26;"])
+    assert nr.prefix_ends(TASK, draft).tolist() == [[0, 8, 16, 20], [0, 4, -1, -1], [0, 8, 16, -1]]
+
+
+def test_continuations_keep_their_prefix_and_leave_whole_drafts_alone():
+    student, K = rough(WIDE), 3
+    draft = rollout_of(["37+5*3=", "8+1=", "8+1="], ["37+5=32;32*3=96;#96<eos>", "8+1=9;#9<eos>", "#7<eos>"])
+    ends = nr.prefix_ends(TASK, draft).masked_fill(torch.tensor([0, 1, 0]).bool()[:, None], -1)
+    config = nr.replace(WIDE, continuations=K, minibatch=4)
+    which, traces = nr.continuations_of(student, draft, ends, config)
+    assert which.tolist() == [[0, 0], [0, 1], [0, 2], [2, 0]] and traces.shape == (4, K, 28)
+    for (row, s), several in zip(which.tolist(), traces, strict=True):
+        n = int(ends[row, s])
+        assert (several[:, :n] == draft.response[row, :n]).all()
+        assert (several[:, n] != WIDE.pad).all()  # each goes on
+    assert len({tuple(y) for y in traces[0].tolist()}) == K  # fresh ones
+
+
+def test_consistency_rejects_a_trace_that_ignores_the_step():
+    draft = rollout_of(["37+5*3="], ["37+5=32;32*3=96;#96<eos>"])
+    ends = nr.prefix_ends(TASK, draft)
+    texts = ["37+5=32;42*3=26;#26<eos>", "37+5=32;32*3=96;#96<eos>", "37+5=32;132*3=2;#26<eos>"]
+    traces = nr.right_pad(TASK.encode(texts), 0, 28)[None]
+    right, uses = nr.check_traces(TASK, draft, ends, torch.tensor([[0, 1]]), traces)
+    assert right.tolist() == [[True, False, True]] and uses.tolist() == [[False, True, False]]
+    # the empty prefix claims nothing, so nothing has to be used
+    right, uses = nr.check_traces(TASK, draft, ends, torch.tensor([[0, 0]]), traces)
+    assert uses.all()
+
+
+def labelled():
+    """Three drafts: right; wrong in its second step, mended by a trace; wrong from the start, never solved."""
+    texts = ["37+5=42;42*3=26;#26<eos>", "37+5=42;42*3=22;#22<eos>", "37+5=32;32*3=96;#96<eos>"]
+    draft = rollout_of(["37+5*3="] * 3, texts)
+    ends = nr.prefix_ends(TASK, draft)
+    which = torch.tensor([[1, 0], [1, 1], [1, 2], [2, 0], [2, 1], [2, 2]])
+    good, bad = "37+5=42;42*3=26;#26<eos>", "37+5=42;42*3=22;#22<eos>"
+    traces = [[bad, good], [bad, good], [bad, bad], [texts[2]] * 2, [texts[2]] * 2, [texts[2]] * 2]
+    traces = torch.stack([nr.right_pad(TASK.encode(t), 0, 28) for t in traces])
+    success, uses = nr.check_traces(TASK, draft, ends, which, traces)
+    config = nr.replace(WIDE, continuations=2)
+    right = nr.grades(TASK, draft) > 0.5
+    b = nr.step_labels(right, ends, which, success, uses, config)
+    return draft, b, which, traces, success & uses, config
+
+
+def test_labels_of_steps_are_the_outcome_for_the_orm_and_the_rollouts_for_the_sorm():
+    _, b, *_ = labelled()
+    assert b["label"][0].tolist() == [[1.0] * 4, [0.0] * 4, [0.0] * 4]
+    assert b["label"][1].tolist() == [[1.0] * 4, [1.0, 1.0, 0.0, 0.0], [0.0] * 4]
+    assert b["keep"][1].sum() == b["keep"][0].sum() == 6  # three positions, one good and one bad each
+    assert (b["keep"][:, :, 0] == 0).all()  # the problem alone is no step
+    for s in (1, 2, 3):
+        kept = b["label"][1][:, s][b["keep"][1][:, s] > 0]
+        assert kept.sum() * 2 == len(kept)
+
+
+def test_refiners_learn_from_right_traces_and_the_local_one_only_what_follows_the_mark():
+    draft, b, which, traces, good, config = labelled()
+    whole, rest = nr.repair_demos(TASK, draft, b, which, traces, good, config)
+    assert len(whole) == len(rest) == 1  # the third draft has no right trace to learn from
+    problem, answer = "37+5*3=", "37+5=42;42*3=26;#26<eos>"
+    ids = TASK.encode([problem, "37+5=42;42*3=22;#22", "42*3=22;#22", "37+5=42;"])
+    assert whole[0] == ([1, *ids[0], SEP, *ids[1], SEP], TASK.encode([answer])[0])
+    assert rest[0][0] == [1, *ids[0], SEP, *ids[3], BAD, *ids[2], SEP]
+    assert ids[3] + rest[0][1] == TASK.encode([answer])[0]  # it goes on, it never repeats the good prefix
+
+
+# ---- heads -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def heads():
+    state = nr.start_refine(rough(WIDE), WIDE)
+    for name in ("orm", "sorm"):
+        torch.nn.init.normal_(state[name].linear.weight, generator=nr.rng(1, name))
+    return state
+
+
+def scores_of(state, prompts, texts):
+    b = rollout_of(prompts, texts)
+    with torch.no_grad():
+        return nr.step_scores(state, b.prompt, b.response, nr.prefix_ends(TASK, b))
+
+
+def test_step_scores_read_the_prefix_unshifted_and_nothing_behind_it(heads):
+    a = scores_of(heads, ["37+5*3="], ["37+5=42;42*3=26;#26<eos>"])
+    b = scores_of(heads, ["37+5*3="], ["37+5=42;42*3=22;#22<eos>"])
+    assert torch.allclose(a[:, 0, :2], b[:, 0, :2], atol=1e-5)  # the question, and the step both have
+    assert (a[:, 0, 2:] - b[:, 0, 2:]).abs().min() > 1e-4
+    state = heads["scorer"].hidden(torch.cat([nr.encode_prompts(TASK, ["37+5*3="], WIDE),
+                                              torch.tensor(TASK.encode(["37+5=42;"]))], 1))  # fmt: skip
+    assert torch.allclose(heads["sorm"](state[:, -1]), a[1, :, 1], atol=1e-5)  # the very token that ends the step
+    assert not torch.allclose(a[0], a[1])
+
+
+def test_padding_and_batch_order_change_no_step_score(heads):
+    prompts = ["37+5*3=", "8+1=", "90*2-7+1="]
+    texts = ["37+5=42;42*3=26;#26<eos>", "#9<eos>", "90*2=80;80-7=73;73+1=74;#74<eos>"]
+    together = scores_of(heads, prompts, texts)
+    turned = scores_of(heads, prompts[::-1], texts[::-1]).flip(1)
+    for i, (x, y) in enumerate(zip(prompts, texts, strict=True)):
+        alone = scores_of(heads, [x], [y])[:, 0]
+        n = alone.shape[1]
+        assert torch.allclose(together[:, i, :n], alone, atol=1e-4)
+        assert torch.allclose(turned[:, i, :n], alone, atol=1e-4)
+
+
+def test_micro_batches_of_labelled_drafts_change_nothing(heads):
+    _, b, *_ = labelled()
+    draft = labelled()[0]
+    b = b | {"prompt": draft.prompt, "response": draft.response}
+    rows, loss = nr.step_batches(heads, b, nr.replace(WIDE, labels_each=12))(0)
+    whole, seen = loss(rows)
+    parts = [loss(part) for part in rows.split(5)]
+    assert float(whole.detach()) == pytest.approx(sum(float(p.detach()) for p, _ in parts), abs=1e-5)
+    assert float(seen["sorm"]) == pytest.approx(sum(float(m["sorm"]) for _, m in parts), abs=1e-5)
+    denom = b["keep"][:, rows].sum((1, 2))
+    score = nr.step_scores(heads, draft.prompt[rows], draft.response[rows], b["ends"][rows]).detach()
+    by_hand = sum(
+        F.binary_cross_entropy_with_logits(score[h], b["label"][h, rows], reduction="none")[b["keep"][h, rows] > 0].sum()
+        / denom[h] for h in (0, 1)
+    )  # fmt: skip
+    assert float(whole.detach()) == pytest.approx(float(by_hand), abs=1e-5)
+
+
+# ---- refinement --------------------------------------------------------------------------------
+
+
+def test_a_refinement_keeps_what_stands_before_the_blamed_step(heads):
+    prompts = TASK.prompts(40, nr.rng(0, "p"))
+    found = nr.refinements(heads, TASK, prompts, WIDE, nr.rng(0, "refine"))
+    draft, _, local = found["response"]
+    assert found["response"].shape == (3, 40, 28) and found["score"].shape == (3, 40)
+    b = nr.Rollout(nr.encode_prompts(TASK, prompts, WIDE), draft, nr.up_to_eos(draft, WIDE), draft, draft[:, 0])
+    ends = nr.prefix_ends(TASK, b)
+    with torch.no_grad():
+        sorm = nr.step_scores(heads, b.prompt, draft, ends)[1].sigmoid()
+    assert {at is None for at in found["bad"]} == {True, False}
+    for i, at in enumerate(found["bad"]):
+        n = int((ends[i] >= 0).sum())
+        below = (sorm[i, 1:n] < WIDE.threshold).nonzero()[:, 0].tolist()
+        assert at == (int(ends[i, below[0]]) if below else None)
+        keep = 28 if at is None else at
+        assert torch.equal(local[i, :keep], draft[i, :keep])
+        assert found["score"][0, i] == pytest.approx(
+            float(nr.response_score(heads["scorer"], heads["orm"], b.prompt, draft).detach()[i]), abs=1e-4)  # fmt: skip
+    texts = nr.refined(heads, TASK, prompts, WIDE, nr.rng(0, "refine"))
+    best = found["score"].argmax(0)
+    assert texts == [TASK.decode(found["response"][best[i], i].tolist()) for i in range(40)]
+
+
+class Ones(Arithmetic):
+    """A world of digits: a response is bad from the first 9 on."""
+
+    def grade(self, prompt, response):
+        return float("9" not in response)
+
+    def steps(self, response):
+        return [(self.decode([i]), k) for k, i in enumerate(response) if i > 5]
+
+    def result(self, step):
+        return None
+
+
+def test_probe_heads_learn_which_prefix_is_bad_and_refiners_what_follows():
+    """The whole loop in a world where a 9 is the error: heads and refiners find it in seconds."""
+    task = Ones(1, 1)
+    config = nr.replace(
+        TINY, response=5, drafts=300, continuations=4, labels_each=64, pair_batch=32, refine_updates=80, base_lr=0.01,
+        base_warmup=5,
+    )  # fmt: skip
+    student = rough(config)
+    with torch.no_grad():  # it writes 1, 2 and 9 and the end
+        student.lm_head.weight.zero_()
+    digits = task.encode(["1", "2", "9"])
+    never = [i for i in range(config.vocab) if [i] not in digits and i != config.eos]
+    bias = torch.zeros(config.vocab).index_fill_(0, torch.tensor(never), -30.0)
+    student.lm_head.bias = torch.nn.Parameter(bias, requires_grad=False)
+    state = nr.start_refine(student, config)
+    logs = list(nr.refine(state, task, config))
+    assert logs[-1]["pairs"] > 50 and state["update"] == 80 and logs[-1]["samples"] > 300
+    assert logs[-1]["sorm"] > 0.9 and logs[-1]["orm"] > logs[0]["orm"]
+    b = state["data"]["steps"]
+    nine = (b["response"] == digits[2][0]).cumsum(1) > 0
+    step = b["ends"] > 0
+    clean = ~nine.gather(1, (b["ends"] - 1).clamp(min=0))[step]  # the truth: no 9 yet
+    label = b["label"][1][step] > 0
+    assert not label[~clean].any() and label[clean].float().mean() > 0.9  # four traces may all be unlucky
+    prompts = task.prompts(200, nr.rng(1, "held out"))
+    found = nr.refinements(state, task, prompts, config, nr.rng(2, "refine"))
+    good = (found["response"] != digits[2][0]).all(2).float().mean(1)
+    assert good[1] > good[0] + 0.15 and good[2] > good[0] + 0.15
+    chosen = [task.grade(x, y) for x, y in zip(prompts, nr.refined(state, task, prompts, config, nr.rng(2, "refine")), strict=True)]
+    assert sum(chosen) / 200 >= float(good.max())
