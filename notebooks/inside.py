@@ -7,12 +7,9 @@ runs/inside/ARM-SEED.json and not run again; all together make notebooks/results
 the extra `notebooks`.
 """
 
-import argparse
 import json
-import platform
 import random
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -29,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 import nanoreward as nr  # noqa: E402
 import train_small as front  # noqa: E402
 from data.arithmetic import REFUSAL  # noqa: E402
+from notebooks.jobs import run  # noqa: E402
 
 JOBS = ROOT / "runs" / "inside"
 OUT = ROOT / "notebooks" / "results" / "inside.json"
@@ -439,27 +437,8 @@ def picture(kept: dict) -> None:
 
 
 def main() -> None:
-    """Run what is not there yet."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("arms", nargs="*", metavar="ARM", help=f"of {', '.join(ARMS)}; none: all")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--cache", type=Path, default=front.CACHE)
-    a = parser.parse_args()
-    torch.set_num_threads(a.threads)
-    JOBS.mkdir(parents=True, exist_ok=True)
-    for arm in a.arms or ARMS:
-        for seed in a.seeds:
-            path = JOBS / f"{arm}-{seed}.json"
-            if path.exists():
-                continue
-            about = {
-                "commit": subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True)[:7],
-                "threads": a.threads, "machine": f"{platform.machine()}, 2 cores", "torch": torch.__version__,
-            }  # fmt: skip
-            found = about | measure(arm, seed, a.threads, a.cache)
-            front.write_text(path, json.dumps(found) + "\n")
-            print(arm, seed, found["seconds"], flush=True)
+    """Run what is not there yet, then tables and picture of all there is."""
+    run(__doc__, ARMS, JOBS, measure)
     kept = collect()
     print(tables(kept))
     picture(kept)

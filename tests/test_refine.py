@@ -92,6 +92,7 @@ def test_continuations_keep_their_prefix_and_leave_whole_drafts_alone():
         n = int(ends[row, s])
         assert (several[:, :n] == draft.response[row, :n]).all()
         assert (several[:, n] != WIDE.pad).all()  # each goes on
+        assert (several[:, n] != draft.response[row, n]).any()  # and not with the draft's next token
     assert len({tuple(y) for y in traces[0].tolist()}) == K  # fresh ones
 
 

@@ -1,0 +1,38 @@
+"""Arms times seeds, each measured once and kept: the command line that preferences.py and inside.py share."""
+
+import argparse
+import json
+import platform
+import subprocess
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+
+import train_small as front
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(doc: str, arms: Iterable[str], folder: Path, measure: Callable[[str, int, int, Path], dict]) -> None:
+    """measure(arm, seed, threads, cache) -> folder/ARM-SEED.json, for what the command line asks and is not there."""
+    parser = argparse.ArgumentParser(description=doc)
+    parser.add_argument("arms", nargs="*", metavar="ARM", help=f"of {', '.join(arms)}; none: all")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--cache", type=Path, default=front.CACHE)
+    a = parser.parse_args()
+    torch.set_num_threads(a.threads)
+    folder.mkdir(parents=True, exist_ok=True)
+    for arm in a.arms or arms:
+        for seed in a.seeds:
+            path = folder / f"{arm}-{seed}.json"
+            if path.exists():
+                continue
+            about = {
+                "commit": subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True)[:7],
+                "threads": a.threads, "machine": f"{platform.machine()}, 2 cores", "torch": torch.__version__,
+            }  # fmt: skip
+            found = about | measure(arm, seed, a.threads, a.cache)
+            front.write_text(path, json.dumps(found) + "\n")
+            print(arm, seed, found["seconds"], flush=True)
