@@ -402,6 +402,23 @@ def tables(kept: dict) -> str:
         extra = {"none": ("longer chains", "longer chains right"), "round": ("longer chains", "longer chains right"),
                  "long": ("length", "tokens"), "refusal": ("refused", "harmless refused")}[arm]  # fmt: skip
         row(f"{arm}: {extra[1]}", *(cell(arm, name, extra[0]) for name in who))
+    head("differences paired by seed, and two correlations", "")
+    chosen, by = ("global + local + ORM",), lambda whom: ("mended", f"local, place by {whom}")  # noqa: E731
+    for title, arm, a, b in (
+        ("right: ORM's choice minus the draft", "refine", chosen, ("greedy",)),
+        ("right: ORM's choice minus best of 3", "refine", chosen, ("best of 3",)),
+        ("right: ORM's choice minus the global refiner alone", "refine", chosen, ("global alone",)),
+        ("mended: place by the truth minus by SORM", "refine", by("the truth"), by("SORM")),
+        ("mended: place by SORM minus by ORM", "refine", by("SORM"), by("ORM")),
+        ("mended: place by SORM minus by chance", "refine", by("SORM"), by("chance")),
+        ("SORM's score with position, balanced", "refine", ("balanced", "correlation with position"), ()),
+        ("the same, not balanced", "refine", ("not balanced", "correlation with position"), ()),
+        ("right: `seq2seq` minus base", "round", ("ppo, seq2seq", "greedy"), ("base", "greedy")),
+        ("right: `seq2seq` minus scalar at the same KL", "round", ("ppo, seq2seq", "greedy"), (who[4], "greedy")),
+        ("right: SFT on the preferred minus `seq2seq`", "round", (who[1], "greedy"), ("ppo, seq2seq", "greedy")),
+    ):  # fmt: skip
+        if arm in kept:
+            row(title, cell(arm, *a, minus=b))
     return "\n".join(lines).strip()
 
 

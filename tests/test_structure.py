@@ -14,7 +14,7 @@ import pytest
 
 import nanoreward as nr
 import train_small
-from notebooks import preferences
+from notebooks import inside, preferences
 from tests.conftest import ROOT
 
 MAIN = (ROOT / "nanoreward.py").read_text()
@@ -189,3 +189,11 @@ def test_the_readmes_preference_tables_are_those_of_the_committed_runs():
     assert len(lines) >= 12 and all(line in README for line in lines)
     for arm in kept.values():
         assert arm["command"] and all(len(job["rounds"]) >= 2 and job["commit"] for job in arm["seeds"])
+
+
+def test_the_readmes_tables_of_inside_rewards_are_those_of_the_committed_runs():
+    kept = json.loads(inside.OUT.read_text())
+    lines = [line for line in inside.tables(kept).splitlines() if line]
+    assert len(lines) >= 20 and all(line in README for line in lines)
+    for arm in kept.values():
+        assert arm["command"] and all(job["commit"] and job["found"] for job in arm["seeds"])
