@@ -165,9 +165,10 @@ class Config:
     rewriter_updates: int = 150
     top: int = 1  # UNKNOWN: which tokens agree: the rewriter's n likeliest; 1: its argmax
     least: float = 0.0  # UNKNOWN: above 0: tokens with this probability; 0.1 pays for guesses: 15 %
-    c_pos: float = 1.0  # UNKNOWN: (11), for each token before the first disagreement
-    c_neg: float = 1.0  # UNKNOWN: (11), for each disagreement
-    per_token: bool = True  # UNKNOWN: (11) over the length, else long responses collect more
+    c_pos: float = 0.1  # UNKNOWN: (11), for each token before the first disagreement
+    c_neg: float = 0.1  # UNKNOWN: (11), for each disagreement
+    per_token: bool = False  # UNKNOWN: (11) over the length; a refusal then pays as a solution does
+    rewriter_beta: float = 0.1  # beta of seq2seq; one seed of two drifted by 5 nats without
     # refine: step labels by rollouts, then who says when, where and how
     expert_prompts: int = 128  # the student learns its own right responses to these, for
     expert_updates: int = 15  # so long: a third of its drafts stay wrong
@@ -1346,6 +1347,10 @@ def self_rewarding(state: dict, task: Task, config: Config) -> Iterator[dict[str
 
 # ---- seq2seq: ppo with a rewriter's agreement as reward -----------------------------------------
 
+def start_seq2seq(policy: Transformer, config: Config) -> dict[str, Any]:
+    """As `ppo`, with a leash: whatever is learned can be fooled."""
+    return start_ppo(policy, replace(config, beta=config.rewriter_beta))
+
 def seq2seq(state: dict, task: Task, config: Config) -> Iterator[dict[str, Any]]:
     """Sequence-to-sequence reward modelling, arXiv 2409.00162: `ppo`, another reward tensor."""
     config = replace(config, reward="seq2seq")
@@ -1481,5 +1486,5 @@ def refined(state: dict, task: Task, prompts: list[str], config: Config,
     return [task.decode(ids) for ids in found["response"][best].tolist()]
 
 LOOPS = {"ppo": (start_ppo, ppo), "iterative_dpo": (start_rounds, iterative_dpo),
-         "self_rewarding": (start_self_rewarding, self_rewarding), "seq2seq": (start_ppo, seq2seq),
-         "refine": (start_refine, refine)}
+         "self_rewarding": (start_self_rewarding, self_rewarding),
+         "seq2seq": (start_seq2seq, seq2seq), "refine": (start_refine, refine)}

@@ -75,7 +75,7 @@ def build_parser() -> Parser:
     return parser
 
 ANY_SIGN = {"no_eos", "gamma", "lam", "pad", "bos", "eos", "mask"}  # these have rules of their own
-MAY_BE_ZERO = "value_clip value_coef beta kl_target seed alpha judging posing least c_pos c_neg".split()
+MAY_BE_ZERO = "value_clip value_coef beta kl_target seed alpha judging posing least c_pos c_neg rewriter_beta".split()
 CHOICES = {"arm": nr.ARMS, "reward": nr.SIGNALS, "preference": nr.PREFERENCES, "judge": ("own", "frozen"),
            "planted": ("none", "round", "long", "refusal")}  # fmt: skip
 

@@ -2,9 +2,10 @@
 
 `refine`: ORM and SORM against the truth of every step, their labels, and what the refiners mend. `none`, `round`,
 `long`, `refusal`: the seq2seq reward and a Bradley-Terry model on the same preferences, with that weakness of the
-labeller, and `ppo` paid by each. Test problems; the truth is used to measure only. Each run is kept in
-runs/inside/ARM-SEED.json and not run again; all together make notebooks/results/inside.json and inside.png. Needs
-the extra `notebooks`.
+labeller, and `ppo` paid by each. `short`: the same without a weakness, where preferences and `ppo` see chains of one
+and two operations only, and the base knows those of three. Test problems; the truth is used to measure only. Each
+run is kept in runs/inside/ARM-SEED.json and not run again; all together make notebooks/results/inside.json and
+inside.png. Needs the extra `notebooks`.
 """
 
 import json
@@ -14,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import mean
 
@@ -31,7 +33,7 @@ from notebooks.jobs import run  # noqa: E402
 JOBS = ROOT / "runs" / "inside"
 OUT = ROOT / "notebooks" / "results" / "inside.json"
 PLANTED = ("none", "round", "long", "refusal")
-ARMS = ("refine", *PLANTED)
+ARMS = ("refine", *PLANTED, "short")
 
 
 def share(x: Tensor) -> float:
@@ -264,11 +266,30 @@ def controls(c: nr.Config, task: nr.Task, test: list[str], pairs: list, models: 
     return found
 
 
-def measure_seq2seq(c: nr.Config, cache: Path) -> dict:
+def short_models(c: nr.Config, task: nr.Task, fresh: Callable) -> dict:
+    """Rewriter and scalar model as train_small.py makes them, from pairs of a task that the base knows more than."""
+    pairs = task.preferences(c.pairs, nr.rng(c.seed, "preferences"))
+    rewriter, scorer, head = fresh(), fresh(), nr.Head(c, (c.width + 1) ** -0.5, nr.rng(c.seed, "scorer"))
+    demos = nr.rewriting_demos(task, pairs, c)
+    trained(rewriter, nr.demonstrations(rewriter, task, c, demos), c.rewriter_updates, c)
+    state = {"optimizers": nr.optimizers([scorer, head], c.reward_lr, c), "update": 0}
+    for _ in nr.fit(state, nr.preference_batches(scorer, head, pairs, task, c), c.reward_updates, c):
+        pass
+    prompt = nr.encode_prompts(task, task.prompts(512, nr.rng(c.seed, "normalize")), c)
+    nr.normalize_head(scorer, head, nr.sample(fresh(), prompt, c, generator=nr.rng(c.seed, "normalize", 1)))
+    return {"rewriter": rewriter, "scorer": scorer, "scorer_head": head.requires_grad_(False)}
+
+
+def measure_seq2seq(c: nr.Config, cache: Path, short: bool = False) -> dict:
     """One labeller and seed: where rewriter and scalar model see errors, and what `ppo` makes of each."""
-    task, fresh = front.make_task(c), lambda: front.base_model(c, cache)
+    fresh = partial(front.base_model, c, cache)
+    c = replace(c, max_ops=2) if short else c
+    task = front.make_task(c)
     test = task.prompts(c.eval_problems, nr.rng(0, "test"), "test")
-    models = front.reward_models("seq2seq", c, cache) | front.scorer_model(c, cache)
+    if short:
+        models = short_models(c, task, fresh)
+    else:
+        models = front.reward_models("seq2seq", c, cache) | front.scorer_model(c, cache)
     found = {"base": outcome(fresh(), task, test, c)}
     pairs = task.preferences(c.pairs, nr.rng(c.seed, "preferences"))
     found["preferred right"] = mean(task.grade(x, y) for x, y, _ in pairs)
@@ -288,7 +309,7 @@ def measure_seq2seq(c: nr.Config, cache: Path) -> dict:
     # ppo with each reward; the scalar one also where its KL first reaches that of the other
     level = None
     for name, reward in (("ppo, seq2seq", "seq2seq"), ("ppo, scalar", "learned")):
-        each = replace(c, reward=reward)
+        each = replace(c, reward=reward, beta=c.rewriter_beta)
         state = nr.start_ppo(fresh(), each) | models
         curve = []
         for m in nr.ppo(state, task, each):
@@ -307,7 +328,8 @@ def measure(arm: str, seed: int, threads: int, cache: Path) -> dict:
     if arm == "refine":
         found = measure_refine(c, cache)
     else:
-        found = measure_seq2seq(replace(c, planted=arm, response=52 if arm == "long" else 28), cache)
+        c = replace(c, planted="none" if arm == "short" else arm, response=52 if arm == "long" else 28)
+        found = measure_seq2seq(c, cache, arm == "short")
     return {"arm": arm, "seed": seed, "seconds": round(time.time() - began, 1), "found": found}
 
 
@@ -397,11 +419,12 @@ def tables(kept: dict) -> str:
            "ppo, scalar")  # fmt: skip
     titles = ("base", "SFT", "DPO", "`seq2seq`", "scalar, same KL", "scalar, 40 updates")
     head("the labeller falls for", *titles)
-    for arm in filter(kept.get, PLANTED):
+    extra = {"long": ("tokens", "length"), "refusal": ("harmless refused", "refused"),
+             "short": ("three operations, right", "longer chains")}  # fmt: skip
+    for arm in filter(kept.get, (*PLANTED, "short")):
         row(f"{arm}: right", *(cell(arm, name, "greedy") for name in who))
-        extra = {"none": ("longer chains", "longer chains right"), "round": ("longer chains", "longer chains right"),
-                 "long": ("length", "tokens"), "refusal": ("refused", "harmless refused")}[arm]  # fmt: skip
-        row(f"{arm}: {extra[1]}", *(cell(arm, name, extra[0]) for name in who))
+        if arm in extra:
+            row(f"{arm}: {extra[arm][0]}", *(cell(arm, name, extra[arm][1]) for name in who))
     head("differences paired by seed, and two correlations", "")
     chosen, by = ("global + local + ORM",), lambda whom: ("mended", f"local, place by {whom}")  # noqa: E731
     for title, arm, a, b in (
@@ -413,9 +436,11 @@ def tables(kept: dict) -> str:
         ("mended: place by SORM minus by chance", "refine", by("SORM"), by("chance")),
         ("SORM's score with position, balanced", "refine", ("balanced", "correlation with position"), ()),
         ("the same, not balanced", "refine", ("not balanced", "correlation with position"), ()),
-        ("right: `seq2seq` minus base", "round", ("ppo, seq2seq", "greedy"), ("base", "greedy")),
-        ("right: `seq2seq` minus scalar at the same KL", "round", ("ppo, seq2seq", "greedy"), (who[4], "greedy")),
-        ("right: SFT on the preferred minus `seq2seq`", "round", (who[1], "greedy"), ("ppo, seq2seq", "greedy")),
+        ("round: SFT on the preferred minus `seq2seq`", "round", (who[1], "greedy"), (who[3], "greedy")),
+        *((f"{arm}: `seq2seq` minus {than}", arm, (who[3], "greedy"), (other, "greedy"))
+          for arm in (*PLANTED, "short") for than, other in (("base", "base"), ("scalar at the same KL", who[4]))),
+        *((f"short, three operations: `seq2seq` minus {than}", "short", (who[3], "longer chains"),
+           (other, "longer chains")) for than, other in (("base", "base"), ("scalar at the same KL", who[4]))),
     ):  # fmt: skip
         if arm in kept:
             row(title, cell(arm, *a, minus=b))

@@ -56,16 +56,16 @@ def test_agreement_reward_is_equation_11_token_by_token(seed, top):
 
 def test_an_identity_rewriter_pays_for_every_token_and_eos_is_one():
     texts = ["37+5=42;42*3=26;#26<eos>", "#37<eos>"]
-    reward, b = rewards(lambda source: source, texts, nr.replace(WIDE, per_token=False, c_pos=0.5))
+    reward, b = rewards(lambda source: source, texts, nr.replace(WIDE, c_pos=0.5))
     assert torch.equal(reward, 0.5 * b.mask)
-    reward, b = rewards(lambda source: source, texts)
-    assert torch.allclose(reward.sum(1), torch.ones(2))  # over the length: long ones do not collect more
+    reward, b = rewards(lambda source: source, texts, nr.replace(WIDE, per_token=True, c_pos=0.5))
+    assert torch.allclose(reward.sum(1), torch.full((2,), 0.5))  # over the length: long ones do not collect more
 
 
 def test_an_injected_corruption_is_found_exactly():
     right = TASK.encode(["37+5=42;42*3=26;#26"])[0]
     texts = ["37+5=42;42*3=26;#26<eos>", "37+5=32;42*3=26;#26<eos>", "37+5=42;42*3=26;#36<eos>", "37+5=42<eos>"]
-    reward, b = rewards(lambda source: right, texts, nr.replace(WIDE, per_token=False, c_neg=2.0))
+    reward, b = rewards(lambda source: right, texts, nr.replace(WIDE, c_pos=1.0, c_neg=2.0))
     off = (b.response != nr.right_pad([[*right, WIDE.eos]], 0, 28)) & (b.mask > 0)
     assert torch.equal(reward < 0, off) and (reward[off] == -2.0).all() and int(off.sum()) == 3
     assert reward[3, 7] == -2.0  # a stop before the end is punished, at its EOS
@@ -75,8 +75,8 @@ def test_an_injected_corruption_is_found_exactly():
 
 def test_a_response_that_never_ends_gets_the_penalty_of_every_signal():
     texts = ["37+5=42;" * 3 + "37+5", "#37<eos>"]
-    reward, _ = rewards(lambda source: source, texts)
-    assert reward.sum(1).tolist() == pytest.approx([1 + WIDE.no_eos, 1.0], abs=1e-5)
+    reward, _ = rewards(lambda source: source, texts, nr.replace(WIDE, c_pos=1.0))
+    assert reward.sum(1).tolist() == pytest.approx([28 + WIDE.no_eos, 4.0], abs=1e-5)
 
 
 def test_padding_and_batch_order_change_no_token_reward():
@@ -113,12 +113,15 @@ def test_seq2seq_is_ppo_with_another_reward_tensor():
         state = nr.start_ppo(rough(config), c) | {"rewriter": rough(config, seed=1).requires_grad_(False)}
         logs.append(list(loop(state, Arithmetic(1, 1), c)))
     assert logs[0] == logs[1] and logs[0] != logs[2]
+    leashed = nr.start_seq2seq(rough(config), nr.replace(config, rewriter_beta=0.3))
+    assert leashed["beta"] == 0.3 and leashed.keys() == state.keys() - {"rewriter"}
 
 
 def test_probe_what_the_rewriter_writes_is_what_the_policy_learns_to_write():
     """A rewriter that turns everything into #5: in seconds the policy says so itself."""
     task, config = Arithmetic(1, 1), nr.replace(TINY, updates=40, lr=5e-3, prompts=16, samples=4, response=4)
-    state = nr.start_ppo(rough(config), config) | {"rewriter": Rewriter(lambda source: TASK.encode(["#5"])[0])}
+    config = nr.replace(config, c_pos=1.0, c_neg=0.3)  # else an early end is the safest
+    state = nr.start_seq2seq(rough(config), config) | {"rewriter": Rewriter(lambda source: TASK.encode(["#5"])[0])}
     logs = list(nr.seq2seq(state, task, config))
     assert logs[-1]["reward"] > logs[0]["reward"] + 0.5
     assert "#5<eos>" in nr.respond(state["policy"], task, ["3+4="], nr.replace(config, temperature=0.0))
