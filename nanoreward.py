@@ -4,27 +4,23 @@ A small GPT learns arithmetic from bad demonstrations and then gets better from 
 same weights become a masked-diffusion LM. The true reward is known exactly and nothing is hidden in
 a framework: each method is one equation, one function and one generator loop.
 
-Loops (python train_small.py NAME)
-    ppo             arms gae, grpo, rloo        arXiv 1707.06347, 2402.03300, 2402.14740
-    iterative_dpo   dpo_nll, sft_chosen         arXiv 2404.19733, 2203.14465
-    self_rewarding  judge own, frozen           arXiv 2401.10020
-    seq2seq         rule by --top, --least      arXiv 2409.00162
-    refine          ORM, SORM, two refiners     arXiv 2402.10963
-
-    python train_small.py   greedy accuracy on held-out problems: chance 0.01, base 0.45, ppo 0.93,
-                            iterative_dpo 0.94, self_rewarding 0.55, seq2seq 0.55, refine 0.72,
-                            careful twin 1.00; 575 s from nothing on two free cores
-
-Non-goals: a trainer framework, serving, multi-turn agents, quantization, kernels.
+Loops (python train_small.py NAME; without a NAME all, 575 s from nothing on two free cores) and
+their greedy accuracy on held-out problems; chance 0.01, base 0.45, careful twin 1.00
+    ppo             0.93    arms gae, grpo, rloo        arXiv 1707.06347, 2402.03300, 2402.14740
+    iterative_dpo   0.94    dpo_nll, sft_chosen         arXiv 2404.19733, 2203.14465
+    self_rewarding  0.55    judge own, frozen           arXiv 2401.10020
+    seq2seq         0.55    rule by --top, --least      arXiv 2409.00162
+    refine          0.72    ORM, SORM, two refiners     arXiv 2402.10963
+    denoise                 the way is paid or not      no open method section; 2504.12216
 
 Equation numbers in comments:
-    (1)  masked diffusion: a bound       (12) reward with a per-token KL penalty
-    (8)  step labels by rollouts         (13) generalized advantage estimation
-    (9)  DPO + NLL                       (14) clipped policy and value losses
-    (10) rewriting                       (15) GRPO: group advantage, KL in the loss
-    (11) agreement reward                (16) RLOO: leave-one-out baseline
+    (1) masked diffusion: a bound   (9)  DPO + NLL             (13) advantage estimation (GAE)
+    (6) value of a half-way state   (10) rewriting             (14) clipped policy, value losses
+    (7) denoising process reward    (11) agreement reward      (15) GRPO: group, KL in the loss
+    (8) step labels by rollouts     (12) per-token KL penalty  (16) RLOO: leave-one-out baseline
 
 Deviations from the papers stand where they happen: grep DEVIATION; numbers no paper gives: UNKNOWN.
+Non-goals: a trainer framework, serving, multi-turn agents, quantization, kernels.
 """
 
 from __future__ import annotations
@@ -49,10 +45,9 @@ from torch import Tensor, nn
 
 Pair = tuple[Tensor, Tensor]
 
-# ------------------------------------------------------------------------------------------------
-# 1. Config. Every number with its reason. After this section you know what can be turned: each
-#    field is also a flag of train_small.py, and a preset in CONFIGS only overrides fields.
-
+# ==== 1. Config =================================================================================
+# Every number with its reason. After this section you know what can be turned: each field is also
+# a flag of train_small.py, and a preset in CONFIGS only overrides fields.
 class UserError(Exception):
     """A mistake that its maker can mend: the front door prints it as one line and exits with 2."""
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
@@ -178,6 +173,15 @@ class Config:
     labels_each: int = 256  # labelled drafts an update; more problems help, more of one do not
     refine_updates: int = 150
     threshold: float = 0.5  # the first step whose SORM probability is below is the error
+    # denoise: policy gradient for the diffusion LM, paid for what a stretch of denoising achieves
+    credit: str = "process"  # UNKNOWN: which credit; outcome: none for the way. See CREDITS
+    branches: int = 4  # UNKNOWN: N of (6), continuations of one state of a response
+    process_weight: float = 1.0  # UNKNOWN: of D in (7)
+    earliest: float = 0.0  # UNKNOWN: t lies between these two shares of the steps that a
+    latest: float = 1.0  # UNKNOWN: response took, drawn anew for each
+    hide_prompt: float = 0.0  # share of prompt tokens that an estimate may not see
+    mu: int = 2  # passes over a batch, each with its own estimate
+    denoise_prompts: int = 32
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "smoke": dict(threads=1, min_ops=1, max_ops=1, response=12, width=32, layers=1, heads=1,
@@ -191,27 +195,23 @@ CONFIGS: dict[str, dict[str, Any]] = {
         hidden=2048, demos=200_000, base_updates=2000, base_lr=1e-3, prompts=128, samples=16,
         minibatch=1024, micro=512, lr=5e-5, updates=100, eval_problems=1000)}  # fmt: skip
 
-# ------------------------------------------------------------------------------------------------
-# 2. Letters. After this section every shape comment can be read.
-#
-#    B rollouts   N prompts   G samples per prompt, B = N * G   P prompt length   R response length
-#    T = P + R    V vocabulary   D width   H heads   K continuations   S key positions in attention
-#
-#    Roles: policy (trained), reference (frozen copy it may not leave), scorer (learned reward).
-#    A mask is 1.0 where a token counts. Everything after `response_part` is response-aligned:
-#    (B, R), position k belongs to response token k.
+# ==== 2. Letters ================================================================================
+# After this section every shape comment can be read.
+# B rollouts   N prompts   G samples per prompt, B = N * G   P prompt length   R response length
+# T = P + R    V vocabulary   D width   H heads   K continuations   S key positions in attention
+# Roles: policy (trained), reference (frozen copy it may not leave), scorer (learned reward). b
+# is a batch, c the config, u the update. A mask is 1.0 where a token counts. All that follows
+# `response_part` is response-aligned: (B, R), position k belongs to response token k.
 
-# ------------------------------------------------------------------------------------------------
-# 3. Tasks. A task makes problems, demonstrates and knows the truth. After this section you can
-#    write one: nothing below knows arithmetic.
-
+# ==== 3. Tasks ==================================================================================
+# A task makes problems, demonstrates and knows the truth. After this section you can write one:
+# nothing below knows arithmetic.
 class Task(Protocol):
-    """What a loop may ask of a task; data/arithmetic.py is the example. Text in, text out.
-    Only `steps` takes token ids: prefixes and drafts are handed on as ids, never decoded and
-    encoded again. A response's text ends with the tokenizer's EOS word if the model wrote one."""
+    """What a loop may ask of a task, in texts; data/arithmetic.py is the example. Prefixes and
+    drafts stay ids (`steps`, `judge_prompt`): they are never decoded and encoded again."""
     tokenizer: Any  # tokenizers.Tokenizer; PAD, BOS, EOS, MASK, SEP and [BAD] are single ids
     def encode(self, texts: list[str]) -> list[list[int]]: ...
-    def decode(self, ids: list[int]) -> str: ...  # up to the first EOS, without PAD and BOS
+    def decode(self, ids: list[int]) -> str: ...  # with its EOS, nothing behind it, no PAD and BOS
     def split(self, prompt: str) -> str: ...  # train, dev or test: a function of the problem
     def prompts(self, n: int, generator: torch.Generator, split: str = "train") -> list[str]: ...
     def demo(self, generator: torch.Generator) -> tuple[str, str]: ...  # prompt, response; mixed
@@ -233,40 +233,34 @@ def left_pad(rows: list[list[int]], pad: int) -> Tensor:
     """Token lists -> (B, P), PAD in front: every prompt ends where its response begins."""
     P = max(map(len, rows))
     return torch.tensor([[pad] * (P - len(row)) + row for row in rows])
-
 def right_pad(rows: list[list[int]], pad: int, R: int) -> Tensor:
     """Token lists -> (B, R), PAD behind. A row longer than R is a UserError."""
     if (longest := max(map(len, rows))) > R:
         raise UserError(f"a response of {longest} tokens needs --response >= that; now {R}")
     return torch.tensor([row + [pad] * (R - len(row)) for row in rows])
-
 def encode_prompts(task: Task, prompts: list[str], config: Config) -> Tensor:
     """Texts -> (B, P): BOS, then the problem."""
     return left_pad([[config.bos, *ids] for ids in task.encode(prompts)], config.pad)
-
 def encode_demos(task: Task, demos: list[tuple[str, str]], config: Config) -> list:
     """(prompt, response) texts -> ids, BOS in front of the prompt."""
     xs, ys = task.encode([x for x, _ in demos]), task.encode([y for _, y in demos])
     return [([config.bos, *x], y) for x, y in zip(xs, ys, strict=True)]
 
-def reread(task: Task, prompt: list[int], response: list[int], config: Config,
-           bad: int | None = None) -> list[int]:
-    """What a model reads that rewrites a response, ids in and out: prompt SEP response SEP, without
-    PAD and EOS. bad: how many tokens of the response stand before a [BAD] marker."""
+def reread(task: Task, x: list[int], y: list[int], c: Config, bad: int | None = None) -> list[int]:
+    """What a model reads that rewrites response y to prompt x, ids in and out: x SEP y SEP, without
+    PAD and EOS. bad: how many tokens of y stand before a [BAD] marker."""
     mark, sep = ([task.tokenizer.token_to_id(word)] for word in ("<bad>", "<sep>"))
-    x, y = ([i for i in ids if i not in (config.pad, config.eos)] for ids in (prompt, response))
+    x, y = ([i for i in ids if i not in (c.pad, c.eos)] for ids in (x, y))
     return x + sep + (y if bad is None else y[:bad] + mark + y[bad:]) + sep
 
-# ------------------------------------------------------------------------------------------------
-# 4. Model. One Transformer is a GPT with causal=True and a masked-diffusion LM with causal=False.
-#    Modules carry the names of Llama's weights. After this section you have read all of it.
-
+# ==== 4. Model ==================================================================================
+# One Transformer is a GPT with causal=True and a masked-diffusion LM with causal=False. Modules
+# carry the names of Llama's weights. After this section you have read all of it.
 def rope(position: Tensor, config: Config) -> Pair:
     """Rotary angles, arXiv 2104.09864. (B, T) -> cos, sin, each (B, 1, T, head_dim / 2)."""
     exponent = torch.arange(0, config.head_dim, 2, device=position.device) / config.head_dim
     angle = position[:, None, :, None] * config.rope_theta**-exponent
     return angle.cos(), angle.sin()
-
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate pairs (i, i + head_dim / 2), Llama's layout. (B, H, T, head_dim) -> the same."""
     a, b = x.chunk(2, dim=-1)
@@ -279,7 +273,6 @@ class Cache:
         self.kv = torch.zeros(shape, dtype=like.dtype, device=like.device)
         self.real = torch.zeros(rows, length, dtype=torch.bool, device=like.device)
         self.used = 0
-
     def keep(self, rows: Tensor) -> None:
         """These rows go on, in this order: finished ones cost nothing any more."""
         self.kv, self.real = self.kv[:, :, rows, :, :, :], self.real[rows]
@@ -295,7 +288,6 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(c.heads * c.head_dim, c.width, bias=False)
         self.q_norm = nn.RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
-
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, kv: Any, used: int):
         B, T, _ = x.shape
         shape = (B, T, -1, self.head_dim)
@@ -316,7 +308,6 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(c.width, c.hidden, bias=False)
         self.up_proj = nn.Linear(c.width, c.hidden, bias=False)
         self.down_proj = nn.Linear(c.hidden, c.width, bias=False)
-
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
@@ -327,7 +318,6 @@ class Block(nn.Module):
         self.self_attn, self.mlp = Attention(c), MLP(c)
         self.input_layernorm = nn.RMSNorm(c.width, c.norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(c.width, c.norm_eps)
-
     def forward(self, x: Tensor, *context: Any) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), *context)
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -352,19 +342,12 @@ class Transformer(nn.Module):
         self.lm_head = nn.Linear(c.width, c.vocab, bias=False)
         if c.tied:
             self.lm_head.weight = self.embed_tokens.weight
-        self.init_weights(generator)
-
-    @torch.no_grad()
-    def init_weights(self, generator: torch.Generator | None) -> None:
-        """Blocks start as the identity. Embeddings of 0.1 learned most of 0.02 .. 1."""
         for name, p in self.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight", "bias")):
-                p.zero_()
-            elif name.startswith(("embed", "lm_head")):
-                p.normal_(std=0.1 if name.startswith("embed") else 0.02, generator=generator)
-            elif p.dim() == 2:
-                p.normal_(std=p.shape[1] ** -0.5, generator=generator)
-
+                nn.init.zeros_(p)  # blocks start as the identity
+            elif p.dim() == 2:  # embeddings of 0.1 learned most of 0.02 .. 1
+                std = {"embed_tokens.weight": 0.1, "lm_head.weight": 0.02}.get(name)
+                nn.init.normal_(p, std=std or p.shape[1] ** -0.5, generator=generator)
     def hidden(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
         """ids (B, T) -> (B, T, D). With a cache, ids continue what it holds."""
         T, used = ids.shape[1], 0
@@ -386,10 +369,8 @@ class Transformer(nn.Module):
         for i, layer in enumerate(self.layers):
             x = layer(x, cos, sin, mask, None if cache is None else cache.kv[i], used)
         return self.norm(x)
-
     def forward(self, ids: Tensor) -> Tensor:
         return self.lm_head(self.hidden(ids))
-
     def save(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors, as Hugging Face names them."""
         folder, c = Path(folder), self.config
@@ -403,7 +384,6 @@ class Transformer(nn.Module):
             del weights["lm_head.weight"]
         write_whole(folder / "config.json", lambda p: p.write_text(json.dumps(about, indent=1)))
         write_whole(folder / "model.safetensors", lambda p: save_file(weights, p))
-
     @classmethod
     def load(cls, folder: str | Path) -> Transformer:
         """The model that `save` wrote, in fp32. Raises UserError on a missing or damaged folder."""
@@ -417,8 +397,7 @@ class Transformer(nn.Module):
                 weights["lm_head.weight"] = weights["embed_tokens.weight"]
             model.load_state_dict(weights)
         except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-            what = f"{type(error).__name__} {str(error).splitlines()[0][:100]}"
-            raise UserError(f"{folder} is no model folder that can be read: {what}") from error
+            raise UserError(f"{folder} is no model folder to read: {error!r:.100}") from error
         return model
 
 class Head(nn.Module):
@@ -428,18 +407,15 @@ class Head(nn.Module):
         self.linear = nn.Linear(config.width, 1)
         nn.init.zeros_(self.linear.bias)
         nn.init.normal_(self.linear.weight, std=std, generator=generator)
-
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x)[..., 0]
-
 def frozen_copy(model: Transformer) -> Transformer:
     """The reference: same weights now, no gradient ever."""
     return deepcopy(model).requires_grad_(False)
 
-# ------------------------------------------------------------------------------------------------
-# 5. Kernel: sampling, log-probs, masked statistics. All loops stand on it, and most bugs of this
-#    field live here: shift, mask, EOS, sign. After this section you can trust every tensor below.
-
+# ==== 5. Kernel =================================================================================
+# Sampling, log-probs, masked statistics. All loops stand on it, and most bugs of this field live
+# here: shift, mask, EOS, sign. After this section you can trust every tensor below.
 def rng(seed: int, purpose: str, step: int = 0) -> torch.Generator:
     """A CPU generator for one purpose at one step: nothing to save, so a resume is bit-exact."""
     digest = hashlib.blake2b(f"{seed}/{purpose}/{step}".encode(), digest_size=8).digest()
@@ -458,22 +434,22 @@ class Rollout:
     value: Tensor | None = None  # (B, R)
     adv: Tensor | None = None  # (B, R)
     ret: Tensor | None = None  # (B, R)
+    hidden: Tensor | None = None  # (B, P) what a diffusion LM's likelihood may not see
 
     def __getitem__(self, rows: Tensor) -> Rollout:
-        R = int(self.mask[rows].sum(1).max())  # columns of PAD alone change nothing and cost time
-        return Rollout(**{name: x[rows] if name in ("prompt", "group") else x[rows, :R]
-                          for name, x in vars(self).items() if x is not None})
+        # columns of PAD alone change nothing and cost time; a diffusion LM's canvas has none
+        R = int(((self.mask > 0) | (self.order >= 0))[rows].sum(1).max())
+        return Rollout(**{k: x[rows] if k in ("prompt", "group", "hidden") else x[rows, :R]
+                          for k, x in vars(self).items() if x is not None})
 
 def up_to_eos(response: Tensor, config: Config) -> Tensor:
     """(B, R) ids -> (B, R) mask of the tokens up to and including the first EOS."""
     eos = response == config.eos
     before = (eos.cumsum(1) - eos.long()) == 0
     return (before & (response != config.pad)).float()
-
 def response_part(x: Tensor, P: int) -> Tensor:
     """(B, T, ...) -> (B, R, ...). THE shift, and the only one: position t - 1 predicts token t."""
     return x[:, P - 1 : -1]
-
 def log_softmax(logits: Tensor, temperature: float, config: Config) -> Tensor:
     """Log-probs of what may be produced: PAD and MASK never, in sampler, scorer and loss alike."""
     never = torch.zeros(logits.shape[-1], device=logits.device)
@@ -483,19 +459,32 @@ def log_softmax(logits: Tensor, temperature: float, config: Config) -> Tensor:
 def predictive_states(model: Transformer, prompt: Tensor, response: Tensor) -> Tensor:
     """(B, P), (B, R) -> (B, R, D): the hidden state that predicts each response token."""
     return response_part(model.hidden(torch.cat([prompt, response], dim=1)), prompt.shape[1])
-
 def gather_logprobs(model: Transformer, states: Tensor, response: Tensor,
                     temperature: float) -> Tensor:
     """Hidden states (B, R, D) -> log-probs of the response tokens (B, R); 0 where PAD."""
     logp = log_softmax(model.lm_head(states), temperature, model.config)
     logp = logp.gather(-1, response[..., None])[..., 0]
     return logp.masked_fill(response == model.config.pad, 0.0)  # not -inf: 0 * inf is NaN
-
 def token_logprobs(model: Transformer, prompt: Tensor, response: Tensor,
                    temperature: float) -> Tensor:
     """log pi(y_k | x, y_<k), (B, R), at the sampler's temperature: untempered scores of tempered
     samples belong to another policy, and the ratio would not start at 1."""
     return gather_logprobs(model, predictive_states(model, prompt, response), response, temperature)
+
+def hide(b: Rollout, c: Config, generator: torch.Generator) -> Tensor:
+    """Which tokens of the prompt the likelihood of a diffusion LM may not see, (B, P): each with
+    probability `hide_prompt`, never PAD or BOS. Several views of a sample, against overfitting."""
+    hidden = torch.rand(b.prompt.shape, generator=generator).to(b.prompt.device) < c.hide_prompt
+    return hidden & (b.prompt != c.pad) & (b.prompt != c.bos)
+def likelihood(model: Transformer, b: Rollout, c: Config) -> Pair:
+    """log pi of each response token (B, R), and the states (B, R, D) that it is read from. A GPT's
+    is exact. A diffusion LM's is the mean field of diffu-GRPO, arXiv 2504.12216: one pass over a
+    canvas of MASKs; biased, as no token is seen beside those that it was written beside."""
+    prompt, response = b.prompt, b.response
+    if not model.config.causal:
+        prompt, response = prompt.masked_fill(b.hidden, c.mask), torch.full_like(response, c.mask)
+    states = predictive_states(model, prompt, response)
+    return gather_logprobs(model, states, b.response, c.temperature), states
 
 def draw(logits: Tensor, uniform: Tensor, config: Config) -> Tensor:
     """Inverse CDF: logits (..., V), one uniform number each (...) -> token (...). T = 0: greedy."""
@@ -586,7 +575,6 @@ def sample(model: Transformer, prompt: Tensor, config: Config, start: Tensor | N
     canvas, order = writer(model, prompt, canvas, config, generator)
     group = torch.arange(len(prompt), device=prompt.device) if group is None else group
     return Rollout(prompt, canvas, up_to_eos(canvas, config), order, group)
-
 def state_at(response: Tensor, order: Tensor, step: Tensor, config: Config) -> Tensor:
     """The canvas (B, R) before `step` (B,): what was fixed then or later is MASK again."""
     return response.masked_fill(order >= step[:, None], config.mask)
@@ -595,7 +583,6 @@ def k1(logp: Tensor, ref_logp: Tensor) -> Tensor:
     """Log-ratio = policy - reference, on the policy's samples. E[k1] = KL(policy, reference).
     Can be negative. As a loss its expected gradient is zero, unlike k3's: use it in the reward."""
     return logp - ref_logp
-
 def k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
     """exp(-k1) - 1 + k1: the same expectation as k1, never negative. As a loss its gradient pulls
     towards the reference, but is that of KL(reference, policy), not of KL(policy, reference)."""
@@ -640,11 +627,10 @@ def group_advantage(reward: Tensor, group: Tensor, kind: str) -> Tensor:
         adv = adv * count / (count - 1).clamp(min=1)
     return adv
 
-# ------------------------------------------------------------------------------------------------
-# 6. Losses. Pure functions of tensors: no model (but in (1), whose inputs are drawn), no config.
-#    Each writes its objective, then negates it. `denom` counts the WHOLE optimizer step: a mean of
-#    micro-batch means is another loss. After this every loop reads as signal -> credit -> loss.
-
+# ==== 6. Losses =================================================================================
+# Pure functions of tensors: no model (but in (1), whose inputs are drawn), no config. Each writes
+# its objective, then negates it. `denom` counts the WHOLE optimizer step: a mean of micro-batch
+# means is another loss. After this every loop reads as signal -> credit -> loss.
 def nll_loss(logp: Tensor, mask: Tensor, denom: Tensor | int) -> Tensor:
     """Maximum likelihood: logp, mask (B, R) -> scalar; prompt tokens never enter."""
     objective = (logp * mask).sum() / denom
@@ -686,7 +672,6 @@ def rate_masks(like: Tensor, generator: torch.Generator, t_min: float) -> Pair:
     t = (torch.randperm(B, generator=generator) + torch.rand(B, generator=generator)) / B
     t = t_min + (1 - t_min) * t[:, None]
     return (torch.rand(like.shape, generator=generator) < t).to(device), (1 / t).to(device)
-
 def masked_nll(model: Transformer, prompt: Tensor, response: Tensor, hidden: Tensor,
                weight: Tensor) -> Tensor:
     """The integrand of (1): weight * sum over hidden tokens of -log p(y_k | x, rest) -> (B,)."""
@@ -694,7 +679,6 @@ def masked_nll(model: Transformer, prompt: Tensor, response: Tensor, hidden: Ten
     logp = gather_logprobs(model, states, response, temperature=1.0)
     objective = ((logp * hidden) * weight).sum(1)
     return -objective
-
 def diffusion_loss(model: Transformer, prompt: Tensor, response: Tensor, generator: torch.Generator,
                    rows: Tensor | None = None) -> Tensor:
     """(1) masked diffusion, arXiv 2502.09992: (B, P), (B, R) -> scalar, nats a place.
@@ -712,17 +696,15 @@ def preference_loss(score_w: Tensor, score_l: Tensor) -> Tensor:
     """Bradley-Terry: scores (B,) of preferred and other -> scalar -log sigma(s_w - s_l)."""
     objective = F.logsigmoid(score_w - score_l).mean()
     return -objective
-
 def binary_loss(score: Tensor, label: Tensor, mask: Tensor, denom: Tensor | int) -> Tensor:
     """Cross-entropy of sigmoid(score) against labels 0 or 1; all (...) -> scalar."""
     # 1/denom sum [ y log sigma(s) + (1 - y) log sigma(-s) ]
     objective = label * F.logsigmoid(score) + (1 - label) * F.logsigmoid(-score)
     return -(objective * mask).sum() / denom
 
-# ------------------------------------------------------------------------------------------------
-# 7. Training. `step` is the only place that updates weights, `fit` the only supervised trainer.
-#    After this section nothing between a loss and a changed weight is unknown.
-
+# ==== 7. Training ===============================================================================
+# `step` is the only place that updates weights, `fit` the only supervised trainer. After this
+# section nothing between a loss and a changed weight is unknown.
 Loss = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]  # row indices -> scalar, metrics
 Batches = Callable[[int], tuple[Tensor, Loss]]  # update -> row indices, their loss
 
@@ -731,12 +713,9 @@ class Muon(torch.optim.Optimizer):
     Five Newton-Schulz rounds, coefficients of Jordan et al. 2024 (the blog post "Muon"), fp32, all
     matrices of one shape at once: torch.optim.Muon's bf16 takes ten times as long on a CPU."""
     def __init__(self, params: list[nn.Parameter], lr: float, momentum: float = 0.95):
-        shapes: dict[torch.Size, list[nn.Parameter]] = {}
-        for p in params:
-            shapes.setdefault(p.shape, []).append(p)
-        groups = [{"params": same} for same in shapes.values()]
-        super().__init__(groups, dict(lr=lr, momentum=momentum))
-
+        shapes = dict.fromkeys(p.shape for p in params)
+        groups = [{"params": [p for p in params if p.shape == shape]} for shape in shapes]
+        super().__init__(groups, dict(lr=lr, peak_lr=lr, momentum=momentum))
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
@@ -760,20 +739,17 @@ def optimizers(modules: list[nn.Module], lr: float, config: Config, muon_lr: flo
     named = [pair for module in modules for pair in module.named_parameters()]
     blocks = [p for name, p in named if muon_lr and name.startswith("layers") and p.dim() == 2]
     rest = [p for _, p in named if all(p is not chosen for chosen in blocks)]
-    adamw = torch.optim.AdamW(rest, lr, betas=(0.9, 0.95), eps=config.adam_eps, weight_decay=0.0)
-    made = [Muon(blocks, muon_lr), adamw] if blocks else [adamw]
-    for group in (group for optimizer in made for group in optimizer.param_groups):
-        group["peak_lr"] = group["lr"]
-    return made
+    adamw = torch.optim.AdamW([{"params": rest, "peak_lr": lr}], lr, betas=(0.9, 0.95),
+                              eps=config.adam_eps, weight_decay=0.0)  # fmt: skip
+    return [Muon(blocks, muon_lr), adamw] if blocks else [adamw]
 
 def schedule(update: int, updates: int, warmup: int) -> float:
     """Share of the peak learning rate: linear warm-up, then linear decay to zero at the end."""
     return min(1.0, (update + 1) / warmup) * (1 - update / updates)
 
 def step(state: dict, loss: Loss, rows: Tensor, config: Config, share: float = 1.0) -> dict:
-    """One optimizer step over `rows`: accumulate, clip, schedule, update. Returns metrics.
-    loss(micro_rows) must already be divided by the count of the whole step, so that the size of
-    the micro-batches changes nothing but rounding; its metrics are summed the same way."""
+    """One optimizer step over `rows`: accumulate, clip, update -> metrics. loss(micro) and
+    its metrics are summed: divide by the count of the whole step, then micro changes nothing."""
     metrics: dict[str, Tensor] = {}
     for micro in rows.split(config.micro):
         value, more = loss(micro)
@@ -791,11 +767,9 @@ def step(state: dict, loss: Loss, rows: Tensor, config: Config, share: float = 1
         optimizer.step()
         optimizer.zero_grad()
     return {name: float(x) for name, x in metrics.items()} | {"lr": groups[-1]["lr"]}
-
 def average(logs: list[dict[str, float]]) -> dict[str, float]:
     """Mean of each metric over the optimizer steps of one update."""
     return {name: sum(log[name] for log in logs) / len(logs) for name in logs[0]}
-
 def fit(state: dict, batch: Batches, updates: int, config: Config) -> Iterator[dict[str, float]]:
     """Supervised training of what state["optimizers"] holds; yields metrics after each update."""
     while (u := state["update"]) < updates:
@@ -804,71 +778,62 @@ def fit(state: dict, batch: Batches, updates: int, config: Config) -> Iterator[d
         state["update"] += 1
         yield metrics
 
-def demonstrations(model: Transformer, task: Task, config: Config,
-                   demos: list | None = None) -> Batches:
+def demonstrations(model: Transformer, task: Task, c: Config, demos: list | None = None) -> Batches:
     """Batches of ids (prompt, response) for `fit`, by default the task's own; EOS is trained too.
     The diffusion LM starts as a GPT that looks ahead a little, then more (attention annealing,
     arXiv 2410.17891), and rehearses as a GPT in every second update, where each row shows all its
     facts. Greedy accuracy: 4 % looking ahead at once, 29 % without rehearsal, 40 % with both."""
-    generator, device = rng(config.seed, "demonstrations"), model.lm_head.weight.device
-    if not demos:
-        demos = encode_demos(task, [task.demo(generator) for _ in range(config.demos)], config)
-    prompt = left_pad([x for x, _ in demos], config.pad).to(device)
-    response = right_pad([y for _, y in demos], config.pad, config.response).to(device)
-    asked, length = ((ids != config.pad).sum(1).cpu() for ids in (prompt, response))  # CPU, as rows
+    generator, device = rng(c.seed, "demonstrations"), model.lm_head.weight.device
+    demos = demos or encode_demos(task, [task.demo(generator) for _ in range(c.demos)], c)
+    prompt = left_pad([x for x, _ in demos], c.pad).to(device)
+    response = right_pad([y for _, y in demos], c.pad, c.response).to(device)
+    asked, length = ((ids != c.pad).sum(1).cpu() for ids in (prompt, response))  # CPU, as rows
     def batch(u: int) -> tuple[Tensor, Loss]:
-        generator = rng(config.seed, "batch", u)
-        rows = torch.randint(len(demos), (config.base_batch,), generator=generator)
+        rows = torch.randint(len(demos), (c.base_batch,), generator=rng(c.seed, "batch", u))
         rows = rows[(asked + length)[rows].argsort(stable=True)]  # like lengths: little PAD
         x, y, denom = prompt[rows], response[rows], int(length[rows].sum())
-        as_gpt = model.config.causal or (config.diffusion_updates - u) % 2 == 0
-        seen = min(1.0, (u + 1) / (config.look_ahead * config.diffusion_updates)) ** 2
+        as_gpt = model.config.causal or (c.diffusion_updates - u) % 2 == 0
+        seen = min(1.0, (u + 1) / (c.look_ahead * c.diffusion_updates)) ** 2
         model.ahead = 0.0 if as_gpt else seen
         def next_token(micro: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             P, R = (int(n[rows[micro]].max()) for n in (asked, length))  # no column of PAD alone
             logp = token_logprobs(model, x[micro, -P:], y[micro, :R], temperature=1.0)
-            return nll_loss(logp, y[micro, :R] != config.pad, denom), {}
+            return nll_loss(logp, y[micro, :R] != c.pad, denom), {}
         def unmasking(micro: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            return diffusion_loss(model, x, y, rng(config.seed, "hidden", u), micro), {}
+            return diffusion_loss(model, x, y, rng(c.seed, "hidden", u), micro), {}
         return torch.arange(len(rows)), next_token if as_gpt else unmasking
     return batch
 
-# ------------------------------------------------------------------------------------------------
-# 8. Evaluation. After this section the numbers in the tables have a definition.
-
+# ==== 8. Evaluation =============================================================================
+# After this section the numbers in the tables have a definition.
 def respond(model: Transformer, task: Task, prompts: list[str], config: Config,
             generator: torch.Generator | None = None) -> list[str]:
     """One response text a prompt, at config.temperature (0: greedy)."""
     prompt = encode_prompts(task, prompts, config).to(model.lm_head.weight.device)
     response = sample(model, prompt, config, generator=generator).response
     return [task.decode(ids) for ids in response.tolist()]
-
 def accuracy(model: Transformer, task: Task, prompts: list[str], config: Config,
              temperature: float = 0.0) -> float:
     """Mean true reward of one response to each prompt; temperature 0 is greedy."""
     config = replace(config, temperature=temperature)
     texts = respond(model, task, prompts, config, rng(config.seed, "evaluate"))
     return sum(task.grade(x, y) for x, y in zip(prompts, texts, strict=True)) / len(prompts)
-
 def pass_at_k(n: int, c: int, k: int) -> float:
     """P(one of k samples is right), unbiased from c right ones of n. arXiv 2107.03374, eq. 1."""
     if not (0 <= c <= n and 1 <= k <= n):
         raise ValueError(f"pass_at_k needs 0 <= c <= n and 1 <= k <= n, not n={n}, c={c}, k={k}")
     return 1 - comb(n - c, k) / comb(n, k)
-
 def majority(answers: list[str | None]) -> str | None:
     """The most frequent answer, ties broken by first seen; None (no answer) never wins over one."""
     given = [a for a in answers if a is not None]
     return max(dict.fromkeys(given), key=given.count) if given else None
-
 def best_of_n(score: Tensor, reward: Tensor) -> float:
     """Score and true reward (N, G) -> mean reward of each row's best-scored response."""
     return float(reward.gather(1, score.argmax(1, keepdim=True)).mean())
 
-# ------------------------------------------------------------------------------------------------
-# 9. State. Save and load, without executable pickles; files appear whole or not at all. After this
-#    section you know why a killed run goes on bit for bit.
-
+# ==== 9. State ==================================================================================
+# Save and load, without executable pickles; files appear whole or not at all. After this section
+# you know why a killed run goes on bit for bit.
 def save_state(folder: str | Path, state: dict) -> None:
     """All that lives across updates -> folder/state.pt. No generators are in it: see `rng`."""
     def plain(x: Any) -> Any:
@@ -879,7 +844,6 @@ def save_state(folder: str | Path, state: dict) -> None:
         return [plain(y) for y in x] if isinstance(x, list) else x
     Path(folder).mkdir(parents=True, exist_ok=True)
     write_whole(Path(folder) / "state.pt", lambda path: torch.save(plain(state), path))
-
 def load_state(folder: str | Path, into: dict | None = None) -> dict:
     """What save_state wrote; with `into`, its modules and optimizers are filled, the rest replaced.
     Raises UserError if the file is missing or damaged. weights_only: no code in it is ever run."""
@@ -887,26 +851,21 @@ def load_state(folder: str | Path, into: dict | None = None) -> dict:
     if not path.exists():
         raise UserError(f"{folder} holds no state.pt; name the folder of a run that was started")
     def fill(mine: Any, theirs: Any) -> Any:
-        if isinstance(mine, parts):
-            mine.load_state_dict(theirs)
-            return mine
-        if isinstance(mine, dict):
-            mine.update({name: fill(mine.get(name), x) for name, x in theirs.items()})
-            return mine
         if isinstance(mine, list) and mine and isinstance(mine[0], parts):
             return [fill(x, y) for x, y in zip(mine, theirs, strict=True)]
-        return theirs
+        if isinstance(mine, parts):
+            mine.load_state_dict(theirs)
+        elif isinstance(mine, dict):
+            mine.update({name: fill(mine.get(name), x) for name, x in theirs.items()})
+        return mine if isinstance(mine, (dict, *parts)) else theirs
     try:
-        saved = torch.load(path, weights_only=True, map_location="cpu")
-        return fill({} if into is None else into, saved)
+        return fill(into or {}, torch.load(path, weights_only=True, map_location="cpu"))
     except (UnpicklingError, RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError,
             AttributeError) as error:  # fmt: skip
-        what = f"{type(error).__name__} {error}".replace("\n", " ")[:100]
-        raise UserError(f"{path} is damaged or of other code ({what}); delete it") from error
+        raise UserError(f"{path} is damaged or of other code, delete it: {error!r:.100}") from error
 
-# ------------------------------------------------------------------------------------------------
-# 10. Reward models. After this section "the reward" is a tensor (B, R), whoever gave it.
-
+# ==== 10. Reward models =========================================================================
+# After this section "the reward" is a tensor (B, R), whoever gave it.
 Signal = Callable[[dict, Task, Rollout, Tensor, Config], Tensor]  # with the truth (B,) -> (B, R)
 
 def grades(task: Task, rollout: Rollout) -> Tensor:
@@ -927,11 +886,9 @@ def response_score(scorer: Transformer, head: Head, prompt: Tensor, response: Te
     states = scorer.hidden(torch.cat([prompt, response], dim=1))
     last = prompt.shape[1] + up_to_eos(response, scorer.config).sum(1).long() - 1
     return head(states[torch.arange(len(last), device=last.device), last])
-
 def verifier(state: dict, task: Task, b: Rollout, truth: Tensor, c: Config) -> Tensor:
     """The task's own grader as reward."""
     return at_end(truth, b, c)
-
 @torch.no_grad()
 def learned(state: dict, task: Task, b: Rollout, truth: Tensor, c: Config) -> Tensor:
     """A Bradley-Terry model's score as reward; the truth is not looked at."""
@@ -973,8 +930,7 @@ def rewriting_demos(task: Task, pairs: list[tuple[str, str, str]], config: Confi
 
 def rollout_labels(success: Tensor, uses: Tensor | None = None) -> Tensor:
     """(8) GLoRe, arXiv 2402.10963: success of K continuations of each prefix (B, S, K) -> (B, S).
-    uses: only continuations that use the prefix's last result count. Then a good prefix makes all
-    shorter ones good, so the first bad one is the first error."""
+    uses: if they use its last result, else they do not count. The first bad one is the error."""
     # y_s = 1[any_k success_sk];  y_s = 1 => y_j = 1 for j <= s
     good = (success if uses is None else success & uses).any(-1)
     return good.flip(1).cummax(1).values.flip(1)
@@ -989,11 +945,9 @@ def balance(labels: Tensor, position: Tensor, generator: torch.Generator) -> Ten
         n = min(len(good), len(bad))
         keep[torch.cat([good[:n], bad[:n]])] = True
     return keep
-
 def first_error(scores: Tensor, threshold: float) -> int:
     """The first step whose score is below the threshold; (S,) -> 0..S, S if none is."""
-    below = (scores < threshold).nonzero()
-    return int(below[0]) if len(below) else len(scores)
+    return int((scores >= threshold).cumprod(0).sum())  # how many stand before it
 
 def prefix_ends(task: Task, b: Rollout) -> Tensor:
     """How many tokens each prefix of a response has, (B, S): 0, up to each step, all; then -1."""
@@ -1001,7 +955,6 @@ def prefix_ends(task: Task, b: Rollout) -> Tensor:
     rows = [list(dict.fromkeys([0, *(end + 1 for _, end in task.steps(y[:n])), n]))
             for y, n in zip(b.response.tolist(), lengths, strict=True)]  # n may end a step
     return right_pad(rows, -1, max(map(len, rows))).to(b.response.device)
-
 def step_scores(state: dict, prompt: Tensor, response: Tensor, ends: Tensor) -> Tensor:
     """Logits of ORM and SORM, unshifted, on the last token of every prefix: -> (2, B, S)."""
     states = state["scorer"].hidden(torch.cat([prompt, response], dim=1))
@@ -1009,13 +962,12 @@ def step_scores(state: dict, prompt: Tensor, response: Tensor, ends: Tensor) -> 
     states = states.gather(1, at.expand(-1, -1, states.shape[2]))
     return torch.stack([state["orm"](states), state["sorm"](states)])
 
-def step_batches(state: dict, b: dict[str, Tensor], config: Config) -> Batches:
+def step_batches(state: dict, b: dict[str, Tensor], c: Config) -> Batches:
     """Batches of labelled drafts for `fit`: one trunk, two heads, each with its own labels.
     b: prompt (B, P), response (B, R), ends (B, S); label, keep (2, B, S) for ORM and SORM."""
     length = b["ends"].amax(1).cpu()
     def batch(u: int) -> tuple[Tensor, Loss]:
-        generator = rng(config.seed, "step batch", u)
-        rows = torch.randint(len(length), (config.labels_each,), generator=generator)
+        rows = torch.randint(len(length), (c.labels_each,), generator=rng(c.seed, "step batch", u))
         rows = rows[length[rows].argsort(stable=True)]
         denom = b["keep"][:, rows].sum((1, 2), keepdim=True).clamp(min=1)
         def loss(micro: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -1027,14 +979,14 @@ def step_batches(state: dict, b: dict[str, Tensor], config: Config) -> Batches:
         return rows, loss
     return batch
 
-def preference_batches(scorer: Transformer, head: Head, pairs: list[tuple[str, str, str]],
-                       task: Task, config: Config) -> Batches:
+def preference_batches(scorer: Transformer, head: Head, pairs: list, task: Task,
+                       c: Config) -> Batches:
     """Batches of (prompt, preferred, other) texts for `fit`, Bradley-Terry loss."""
     x, *both = (list(texts) for texts in zip(*pairs, strict=True))
-    prompt = encode_prompts(task, x, config).to(scorer.lm_head.weight.device)
-    both = [right_pad(task.encode(y), config.pad, config.response).to(prompt.device) for y in both]
+    prompt = encode_prompts(task, x, c).to(scorer.lm_head.weight.device)
+    both = [right_pad(task.encode(y), c.pad, c.response).to(prompt.device) for y in both]
     def batch(u: int) -> tuple[Tensor, Loss]:
-        rows = torch.randint(len(x), (config.base_batch,), generator=rng(config.seed, "pairs", u))
+        rows = torch.randint(len(x), (c.base_batch,), generator=rng(c.seed, "pairs", u))
         def loss(micro: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             score_w, score_l = (response_score(scorer, head, prompt[micro], y[micro]) for y in both)
             share = len(micro) / len(rows)
@@ -1042,7 +994,6 @@ def preference_batches(scorer: Transformer, head: Head, pairs: list[tuple[str, s
             return preference_loss(score_w, score_l) * share, {"pair_accuracy": right * share}
         return rows, loss
     return batch
-
 @torch.no_grad()
 def normalize_head(scorer: Transformer, head: Head, rollout: Rollout) -> None:
     """Gain and bias for mean 0 and variance 1 over the reference's samples.
@@ -1052,29 +1003,24 @@ def normalize_head(scorer: Transformer, head: Head, rollout: Rollout) -> None:
     head.linear.weight.mul_(gain)
     head.linear.bias.sub_(score.mean()).mul_(gain)
 
-# ------------------------------------------------------------------------------------------------
-# 11. Loops. Each is a generator with the same four phases, keeps all that lives across updates in
-#     `state` and yields metrics after each. To log, save and draw bars is train_small.py's part.
-
+# ==== 11. Loops =================================================================================
+# Each is a generator with the same four phases, keeps all that lives across updates in `state`
+# and yields metrics after each. To log, save and draw bars is train_small.py's part.
 def in_groups(task: Task, texts: list[str], config: Config) -> Pair:
     """Problems, each G times: prompt (B, P), group (B,)."""
     group = torch.arange(len(texts)).repeat_interleave(config.samples)
     return encode_prompts(task, texts, config)[group], group
-
-def minibatches(rollout: Rollout, config: Config, update: int) -> Iterator[Tensor]:
-    """Row indices of each optimizer step: a new permutation every epoch, then sorted by length."""
+def minibatches(rollout: Rollout, config: Config, update: int) -> Iterator[tuple[int, Tensor]]:
+    """Epoch and rows of each optimizer step: a new permutation an epoch, then sorted by length."""
     length = rollout.mask.sum(1).cpu()
     for epoch in range(config.epochs):
         generator = rng(config.seed, "minibatch", update * config.epochs + epoch)
         for rows in torch.randperm(len(length), generator=generator).split(config.minibatch):
-            yield rows[length[rows].argsort(stable=True)]
-
+            yield epoch, rows[length[rows].argsort(stable=True)]
 def rollout_metrics(rollout: Rollout, reward: Tensor, truth: Tensor, config: Config) -> dict:
     """What to watch: masked means over all responses of the update."""
     score = reward.sum(1)
-    none = score.new_zeros(int(rollout.group.max()) + 1)
-    high = none.scatter_reduce(0, rollout.group, score, "amax", include_self=False)
-    low = none.scatter_reduce(0, rollout.group, score, "amin", include_self=False)
+    low, high = score.view(-1, config.samples).aminmax(dim=1)
     return {"reward": float(score.mean()), "truth": float(truth.mean()),
             "entropy": float(-(rollout.logp * rollout.mask).sum() / rollout.mask.sum()),
             "length": float(rollout.mask.sum(1).mean()),
@@ -1091,12 +1037,10 @@ def gae_credit(b: Rollout, reward: Tensor, c: Config) -> Pair:
         reward = whiten(reward, b.mask, shift=False)  # a shifted mean would pay for length
     adv, ret = gae(reward, b.value, b.mask, c.gamma, c.lam)
     return whiten(adv, b.mask), ret
-
 def grpo_credit(b: Rollout, reward: Tensor, c: Config) -> Pair:
     """(15) one number a response, against its group; the KL is in the loss, not here."""
     adv = group_advantage(reward.sum(1), b.group, "grpo")
     return adv[:, None] * b.mask, torch.zeros_like(reward)
-
 def rloo_credit(b: Rollout, reward: Tensor, c: Config) -> Pair:
     """(16) R_i = r_i - beta sum_k k1, KL before the baseline; A_i = R_i - mean of the other R_j."""
     total = (reward - c.beta * k1(b.logp, b.ref_logp) * b.mask).sum(1)
@@ -1110,16 +1054,13 @@ def critic_objective(logp: Tensor, value: Tensor, b: Rollout, denom: Tensor, c: 
     band = None if c.whiten_reward or not c.value_clip else c.value_clip
     policy_part = ppo_loss(logp, b.logp, b.adv, b.mask, denom, c.clip)
     return policy_part + c.value_coef * value_loss(value, b.value, b.ret, b.mask, denom, band)
-
 def grpo_objective(logp: Tensor, value: Tensor, b: Rollout, denom: Tensor, c: Config) -> Tensor:
     """(15) surrogate + beta k3. DEVIATION: one mean over all tokens, not one per response."""
     kl = (k3(logp, b.ref_logp) * b.mask).sum() / denom
     return ppo_loss(logp, b.logp, b.adv, b.mask, denom, c.clip) + c.beta * kl
-
 def rloo_objective(logp: Tensor, value: Tensor, b: Rollout, denom: Tensor, c: Config) -> Tensor:
     """(16) DEVIATION: clipped token ratios; on-policy that is REINFORCE over the token count."""
     return ppo_loss(logp, b.logp, b.adv, b.mask, denom, c.clip)
-
 ARMS = {"gae": (gae_credit, critic_objective), "grpo": (grpo_credit, grpo_objective),
         "rloo": (rloo_credit, rloo_objective)}
 
@@ -1131,16 +1072,18 @@ def start_ppo(policy: Transformer, config: Config) -> dict[str, Any]:
             "samples": 0, "update": 0, "updates": config.updates}
 
 @torch.no_grad()
-def annotate(state: dict, rollout: Rollout, config: Config) -> None:
+def annotate(state: dict, rollout: Rollout, config: Config,
+             estimate: Callable = likelihood) -> Rollout:
     """Log-probs of policy and reference and values, once a batch, at the sampling temperature."""
-    rollout.logp, rollout.ref_logp, rollout.value = rollout.mask.new_zeros(3, *rollout.mask.shape)
+    b = replace(rollout)
+    b.logp, b.ref_logp, b.value = rollout.mask.new_zeros(3, *rollout.mask.shape)
     for rows in rollout.mask.sum(1).cpu().argsort(stable=True).split(config.micro):
-        b, hot = rollout[rows], config.temperature  # like lengths together: little PAD is read
-        R, states = b.response.shape[1], predictive_states(state["policy"], b.prompt, b.response)
-        rollout.logp[rows, :R] = gather_logprobs(state["policy"], states, b.response, hot)
-        rollout.ref_logp[rows, :R] = token_logprobs(state["reference"], b.prompt, b.response, hot)
-        rollout.value[rows, :R] = state["head"](states)
-
+        part = rollout[rows]  # like lengths together: little PAD is read
+        logp, states = estimate(state["policy"], part, config)
+        R = logp.shape[1]
+        b.logp[rows, :R], b.value[rows, :R] = logp, state["head"](states)
+        b.ref_logp[rows, :R] = estimate(state["reference"], part, config)[0]
+    return b
 def adapt_beta(beta: float, kl: float, episodes: int, config: Config) -> float:
     """KL controller, arXiv 1909.08593: beta <- beta (1 + clip(KL/target - 1, -.2, .2) n / horizon).
     kl in nats per response, as the target. Unchanged without a target."""
@@ -1149,43 +1092,46 @@ def adapt_beta(beta: float, kl: float, episodes: int, config: Config) -> float:
     error = max(-0.2, min(0.2, kl / config.kl_target - 1))
     return beta * (1 + error * episodes / config.kl_horizon)
 
+def policy_update(state: dict, views: list[Rollout], objective: Callable, config: Config,
+                  estimate: Callable = likelihood) -> dict[str, float]:
+    """`epochs` passes over a batch, each over its next view: the same samples, other log-probs."""
+    policy, head, logs = state["policy"], state["head"], []
+    share = schedule(state["update"], state["updates"], config.warmup)
+    for epoch, rows in minibatches(views[0], config, state["update"]):
+        seen = views[epoch % len(views)]
+        denom = seen.mask[rows].sum()
+        def loss(micro: Tensor, seen: Rollout = seen, denom: Tensor = denom) -> tuple[Tensor, dict]:
+            b = seen[micro]
+            logp, states = estimate(policy, b, config)
+            off = (((logp - b.logp).exp() - 1).abs() > config.clip) * b.mask
+            return objective(logp, head(states), b, denom, config), {"clipfrac": off.sum() / denom}
+        logs.append(step(state, loss, rows, config, share))
+    kl = float((k1(views[0].logp, views[0].ref_logp) * views[0].mask).sum(1).mean())
+    state["update"] += 1
+    return average(logs) | {"kl": kl, "beta": config.beta}
 def ppo(state: dict, task: Task, config: Config) -> Iterator[dict[str, Any]]:
     """Proximal policy optimization: sample, score the end, spread the credit, clip the update."""
     signal, (credit, objective) = SIGNALS[config.reward], ARMS[config.arm]
-    policy, head, device = state["policy"], state["head"], state["policy"].lm_head.weight.device
+    policy, device = state["policy"], state["policy"].lm_head.weight.device
     while (u := state["update"]) < state["updates"]:
-        # 1. sample
-        texts = task.prompts(config.prompts, rng(config.seed, "prompts", u))
-        prompt, group = (x.to(device) for x in in_groups(task, texts, config))
-        generator = rng(config.seed, "sample", u)
-        rollout = sample(policy, prompt, config, group=group, generator=generator)
-        annotate(state, rollout, config)
-        # 2. score
-        truth = grades(task, rollout)
-        reward = signal(state, task, rollout, truth, config)
-        # 3. credit
         c = replace(config, beta=state["beta"])
-        rollout.adv, rollout.ret = credit(rollout, reward, c)
+        # 1. sample
+        texts = task.prompts(c.prompts, rng(c.seed, "prompts", u))
+        prompt, group = (x.to(device) for x in in_groups(task, texts, c))
+        b = sample(policy, prompt, c, group=group, generator=rng(c.seed, "sample", u))
+        b = annotate(state, b, c)
+        # 2. score
+        truth = grades(task, b)
+        reward = signal(state, task, b, truth, c)
+        # 3. credit
+        b.adv, b.ret = credit(b, reward, c)
         # 4. update
-        logs, share = [], schedule(u, config.updates, config.warmup)
-        for rows in minibatches(rollout, config, u):
-            denom = rollout.mask[rows].sum()
-            def loss(micro: Tensor, c: Config = c, denom: Tensor = denom) -> tuple[Tensor, dict]:
-                b = rollout[micro]
-                states = predictive_states(policy, b.prompt, b.response)
-                logp = gather_logprobs(policy, states, b.response, config.temperature)
-                off = (((logp - b.logp).exp() - 1).abs() > config.clip) * b.mask
-                return objective(logp, head(states), b, denom, c), {"clipfrac": off.sum() / denom}
-            logs.append(step(state, loss, rows, config, share))
-        kl = float((k1(rollout.logp, rollout.ref_logp) * rollout.mask).sum(1).mean())
+        metrics = policy_update(state, [b], objective, c)
         state["samples"] += len(prompt)
-        metrics = average(logs) | {"kl": kl, "beta": state["beta"], "samples": state["samples"]}
-        state["beta"] = adapt_beta(state["beta"], kl, len(prompt), config)
-        state["update"] += 1
-        yield metrics | rollout_metrics(rollout, reward, truth, config)
+        state["beta"] = adapt_beta(state["beta"], metrics["kl"], len(prompt), c)
+        yield metrics | rollout_metrics(b, reward, truth, c) | {"samples": state["samples"]}
 
 # ---- iterative_dpo: right against wrong, round after round --------------------------------------
-
 def pair_up(score: Tensor, group: Tensor, config: Config) -> Tensor:
     """Score (B,) 1 = right, group (B,) -> rows (n, 2): right, wrong. K pairs a prompt: walk through
     both lists at once, the shorter one starting again. A prompt with an empty side gives none."""
@@ -1196,16 +1142,13 @@ def pair_up(score: Tensor, group: Tensor, config: Config) -> Tensor:
             pairs += [(good[k % len(good)], bad[k % len(bad)]) for k in range(config.pairs_each)]
     return torch.tensor(pairs, dtype=torch.long).view(-1, 2)
 
-def dpo_nll(logp: Tensor, ref: Tensor, length: Tensor, config: Config) -> Pair:
+def dpo_nll(logp: Tensor, ref: Tensor, length: Tensor, c: Config) -> Pair:
     """(9) for (n, 2) summed log-probs of chosen and rejected -> per-pair mean, margin (n,)."""
-    c = config
     return dpo_loss(*logp.unbind(1), *ref.unbind(1), length[:, 0], c.dpo_beta, c.alpha)
-
-def sft_chosen(logp: Tensor, ref: Tensor, length: Tensor, config: Config) -> Pair:
+def sft_chosen(logp: Tensor, ref: Tensor, length: Tensor, c: Config) -> Pair:
     """The NLL of (9) alone: a round of STaR, arXiv 2203.14465, that goes on from the last one."""
     margin = (logp - ref).detach()
     return -(logp[:, 0] / length[:, 0]).mean(), margin[:, 0] - margin[:, 1]
-
 PREFERENCES = {"dpo_nll": dpo_nll, "sft_chosen": sft_chosen}
 
 def pair_logprobs(policy: Transformer, pairs: dict[str, Tensor], rows: Tensor) -> Tensor:
@@ -1213,24 +1156,22 @@ def pair_logprobs(policy: Transformer, pairs: dict[str, Tensor], rows: Tensor) -
     prompt, y = pairs["prompt"][rows].repeat_interleave(2, 0), pairs["response"][rows].flatten(0, 1)
     y = y[:, : int((y != policy.config.pad).sum(1).max())]  # columns of PAD alone change nothing
     return token_logprobs(policy, prompt, y, temperature=1.0).sum(1).view(-1, 2)
-
-def pair_update(state: dict, config: Config) -> dict[str, float]:
+def pair_update(state: dict, c: Config) -> dict[str, float]:
     """One update on a batch of state["pairs"]. Watch chosen: under plain DPO its log-prob falls."""
-    policy, pairs, at = state["policy"], state["pairs"], state["update"] % config.round_updates
-    generator, n = rng(config.seed, "pair batch", state["update"]), len(pairs["prompt"])
-    rows = torch.randint(n, (config.pair_batch,), generator=generator)
-    length = (pairs["response"] != config.pad).sum(2)  # (n, 2)
+    pairs, u, n = state["pairs"], state["update"], len(state["pairs"]["prompt"])
+    rows = torch.randint(n, (c.pair_batch,), generator=rng(c.seed, "pair batch", u))
+    length = (pairs["response"] != c.pad).sum(2)  # (n, 2)
     rows = rows[length[rows].amax(1).cpu().argsort(stable=True)]
     def loss(micro: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        logp, ref, size = pair_logprobs(policy, pairs, micro), pairs["ref"][micro], length[micro]
-        value, margin = PREFERENCES[config.preference](logp, ref, size, config)
+        logp, size = pair_logprobs(state["policy"], pairs, micro), length[micro]
+        value, margin = PREFERENCES[c.preference](logp, pairs["ref"][micro], size, c)
         logp = logp.detach()
         seen = {"margin": margin.mean(), "pair_accuracy": (margin > 0).float().mean()}
         for i, name in enumerate(("chosen", "rejected")):
             seen |= {name: logp[:, i].mean(), name + "_per_token": (logp / size)[:, i].mean()}
         share = len(micro) / len(rows)
         return value * share, {name: x * share for name, x in seen.items()}
-    return step(state, loss, rows, config, schedule(at, config.round_updates, config.warmup))
+    return step(state, loss, rows, c, schedule(u % c.round_updates, c.round_updates, c.warmup))
 
 def start_rounds(policy: Transformer, config: Config) -> dict[str, Any]:
     """A fresh state. No reference model: its log-probs are kept with the pairs of the round."""
@@ -1238,15 +1179,12 @@ def start_rounds(policy: Transformer, config: Config) -> dict[str, Any]:
     updates = config.rounds * config.round_updates
     return {"policy": policy, "optimizers": optimizers([policy], config.dpo_lr, config),
             "pairs": {}, "drawn": {}, "first": first, "samples": 0, "update": 0, "updates": updates}
-
 def posed(state: dict, task: Task, config: Config, u: int) -> tuple[list[str], dict]:
     """Training problems of the task."""
     return task.prompts(config.prompts, rng(config.seed, "prompts", u)), {}
-
 def verified(state: dict, task: Task, rollout: Rollout, c: Config, u: int) -> tuple[Tensor, dict]:
     """Scores (B,): the true reward."""
     return (truth := grades(task, rollout)), {"truth": float(truth.mean())}
-
 def iterative_dpo(state: dict, task: Task, config: Config, pose: Callable = posed,
                   judge: Callable = verified, pair: Callable = pair_up) -> Iterator[dict[str, Any]]:
     """Iterative reasoning preference optimization, arXiv 2404.19733v3: each round draws new
@@ -1254,8 +1192,7 @@ def iterative_dpo(state: dict, task: Task, config: Config, pose: Callable = pose
     policy, n, device = state["policy"], config.round_updates, state["policy"].lm_head.weight.device
     while (u := state["update"]) < state["updates"]:
         if u % n == 0:
-            late = 2 * u >= state["updates"]
-            hot = config.late_temperature if late else config.temperature
+            hot = config.late_temperature if 2 * u >= state["updates"] else config.temperature
             each = replace(config, prompts=config.round_prompts, temperature=hot)
             # 1. sample
             texts, drawn = pose(state, task, each, u)
@@ -1283,7 +1220,6 @@ def iterative_dpo(state: dict, task: Task, config: Config, pose: Callable = pose
         yield metrics | state["drawn"] | {"samples": state["samples"]}
 
 # ---- self_rewarding: the same weights pose, solve and judge -------------------------------------
-
 SCORE = re.compile(r"(?:^|!|score[\s:=]*)([0-9]+(?:\.[0-9]+)?)(?:\s*/\s*5)?$", re.I | re.A)
 
 def parse_score(text: str) -> float | None:
@@ -1304,8 +1240,6 @@ def propose(state: dict, task: Task, config: Config, u: int) -> tuple[list[str],
     state["posed"] |= dict.fromkeys(new)
     texts = new + task.prompts(config.prompts - len(new), generator)
     return texts, {"valid": len(fresh) / len(shown), "proposed": len(new) / len(texts)}
-
-@torch.no_grad()
 def judged(state: dict, task: Task, rollout: Rollout, c: Config, u: int) -> tuple[Tensor, dict]:
     """Scores (B,): the mean of J sampled judgements by the policy; NaN if none can be read."""
     generator, J, device = rng(c.seed, "judge", u), c.judgements, rollout.prompt.device
@@ -1321,7 +1255,6 @@ def judged(state: dict, task: Task, rollout: Rollout, c: Config, u: int) -> tupl
     return score.view(-1, J).nanmean(1), {
         "score": mean, "spread": float(score.nan_to_num(mean).std(correction=0)),
         "unread": float(score.isnan().float().mean()), "quoted": sum(quoted) / len(quoted)}
-
 def best_and_worst(score: Tensor, group: Tensor, config: Config) -> Tensor:
     """Score (B,), NaN = none, group (B,) -> rows (n, 2): best and worst; a tie gives none."""
     pairs = []
@@ -1336,28 +1269,23 @@ def start_self_rewarding(policy: Transformer, config: Config) -> dict[str, Any]:
     judge = frozen_copy(policy) if config.judge == "frozen" else policy
     config = replace(config, rounds=config.own_rounds)
     return start_rounds(policy, config) | {"judge": judge, "posed": {}}
-
 def self_rewarding(state: dict, task: Task, config: Config) -> Iterator[dict[str, Any]]:
-    """Self-Rewarding Language Models, arXiv 2401.10020: `iterative_dpo` whose problems and scores
-    are the policy's own. The true grader is never asked.
+    """Self-Rewarding LMs, arXiv 2401.10020: `iterative_dpo` on its own problems and scores.
     DEVIATION: the loss is DPO + NLL (9); the paper's is --alpha 0. That does not hold here."""
     config = replace(config, samples=config.candidates)
     pose = propose if config.own_problems else posed
     return iterative_dpo(state, task, config, pose, judged, best_and_worst)
 
 # ---- seq2seq: ppo with a rewriter's agreement as reward -----------------------------------------
-
 def start_seq2seq(policy: Transformer, config: Config) -> dict[str, Any]:
     """As `ppo`, with a leash: whatever is learned can be fooled."""
     return start_ppo(policy, replace(config, beta=config.rewriter_beta))
-
 def seq2seq(state: dict, task: Task, config: Config) -> Iterator[dict[str, Any]]:
     """Sequence-to-sequence reward modelling, arXiv 2409.00162: `ppo`, another reward tensor."""
     config = replace(config, reward="seq2seq")
     return ppo(state, task, config)
 
 # ---- refine: SORM says where, the refiners how, ORM when ----------------------------------------
-
 def continuations_of(student: Transformer, draft: Rollout, ends: Tensor, c: Config) -> Pair:
     """K ways to go on from each unfinished prefix: -> which (n, 2), row and prefix; (n, K, R)."""
     which = ((ends >= 0) & (ends < ends.amax(1, keepdim=True))).nonzero()
@@ -1367,7 +1295,6 @@ def continuations_of(student: Transformer, draft: Rollout, ends: Tensor, c: Conf
         start = draft.response[row].masked_fill(place >= ends[row, s, None], c.pad)
         traces.append(sample(student, draft.prompt[row], c, start, generator=generator).response)
     return which, torch.cat(traces).view(-1, c.continuations, c.response)
-
 def check_traces(task: Task, draft: Rollout, ends: Tensor, which: Tensor, traces: Tensor) -> Pair:
     """Whether each trace (n, K, R) is right, and whether it uses the last result of its prefix."""
     right, uses = [], []
@@ -1394,7 +1321,6 @@ def step_labels(right: Tensor, ends: Tensor, which: Tensor, success: Tensor, use
     keep[0, step] = same.to(ends.device)
     label = torch.stack([right[:, None].expand_as(sorm), sorm])
     return {"ends": ends, "label": label.float(), "keep": keep.float()}
-
 def repair_demos(task: Task, draft: Rollout, b: dict, which: Tensor, traces: Tensor, good: Tensor,
                  c: Config) -> tuple[list, list]:
     """What the refiners learn, ids for `demonstrations`. Global: a draft -> a right trace from the
@@ -1424,7 +1350,6 @@ def start_refine(policy: Transformer, config: Config) -> dict[str, Any]:
         fits[name] = {"optimizers": optimizers(learns, c.base_lr, c, c.muon_lr), "update": 0}
     return {"policy": policy, **parts, **heads, "fits": fits, "data": {}, "seen": {},
             "samples": 0, "update": 0, "updates": c.refine_updates}  # fmt: skip
-
 def refine(state: dict, task: Task, config: Config) -> Iterator[dict[str, Any]]:
     """GLoRe, arXiv 2402.10963: the student's drafts and continuations teach four models at once."""
     student, c, device = state["policy"], config, state["policy"].lm_head.weight.device
@@ -1477,7 +1402,6 @@ def refinements(state: dict, task: Task, prompts: list[str], config: Config,
     response = torch.tensor([y, rewritten("global", [None] * len(y)), local], device=prompt.device)
     score = [response_score(state["scorer"], state["orm"], prompt, each) for each in response]
     return {"response": response, "score": torch.stack(score), "bad": bad}
-
 def refined(state: dict, task: Task, prompts: list[str], config: Config,
             generator: Any = None) -> list[str]:
     """Of draft and two refinements the one that the ORM likes best, as text."""
@@ -1485,6 +1409,90 @@ def refined(state: dict, task: Task, prompts: list[str], config: Config,
     best = found["score"].argmax(0), torch.arange(len(prompts))
     return [task.decode(ids) for ids in found["response"][best].tolist()]
 
+# ---- denoise: a diffusion LM, paid for what a stretch of denoising achieves ---------------------
+
+def some_step(b: Rollout, c: Config, generator: torch.Generator) -> Tensor:
+    """t (B,): one of the steps in which a response was written up to its EOS, but the first."""
+    last = (b.order * b.mask).amax(1)
+    share = c.earliest + (c.latest - c.earliest) * torch.rand(len(last), generator=generator)
+    return 1 + (share.to(last.device) * last).long()
+def go_on(policy: Transformer, b: Rollout, t: Tensor, n: int, c: Config,
+          generator: torch.Generator) -> Rollout:
+    """n ways to go on from the state before step t of each response, all in one `sample` call."""
+    start = state_at(b.response, b.order, t, c)
+    prompt, start, group = (x.repeat_interleave(n, 0) for x in (b.prompt, start, b.group))
+    return sample(policy, prompt, c, start, group, generator)
+
+def sample_tree(policy: Transformer, prompt: Tensor, config: Config, group: Tensor,
+                generator: torch.Generator) -> Rollout:
+    """As `sample`, but `branches` rows in a row share a state, which the first of them drew."""
+    n = config.branches
+    b = sample(policy, prompt[::n], config, group=group[::n], generator=generator)
+    more = go_on(policy, b, some_step(b, config, generator), n - 1, config, generator)
+    before = b.order.repeat_interleave(n - 1, 0)
+    more.order = torch.where(more.order < 0, before, more.order)
+    response, order = (torch.cat([x[:, None], y.view(len(x), n - 1, -1)], 1).flatten(0, 1)
+                       for x, y in ((b.response, more.response), (b.order, more.order)))
+    return Rollout(prompt, response, up_to_eos(response, config), order, group)
+
+def probe(state: dict, task: Task, b: Rollout, rows: Tensor, c: Config) -> Pair:
+    """t (B,), drawn anew for each response, and (6) V(x_t) (B,): the mean reward of N fresh
+    continuations of the state before step t; NaN but for these rows (B,)."""
+    u, value = state["update"], torch.full(rows.shape, torch.nan, device=rows.device)
+    t = some_step(b, c, rng(c.seed, "state", u))
+    if rows.any():
+        more = go_on(state["policy"], b[rows], t[rows], c.branches, c, rng(c.seed, "branch", u))
+        reward = verifier(state, task, more, grades(task, more), c).sum(1)
+        value[rows] = reward.view(-1, c.branches).mean(1)
+        state["samples"] += len(reward)
+    return t, value
+
+def denoise_advantage(reward: Tensor, branch_reward: Tensor, group: Tensor,
+                      weight: float) -> Tensor:
+    """(7) denoising process reward; all (B,). branch_reward = V(x_t), not read unless A > 0."""
+    # A_i = r_i - V(x_T);  D_i = V(x_t) - V(x_T);  A~_i = A_i + 1[A_i > 0] weight D_i
+    base = group_advantage(reward, group, "mean")  # V(x_T): the mean of the group
+    return torch.where(base > 0, base + weight * (branch_reward - (reward - base)), base)
+
+# each credit: state, task, b, reward (B,) -> advantage (B, R)
+def outcome(state: dict, task: Task, b: Rollout, reward: Tensor, c: Config) -> Tensor:
+    """diffu-GRPO, arXiv 2504.12216: the end alone, against the mean of the group."""
+    return group_advantage(reward, b.group, "mean")[:, None] * b.mask
+def process(state: dict, task: Task, b: Rollout, reward: Tensor, c: Config) -> Tensor:
+    """(7): a right answer is worth more where the state before made it likelier."""
+    _, value = probe(state, task, b, group_advantage(reward, b.group, "mean") > 0, c)
+    return denoise_advantage(reward, value, b.group, c.process_weight)[:, None] * b.mask
+def shared(state: dict, task: Task, b: Rollout, reward: Tensor, c: Config) -> Tensor:
+    """(7) without more samples: V(x_t) = the mean of the others that share the state."""
+    n = c.branches
+    value = (reward.view(-1, n).sum(1).repeat_interleave(n) - reward) / (n - 1)
+    return denoise_advantage(reward, value, b.group, c.process_weight)[:, None] * b.mask
+CREDITS = {"outcome": outcome, "process": process, "shared": shared}
+def denoise(state: dict, task: Task, config: Config,
+            estimate: Callable = likelihood) -> Iterator[dict[str, Any]]:
+    """Denoising process reward: policy gradient for the masked-diffusion LM, with (7) as credit.
+    Reconstructed from abstracts and reviews; what is not known is a field tagged UNKNOWN."""
+    c = replace(config, prompts=config.denoise_prompts, epochs=config.mu)
+    policy, device = state["policy"], state["policy"].lm_head.weight.device
+    roll = sample_tree if c.credit == "shared" else sample
+    while (u := state["update"]) < state["updates"]:
+        # 1. sample
+        texts = task.prompts(c.prompts, rng(c.seed, "prompts", u))
+        prompt, group = (x.to(device) for x in in_groups(task, texts, c))
+        b = roll(policy, prompt, c, group=group, generator=rng(c.seed, "sample", u))
+        # 2. score
+        truth = grades(task, b)
+        reward = verifier(state, task, b, truth, c)
+        # 3. credit
+        b.adv = CREDITS[c.credit](state, task, b, reward.sum(1), c)
+        # 4. update: each pass over the batch has its own estimate of all log-probs
+        hidden = [hide(b, c, rng(c.seed, "hidden", u * c.mu + i)) for i in range(c.mu)]
+        views = [annotate(state, replace(b, hidden=x), c, estimate) for x in hidden]
+        metrics = policy_update(state, views, grpo_objective, c, estimate)
+        state["samples"] += len(prompt)
+        yield metrics | rollout_metrics(views[0], reward, truth, c) | {"samples": state["samples"]}
+
 LOOPS = {"ppo": (start_ppo, ppo), "iterative_dpo": (start_rounds, iterative_dpo),
          "self_rewarding": (start_self_rewarding, self_rewarding),
-         "seq2seq": (start_seq2seq, seq2seq), "refine": (start_refine, refine)}
+         "seq2seq": (start_seq2seq, seq2seq), "refine": (start_refine, refine),
+         "denoise": (start_ppo, denoise)}

@@ -48,10 +48,8 @@ WATCHED = ("reward truth score kl entropy clipfrac ended flat_groups pairs chose
 # ---- the call: flags, checks, one line for a mistake -------------------------------------------
 class Parser(argparse.ArgumentParser):
     """argparse, but a mistake is one line through the same door as every other mistake."""
-
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (python train_small.py --help lists what there is)")
-
 def true_or_false(text: str) -> bool:
     """The parser of a boolean flag; its name is what argparse shows on a mistake."""
     return ["false", "true"].index(text.lower()) == 1
@@ -75,9 +73,10 @@ def build_parser() -> Parser:
     return parser
 
 ANY_SIGN = {"no_eos", "gamma", "lam", "pad", "bos", "eos", "mask"}  # these have rules of their own
-MAY_BE_ZERO = "value_clip value_coef beta kl_target seed alpha judging posing least c_pos c_neg rewriter_beta".split()
+MAY_BE_ZERO = ("value_clip value_coef beta kl_target seed alpha judging posing least c_pos c_neg rewriter_beta "
+               "earliest latest process_weight hide_prompt").split()
 CHOICES = {"arm": nr.ARMS, "reward": nr.SIGNALS, "preference": nr.PREFERENCES, "judge": ("own", "frozen"),
-           "planted": ("none", "round", "long", "refusal")}  # fmt: skip
+           "planted": ("none", "round", "long", "refusal"), "credit": nr.CREDITS}
 
 def check(c: Config) -> None:
     """Refuse, before any work, what could only fail or mislead later."""
@@ -103,16 +102,17 @@ def check(c: Config) -> None:
         (c.kl_target == 0 or c.kl_horizon > 0.2 * c.prompts * c.samples, "--kl-horizon must exceed 0.2 * rollouts"),
         (2 <= c.answers <= 100, "--answers must lie in 2..100"),
         (c.judging + c.posing <= 1, "--judging and --posing are shares of the seed data: at most 1 together"),
-        (c.t_min <= 1 and c.look_ahead <= 1, "--t-min and --look-ahead are shares: at most 1"),
+        (max(c.t_min, c.look_ahead, c.hide_prompt) <= 1, "--t-min, --look-ahead --hide-prompt: shares, at most 1"),
+        (c.earliest <= c.latest <= 1, "--earliest and --latest are shares of the steps, in this order"),
+        (c.credit != "shared" or (c.branches > 1 and c.samples % c.branches == 0),
+         "--credit shared: --samples must be a multiple of --branches, 2 or more"),
         (c.candidates > 1, "--candidates must be at least 2: the best is set against the worst"),
         (c.threshold < 1 and c.least < 1, "--threshold and --least are probabilities: below 1"),
-        (c.planted != "long" or c.response >= 16 * c.max_ops + 4,
-         "--planted long doubles steps: --response 16 * max-ops + 4"),
-        (c.causal, "--causal false: no loop trains a masked-diffusion LM yet"),
+        (c.planted != "long" or c.response >= 16 * c.max_ops + 4, "--planted long: --response 16 * max-ops + 4"),
+        (c.causal, "--causal false: a loop chooses its model; denoise takes the masked-diffusion LM"),
         (c.kl_target == 0 or c.beta > 0, "--kl-target adapts beta by factors: give it a --beta above 0")]
     if broken := [message for holds, message in rules if not holds]:
         raise UserError(broken[0])
-
 def pick_device(name: str) -> str:
     """auto -> cuda or cpu; a device that is not there is a UserError."""
     name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
@@ -121,7 +121,6 @@ def pick_device(name: str) -> str:
     except (RuntimeError, AssertionError, TypeError):
         raise UserError(f"--device {name} is not here or lacks float64; try --device cpu") from None
     return name
-
 def parse_targets(texts: list[str], loops: list[str]) -> dict[str, float]:
     """["ppo=0.8"] -> {"ppo": 0.8}."""
     targets = {}
@@ -146,11 +145,9 @@ class Run:
     done: list[dict] = field(default_factory=list)  # finished jobs, as in summary.json
     job: str = ""  # "ppo/0": loop and seed of the job whose state is saved
     saved_update: int = 0
-
     def about(self) -> dict[str, Any]:
         """config.json: all that decides the run's numbers."""
         return {"config": asdict(self.config)} | {k: getattr(self, k) for k in "preset loops seeds targets".split()}
-
     @property
     def finished(self) -> bool:
         return len(self.done) == len(self.loops) * self.seeds
@@ -161,11 +158,9 @@ def read_json(path: Path, parse: Callable[[str], Any] = json.loads) -> Any:
         return parse(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); is {path.parent} the folder of a run?") from None
-
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a .jsonl; a torn last one is left out."""
     return read_json(path, lambda text: [json.loads(x) for x in text.splitlines() if x.endswith("}")])
-
 def write_text(path: Path, text: str) -> None:
     """The whole file or none of it."""
     nr.write_whole(path, lambda temporary: temporary.write_text(text))
@@ -200,7 +195,6 @@ def new_run(a: argparse.Namespace) -> Run:
         raise UserError(f"{out} is not empty and not a run's folder; choose another --out")
     write_text(out / "config.json", json.dumps(run.about(), indent=1))
     return run
-
 def open_run(out: Path, cache: Path) -> Run:
     """The run in this folder as far as it went; a damaged folder is a UserError."""
     a = read_json(out / "config.json")
@@ -222,12 +216,10 @@ def cut_log(path: Path, run: Run) -> float:
         return 0.0
     finished = {f"{r['loop']}/{r['seed']}" for r in run.done}
     job = lambda line: f"{line['loop']}/{line['seed']}"  # noqa: E731
-    lines = read_lines(path)
-    kept = [line for line in lines if job(line) in finished]
-    mine = [x for x in lines if run.job not in finished and job(x) == run.job and x["step"] <= run.saved_update]
-    write_text(path, "".join(json.dumps(line) + "\n" for line in kept + mine))
-    return mine[-1].get("seconds", 0.0) if mine else 0.0
-
+    saved = lambda line: job(line) == run.job and line["step"] <= run.saved_update  # noqa: E731
+    kept = [line for line in read_lines(path) if job(line) in finished or saved(line)]
+    write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+    return kept[-1].get("seconds", 0.0) if kept and job(kept[-1]) not in finished else 0.0
 def append(path: Path, line: dict[str, Any]) -> None:
     """One JSON line; what is not a finite number becomes null."""
     clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
@@ -322,7 +314,6 @@ def seed_data(task: nr.Task, c: Config) -> list[tuple[str, str]]:
     kinds = torch.rand(c.seed_demos, generator=generator).tolist()
     other = lambda k: task.propose_demo if k > 1 - c.posing else task.demo  # noqa: E731
     return [(task.judge_demo if k < c.judging else other(k))(generator) for k in kinds]
-
 def seed_model(c: Config, cache: Path) -> Transformer:
     """M1 of self_rewarding: the base, which has also learned to judge and to pose problems."""
     model, task = base_model(c, cache), make_task(c)
@@ -361,9 +352,8 @@ def scorer_model(c: Config, cache: Path) -> dict[str, torch.nn.Module]:
     return {"scorer": scorer.requires_grad_(False), "scorer_head": head.requires_grad_(False)}
 
 # ---- one job: one loop with one seed -----------------------------------------------------------
-STARTS = {"self_rewarding": seed_model, "refine": student_model}  # what a loop starts from, if not the base
+STARTS = {"self_rewarding": seed_model, "refine": student_model, "denoise": diffusion_base}  # if not from the base
 REFINERS = ("scorer", "orm", "sorm", "global", "local")
-
 def reward_models(name: str, c: Config, cache: Path) -> dict[str, Any]:
     """What the loop's reward needs in its state."""
     if "seq2seq" in (name, c.reward):
@@ -378,12 +368,29 @@ def write(name: str, state: dict, task: nr.Task, prompts: list[str], c: Config, 
     return nr.respond(state["policy"], task, prompts, c, generator)
 
 @torch.no_grad()
+def trajectory(state: dict, task: nr.Task, b: nr.Rollout, c: Config) -> tuple[torch.Tensor, ...]:
+    """How a diffusion LM wrote its responses (B, R): how sure it was of each token when it wrote it (B, R), what it
+    would have written at once before each step (B, S, R), and V(x_t) of that state by branches (B, S)."""
+    B, S, policy = len(b.order), int(b.order.max()) + 1, state["policy"]
+    row, t = (x.flatten().to(c.device) for x in torch.meshgrid(torch.arange(B), torch.arange(S), indexing="ij"))
+    canvas = nr.state_at(b.response[row], b.order[row], t, c)
+    logp = nr.log_softmax(policy.lm_head(nr.predictive_states(policy, b.prompt[row], canvas)), 1.0, c)
+    said = torch.where(canvas == c.mask, logp.argmax(-1), canvas).view(B, S, -1)
+    sure = logp.gather(-1, b.response[row][..., None]).view(B, S, -1).gather(1, b.order[:, None])[:, 0].exp()
+    more = nr.go_on(policy, b[row], t, c.branches, c, nr.rng(c.seed, "trajectory", state["update"]))
+    return sure, said, nr.verifier(state, task, more, nr.grades(task, more), c).sum(1).view(B, S, -1).mean(2)
+@torch.no_grad()
 def inside(name: str, state: dict, task: nr.Task, prompts: list[str], texts: list[str], c: Config) -> list[dict]:
-    """What the reward says within each response: of every token, or of every step (ORM and SORM)."""
+    """What the reward says within each response: of every token, of every step (ORM and SORM), of every state."""
     prompt = nr.encode_prompts(task, prompts, c).to(c.device)
     response = nr.right_pad(task.encode(texts), c.pad, c.response).to(c.device)
     b = nr.Rollout(prompt, response, nr.up_to_eos(response, c), response, torch.arange(len(texts)))
     rounded = lambda x: [round(v, 3) for v in x.tolist()]  # noqa: E731
+    if name == "denoise":  # greedy: the same responses again, now with their order
+        b = nr.sample(state["policy"], prompt, replace(c, temperature=0.0))
+        sure, said, value = trajectory(state, task, b, c)
+        return [{"order": o.tolist(), "sure": rounded(p), "said": [task.decode(y) for y in s.tolist()],
+                 "value": rounded(v)} for o, p, s, v in zip(b.order, sure, said, value, strict=True)]  # fmt: skip
     if name == "refine":
         ends = nr.prefix_ends(task, b)
         scores = nr.step_scores(state, prompt, response, ends).sigmoid()
@@ -431,9 +438,10 @@ def run_job(run: Run, name: str, seed: int) -> dict[str, Any]:
     def show(u: int) -> None:  # of 32 greedy responses up to three right and three wrong ones
         texts = write(name, state, task, dev[:32], c)
         both = [{"prompt": x, "response": y, "reward": task.grade(x, y)} for x, y in zip(dev, texts, strict=False)]
-        both = [t | more for t, more in zip(both, inside(name, state, task, dev[:32], texts, c), strict=True)]
-        for t in [t for t in both if t["reward"] == 1][:3] + [t for t in both if t["reward"] < 1][:3]:
-            append(out / "samples.jsonl", {"loop": name, "seed": seed, "step": u, **t})
+        both = [t for t in both if t["reward"] == 1][:3] + [t for t in both if t["reward"] < 1][:3]
+        more = inside(name, state, task, [t["prompt"] for t in both], [t["response"] for t in both], c)
+        for t, x in zip(both, more, strict=True):
+            append(out / "samples.jsonl", {"loop": name, "seed": seed, "step": u, **t, **x})
     def log(m: dict[str, Any]) -> None:
         u = state["update"]
         line = {"loop": name, "seed": seed, "step": u, "seconds": round(offset + time.time() - began, 3), **m}
@@ -465,7 +473,6 @@ def interval(values: list[float]) -> str:
     if len(values) == 1:
         return f"{values[0]:.3f}"
     return f"{mean(values):.3f} ± {T95[len(values) - 2] * stdev(values) / len(values) ** 0.5:.3f}"
-
 def table(results: list[dict[str, Any]]) -> str:
     """The table at the end: greedy and sampled accuracy on held-out test problems."""
     first = list({r["seed"]: r for r in reversed(results)}.values())
@@ -536,7 +543,6 @@ def train(a: argparse.Namespace) -> int:
     print(table(run.done))
     picture([run.out], run.out / "curves.png")
     return verdict(run)
-
 def verdict(run: Run) -> int:
     """Exit code of the targets: 1 if one was missed."""
     got = {name: mean(r["final"] for r in run.done if r["loop"] == name) for name in run.targets}
@@ -570,7 +576,6 @@ def sample_command(argv: list[str]) -> int:
     text = write(name, state, task, [a.prompt], c, a.temperature)[0]
     print(f"{a.prompt} {text}  {'right' if task.grade(a.prompt, text) else 'wrong'}")
     return 0
-
 def plot_command(argv: list[str]) -> int:
     """Several runs on one picture."""
     parser = Parser(prog="train_small.py plot", allow_abbrev=False)

@@ -118,6 +118,7 @@ def test_a_missed_target_exits_one(smoke, cache, tmp_path):
                         "--round-updates", 4, "--round-prompts", 32]),
     ("seq2seq", ["--updates", 12]),
     ("refine", ["--base-updates", 200, "--drafts", 200, "--refine-updates", 12]),
+    ("denoise", ["--base-updates", 200, "--diffusion-updates", 150, "--updates", 12, "--hide-prompt", 0.2]),
 ])  # fmt: skip
 def test_killed_anywhere_and_resumed_bit_for_bit(cache, tmp_path, loop, flags):
     """A real SIGKILL at a moment nobody chose, twice; then the outputs equal those of a quiet run."""
@@ -147,9 +148,10 @@ def test_killed_anywhere_and_resumed_bit_for_bit(cache, tmp_path, loop, flags):
         name = f"models/{loop}-{seed}/model.safetensors"
         assert (out / name).read_bytes() == (tmp_path / "quiet" / name).read_bytes()
     shown = lines(out / "samples.jsonl")[0]  # what the per-token pictures are drawn from
-    inner = {"ppo": {"token_rewards"}, "seq2seq": {"token_rewards"}, "refine": {"orm", "sorm"}}.get(loop, set())
+    inner = {"ppo": {"token_rewards"}, "seq2seq": {"token_rewards"}, "refine": {"orm", "sorm"},
+             "denoise": {"order", "sure", "said", "value"}}.get(loop, set())  # fmt: skip
     assert inner <= set(shown) and all(len(shown[k]) > 0 for k in inner)
-    if loop not in ("ppo", "seq2seq"):
+    if loop not in ("ppo", "seq2seq", "denoise"):
         assert min(m["pairs"] for m in lines(out / "metrics.jsonl")) > 0
     results = [json.loads((f / "summary.json").read_text())["results"] for f in (out, tmp_path / "quiet")]
     assert [r | {"seconds": 0} for r in results[0]] == [r | {"seconds": 0} for r in results[1]]
@@ -243,6 +245,12 @@ def test_the_base_cache_is_reused_and_never_stale(tmp_path, monkeypatch):
     (["seq2seq", "--planted", "flattery"], "--planted must be one of none, round, long, refusal"),
     (["seq2seq", "--planted", "long"], "--response 16 * max-ops + 4"),
     (["seq2seq", "--top", "0"], "--top must be above 0"),
+    (["denoise", "--credit", "blame"], "--credit must be one of outcome, process"),
+    (["denoise", "--credit", "shared", "--branches", "3"], "--samples must be a multiple of --branches"),
+    (["denoise", "--credit", "shared", "--branches", "1"], "--samples must be a multiple of --branches"),
+    (["denoise", "--earliest", "0.6", "--latest", "0.4"], "--earliest and --latest are shares"),
+    (["denoise", "--latest", "1.5"], "--earliest and --latest are shares"),
+    (["denoise", "--hide-prompt", "1.5"], "shares, at most 1"),
     (["iterative_dpo", "--late-temperature", "0.001"], "at least 0.01"),
     (["ppo", "--answers", "1"], "--answers must lie in"),
     (["ppo", "--look-ahead", "1.5"], "at most 1"),
