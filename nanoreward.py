@@ -1213,6 +1213,7 @@ def iterative_dpo(state: dict, task: Task, config: Config, pose: Callable = pose
             state["samples"] += len(prompt)
             if config.restart:  # ReST-EM, arXiv 2312.06585: every round trains the first model
                 policy.load_state_dict(state["first"])
+                state["optimizers"] = optimizers([policy], config.dpo_lr, config)
         # 4. update; a round without pairs teaches nothing and is over at once
         some = state["drawn"]["pairs"] > 0
         metrics = pair_update(state, config) if some else {}
@@ -1289,6 +1290,7 @@ def seq2seq(state: dict, task: Task, config: Config) -> Iterator[dict[str, Any]]
 def continuations_of(student: Transformer, draft: Rollout, ends: Tensor, c: Config) -> Pair:
     """K ways to go on from each unfinished prefix: -> which (n, 2), row and prefix; (n, K, R)."""
     which = ((ends >= 0) & (ends < ends.amax(1, keepdim=True))).nonzero()
+    which = which[ends[tuple(which.T)].argsort(stable=True)]  # like lengths are written together
     place, generator, traces = torch.arange(c.response).to(ends.device), rng(c.seed, "continue"), []
     for part in which.split(max(1, c.minibatch // c.continuations)):
         row, s = part.repeat_interleave(c.continuations, 0).unbind(1)

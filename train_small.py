@@ -446,7 +446,7 @@ def run_job(run: Run, name: str, seed: int) -> dict[str, Any]:
         u = state["update"]
         line = {"loop": name, "seed": seed, "step": u, "seconds": round(offset + time.time() - began, 3), **m}
         if u % max(c.eval_every, state["updates"] // 8) == 0 or u in (1, state["updates"]):
-            line |= {"dev_greedy": right(dev), "dev_sampled": right(dev, c.temperature)}
+            line["dev_greedy"] = right(dev)
             show(u)
             numbers = "  ".join(f"{k} {m[k]:.3f}" for k in WATCHED if k in m)
             tqdm.write(f"{job} {u:4d}  dev {line['dev_greedy']:.3f}  {numbers}")

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-KEPT = ("step", "samples", "seconds", "dev_greedy", "dev_sampled", "reward", "truth", "kl", "entropy", "length")
+KEPT = ("step", "samples", "seconds", "dev_greedy", "reward", "truth", "kl", "entropy", "length")
 
 
 def main(name: str, command: str, *folders: str) -> None:

@@ -96,13 +96,14 @@ def test_each_pass_over_a_batch_reads_the_log_probs_of_its_own_mask(monkeypatch)
     config, seen = nr.replace(FULL, hide_prompt=0.5, mu=3, minibatch=100, micro=100, updates=1), []
 
     def objective(logp, value, b, denom, c):
-        seen.append((b.hidden, float((logp - b.logp).detach().abs().max())))
+        rows = torch.cat([b.prompt, b.response, b.hidden], 1).tolist()  # each pass has an order of its own
+        seen.append((sorted(rows), float((logp - b.logp).detach().abs().max())))
         return 0.0 * logp.sum()  # nothing moves: every pass must find the ratio at 1
 
     monkeypatch.setattr(nr, "grpo_objective", objective)
     list(nr.denoise(started(config), TASK, config))
     assert len(seen) == 3 and all(off < 1e-4 for _, off in seen)
-    assert not torch.equal(seen[0][0].sum(1), seen[1][0].sum(1))
+    assert seen[0][0] != seen[1][0] != seen[2][0] != seen[0][0]
 
 
 def test_a_canvas_is_never_cut_behind_its_end():
@@ -309,6 +310,12 @@ def test_probe_every_credit_learns_what_is_paid(credit):
 
 def test_probe_coupled_masks_learn_it_too():
     assert learned(denoise.coupled)[1]["reward"] > 0.8
+
+
+def test_shared_groups_are_drawn_as_trees(monkeypatch):
+    config, drawn = nr.replace(FULL, credit="shared", updates=1), []
+    monkeypatch.setattr(nr, "sample_tree", lambda *a, **k: drawn.append(nr.sample(*a, **k)) or drawn[-1])
+    assert len(list(nr.denoise(started(config), TASK, config))) == 1 and len(drawn) == 1
 
 
 def test_micro_batches_change_nothing_but_rounding():

@@ -142,9 +142,11 @@ def test_a_restarted_round_trains_the_first_model_again():
     config = nr.replace(SMALL, restart=True, preference="sft_chosen")
     state = nr.start_rounds(rough(config), config)
     weight, first = state["policy"].lm_head.weight, state["first"]["lm_head.weight"].clone()
-    moved = []
+    moved, steps = [], []
     for _ in nr.iterative_dpo(state, Short(1, 1), config):
         moved.append(float((weight - first).detach().abs().max()))
+        steps.append(int(state["optimizers"][0].state[weight]["step"]))
+    assert steps[:4] == [1, 2, 3, 1]  # nor do Adam's moments of the last round stay
     assert moved[2] > 1.5 * moved[0] > 0  # within a round it moves away
     assert moved[3] < 0.7 * moved[2]  # and the next one starts from the first model
 

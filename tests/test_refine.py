@@ -87,7 +87,7 @@ def test_continuations_keep_their_prefix_and_leave_whole_drafts_alone():
     ends = nr.prefix_ends(TASK, draft).masked_fill(torch.tensor([0, 1, 0]).bool()[:, None], -1)
     config = nr.replace(WIDE, continuations=K, minibatch=4)
     which, traces = nr.continuations_of(student, draft, ends, config)
-    assert which.tolist() == [[0, 0], [0, 1], [0, 2], [2, 0]] and traces.shape == (4, K, 28)
+    assert which.tolist() == [[0, 0], [2, 0], [0, 1], [0, 2]] and traces.shape == (4, K, 28)  # short ones first
     for (row, s), several in zip(which.tolist(), traces, strict=True):
         n = int(ends[row, s])
         assert (several[:, :n] == draft.response[row, :n]).all()
