@@ -182,6 +182,7 @@ class Config:
     hide_prompt: float = 0.0  # share of prompt tokens that an estimate may not see
     mu: int = 2  # passes over a batch, each with its own estimate
     denoise_prompts: int = 32
+    denoise_updates: int = 25
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "smoke": dict(threads=1, min_ops=1, max_ops=1, response=12, width=32, layers=1, heads=1,
@@ -189,7 +190,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         diffusion_updates=40, prompts=8, samples=4, minibatch=16, epochs=2, updates=4, save_every=1,
         eval_every=2, rounds=3, round_updates=2, round_prompts=8, pair_batch=16, seed_demos=200,
         seed_updates=20, eval_problems=50, pairs=200, reward_updates=5, rewriter_updates=5,
-        expert_prompts=16, drafts=40, continuations=2, labels_each=16, refine_updates=4),
+        expert_prompts=16, drafts=40, continuations=2, labels_each=16, refine_updates=4,
+        denoise_updates=4),
     "laptop": {},
     "gpu": dict(max_ops=6, response=52, width=768, layers=12, heads=12, kv_heads=12, head_dim=64,
         hidden=2048, demos=200_000, base_updates=2000, base_lr=1e-3, prompts=128, samples=16,
@@ -300,7 +302,6 @@ class Attention(nn.Module):
             k, v = kv[:, :, :, : used + T]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.grouped)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
-
 class MLP(nn.Module):
     """SwiGLU. arXiv 2002.05202."""
     def __init__(self, c: Config):
@@ -310,7 +311,6 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(c.hidden, c.width, bias=False)
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
 class Block(nn.Module):
     """Pre-norm residual block."""
     def __init__(self, c: Config):
@@ -880,7 +880,6 @@ def at_end(score: Tensor, rollout: Rollout, config: Config) -> Tensor:
     last = rollout.mask.sum(1).long() - 1
     reward = torch.zeros_like(rollout.mask)
     return reward.scatter(1, last[:, None], torch.where(ended, score, config.no_eos)[:, None])
-
 def response_score(scorer: Transformer, head: Head, prompt: Tensor, response: Tensor) -> Tensor:
     """(B, P), (B, R) -> (B,): the head, unshifted, on the last real token, prompt read."""
     states = scorer.hidden(torch.cat([prompt, response], dim=1))
@@ -921,7 +920,6 @@ def agreement(state: dict, task: Task, b: Rollout, truth: Tensor, c: Config) -> 
     return reward
 
 SIGNALS: dict[str, Signal] = {"verifier": verifier, "learned": learned, "seq2seq": agreement}
-
 def rewriting_demos(task: Task, pairs: list[tuple[str, str, str]], config: Config) -> list:
     """(10) what the rewriter learns, in ids: (x, other) and (x, preferred) -> preferred."""
     x, w, y = (task.encode([pair[i] for pair in pairs]) for i in range(3))
@@ -948,7 +946,6 @@ def balance(labels: Tensor, position: Tensor, generator: torch.Generator) -> Ten
 def first_error(scores: Tensor, threshold: float) -> int:
     """The first step whose score is below the threshold; (S,) -> 0..S, S if none is."""
     return int((scores >= threshold).cumprod(0).sum())  # how many stand before it
-
 def prefix_ends(task: Task, b: Rollout) -> Tensor:
     """How many tokens each prefix of a response has, (B, S): 0, up to each step, all; then -1."""
     lengths = b.mask.sum(1).long().tolist()
@@ -1470,6 +1467,9 @@ def shared(state: dict, task: Task, b: Rollout, reward: Tensor, c: Config) -> Te
     value = (reward.view(-1, n).sum(1).repeat_interleave(n) - reward) / (n - 1)
     return denoise_advantage(reward, value, b.group, c.process_weight)[:, None] * b.mask
 CREDITS = {"outcome": outcome, "process": process, "shared": shared}
+def start_denoise(policy: Transformer, config: Config) -> dict[str, Any]:
+    """As `ppo`; the policy is a diffusion LM, and the value head idle."""
+    return start_ppo(policy, replace(config, updates=config.denoise_updates))
 def denoise(state: dict, task: Task, config: Config,
             estimate: Callable = likelihood) -> Iterator[dict[str, Any]]:
     """Denoising process reward: policy gradient for the masked-diffusion LM, with (7) as credit.
@@ -1497,4 +1497,4 @@ def denoise(state: dict, task: Task, config: Config,
 LOOPS = {"ppo": (start_ppo, ppo), "iterative_dpo": (start_rounds, iterative_dpo),
          "self_rewarding": (start_self_rewarding, self_rewarding),
          "seq2seq": (start_seq2seq, seq2seq), "refine": (start_refine, refine),
-         "denoise": (start_ppo, denoise)}
+         "denoise": (start_denoise, denoise)}

@@ -28,7 +28,8 @@ OUT = ROOT / "notebooks" / "results" / "denoise.json"
 OUTCOME = dict(credit="outcome")
 MORE = 2  # outcome_more: with so many times the updates it draws as many samples as `process` does in all
 ARMS: dict[str, dict] = {
-    "outcome": OUTCOME, "process": {}, "outcome_more": OUTCOME | dict(updates=MORE * nr.Config.updates),
+    "outcome": OUTCOME, "process": {},
+    "outcome_more": OUTCOME | dict(denoise_updates=MORE * nr.Config.denoise_updates),
     "n1": dict(branches=1), "n2": dict(branches=2), "n8": dict(branches=8), "shared": dict(credit="shared"),
     "no_indicator": dict(credit="no_indicator"), "leave_one_out": dict(credit="leave_one_out"),
     "segments": dict(credit="segments"), "fixed_t": dict(earliest=0.5, latest=0.5),
@@ -134,7 +135,7 @@ def measure(arm: str, seed: int, threads: int, cache: Path) -> dict:
     dev, test = (task.prompts(c.eval_problems, nr.rng(0, s), s) for s in ("dev", "test"))
     policy, began = front.diffusion_base(c, cache), time.time()
     found = {"base": nr.accuracy(policy, task, test, c), "base sampled": nr.accuracy(policy, task, test, c, 1.0)}
-    state, curve = nr.start_ppo(policy, c), []
+    state, curve = nr.start_denoise(policy, c), []
     for m in nr.denoise(state, task, c, coupled if arm.endswith("coupled") else nr.likelihood):
         looked = nr.accuracy(policy, task, dev, c) if state["update"] % c.eval_every == 0 else None
         curve.append([state["samples"], round(m["truth"], 4), looked])

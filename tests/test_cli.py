@@ -118,7 +118,7 @@ def test_a_missed_target_exits_one(smoke, cache, tmp_path):
                         "--round-updates", 4, "--round-prompts", 32]),
     ("seq2seq", ["--updates", 12]),
     ("refine", ["--base-updates", 200, "--drafts", 200, "--refine-updates", 12]),
-    ("denoise", ["--base-updates", 200, "--diffusion-updates", 150, "--updates", 12, "--hide-prompt", 0.2]),
+    ("denoise", ["--base-updates", 200, "--diffusion-updates", 150, "--denoise-updates", 12, "--hide-prompt", 0.2]),
 ])  # fmt: skip
 def test_killed_anywhere_and_resumed_bit_for_bit(cache, tmp_path, loop, flags):
     """A real SIGKILL at a moment nobody chose, twice; then the outputs equal those of a quiet run."""
