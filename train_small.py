@@ -31,7 +31,7 @@ import torch
 from tqdm import tqdm
 
 import nanoreward as nr
-from data import arithmetic
+from data import arithmetic, sudoku
 from nanoreward import LOOPS, Config, Transformer, UserError
 
 T95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # Student's t, two-sided, n = 2..10
@@ -72,11 +72,12 @@ def build_parser() -> Parser:
         parser.add_argument(flag, dest="field_" + f.name, type=FLAG_TYPES[f.type], metavar=f.type.upper())
     return parser
 
+TASKS = {"arithmetic": arithmetic, "sudoku": sudoku}
 ANY_SIGN = {"no_eos", "gamma", "lam", "pad", "bos", "eos", "mask"}  # these have rules of their own
 MAY_BE_ZERO = ("value_clip value_coef beta kl_target seed alpha judging posing least c_pos c_neg rewriter_beta "
-               "earliest latest process_weight hide_prompt").split()
+               "earliest latest process_weight hide_prompt look_ahead").split()
 CHOICES = {"arm": nr.ARMS, "reward": nr.SIGNALS, "preference": nr.PREFERENCES, "judge": ("own", "frozen"),
-           "planted": ("none", "round", "long", "refusal"), "credit": nr.CREDITS}
+           "planted": ("none", "round", "long", "refusal"), "credit": nr.CREDITS, "task": TASKS}
 
 def check(c: Config) -> None:
     """Refuse, before any work, what could only fail or mislead later."""
@@ -89,9 +90,10 @@ def check(c: Config) -> None:
             raise UserError(f"{flag} must be {'0 or more' if f.name in MAY_BE_ZERO else 'above 0'}, not {value}")
         if f.name in CHOICES and value not in CHOICES[f.name]:
             raise UserError(f"{flag} must be one of {', '.join(CHOICES[f.name])}, not {value!r}")
+    room = 17 if c.task == "sudoku" else (16 if c.planted == "long" else 8) * c.max_ops + 4
     rules = [
         (c.min_ops <= c.max_ops, "--min-ops must not be above --max-ops"),
-        (c.response >= 8 * c.max_ops + 4, f"--response must be at least 8 * max-ops + 4 = {8 * c.max_ops + 4}"),
+        (c.response >= room, f"--response must be at least {room}: the longest right response and its end"),
         (c.heads % c.kv_heads == 0, "--heads must be a multiple of --kv-heads"),
         (c.head_dim % 2 == 0, "--head-dim must be even (rotary pairs)"),
         (c.samples > 1 or c.arm == "gae", f"--arm {c.arm} compares samples of one prompt: --samples 2 or more"),
@@ -108,7 +110,6 @@ def check(c: Config) -> None:
          "--credit shared: --samples must be a multiple of --branches, 2 or more"),
         (c.candidates > 1, "--candidates must be at least 2: the best is set against the worst"),
         (c.threshold < 1 and c.least < 1, "--threshold and --least are probabilities: below 1"),
-        (c.planted != "long" or c.response >= 16 * c.max_ops + 4, "--planted long: --response 16 * max-ops + 4"),
         (c.causal, "--causal false: a loop chooses its model; denoise takes the masked-diffusion LM"),
         (c.kl_target == 0 or c.beta > 0, "--kl-target adapts beta by factors: give it a --beta above 0")]
     if broken := [message for holds, message in rules if not holds]:
@@ -266,13 +267,12 @@ def code_key(root: str) -> tuple[str, set[str]]:
                 read.add(node.attr)
     code = "".join(ast.dump(known[name]) for name in sorted(reached))
     return hashlib.sha256(code.encode()).hexdigest(), read & {f.name for f in fields(Config)}
-
 def cached(kind: str, root: str, c: Config, cache: Path, modules: list, batches: Callable, updates: int, lr: float,
            muon_lr: float = 0.0) -> list[torch.nn.Module]:
     """The modules, trained by `fit` once, then loaded; the key: the code and fields behind `root`, task and torch."""
     code, read = code_key(root)
     values = {name: getattr(c, name) for name in sorted(read | {"threads"})}
-    data = hashlib.sha256(Path(arithmetic.__file__).read_bytes()).hexdigest()
+    data = hashlib.sha256(Path(TASKS[c.task].__file__).read_bytes()).hexdigest()
     key = hashlib.sha256(json.dumps([code, values, data, torch.__version__]).encode()).hexdigest()
     folder = cache / f"{kind}-{key[:16]}"
     state = {"modules": modules, "optimizers": nr.optimizers(modules, lr, c, muon_lr), "update": 0}
@@ -291,6 +291,8 @@ def cached(kind: str, root: str, c: Config, cache: Path, modules: list, batches:
 
 def make_task(c: Config, careful: bool = False) -> nr.Task:
     """The task that the config names."""
+    if c.task == "sudoku":
+        return sudoku.Sudoku(careful=careful)
     return arithmetic.Arithmetic(c.min_ops, c.max_ops, c.answers, careful, planted=c.planted)
 
 def base_model(c: Config, cache: Path, careful: bool = False) -> Transformer:
@@ -298,12 +300,12 @@ def base_model(c: Config, cache: Path, careful: bool = False) -> Transformer:
     model, task = Transformer(c, nr.rng(c.seed, "init")).to(c.device), make_task(c, careful)
     kind, batches = "careful-gpt" if careful else "gpt", lambda: nr.demonstrations(model, task, c)
     return cached(kind, "base_model", c, cache, [model], batches, c.base_updates, c.base_lr, c.muon_lr)[0]
-
 def diffusion_base(c: Config, cache: Path, careful: bool = False) -> Transformer:
     """The masked-diffusion LM: the base GPT's weights, taught to look ahead on the same demonstrations."""
-    gpt, c, task = base_model(c, cache, careful), replace(c, causal=False), make_task(c, careful)
-    model = Transformer(c).to(c.device)
-    model.load_state_dict(gpt.state_dict())
+    model, task = Transformer(replace(c, causal=False), nr.rng(c.seed, "init")).to(c.device), make_task(c, careful)
+    if c.look_ahead:  # else from scratch
+        model.load_state_dict(base_model(c, cache, careful).state_dict())
+    c = replace(c, causal=False)
     kind, rates = "careful-diffusion" if careful else "diffusion", (c.diffusion_lr, c.diffusion_muon_lr)
     batches = lambda: nr.demonstrations(model, task, c)  # noqa: E731
     return cached(kind, "diffusion_base", c, cache, [model], batches, c.diffusion_updates, *rates)[0]
@@ -338,7 +340,6 @@ def rewriter_model(c: Config, cache: Path) -> Transformer:
     batches = lambda: nr.demonstrations(model, task, c, nr.rewriting_demos(task, pairs(), c))  # noqa: E731
     made = cached("rewriter", "rewriter_model", c, cache, [model], batches, c.rewriter_updates, c.base_lr, c.muon_lr)
     return made[0].requires_grad_(False)
-
 def scorer_model(c: Config, cache: Path) -> dict[str, torch.nn.Module]:
     """The learned reward: a Bradley-Terry model that starts as the base and reads preference pairs."""
     base, task = base_model(c, cache), make_task(c)

@@ -102,6 +102,14 @@ def test_a_learned_reward_is_trained_cached_and_logged_beside_the_truth(cache, t
     assert len(list(cache.glob("scorer-*"))) == 1
 
 
+def test_sudoku_runs_through_the_same_door(cache, tmp_path):
+    sudoku = ["--task", "sudoku", "--response", 17, "--block", 17, "--block-steps", 17, "--look-ahead", 0]
+    run = ["denoise", "--config", "smoke", *sudoku, "--denoise-updates", 2, "--out", tmp_path, "--cache", cache]
+    assert inside(*run) == 0
+    shown = lines(tmp_path / "samples.jsonl")[-1]
+    assert len(shown["prompt"]) == 17 and sorted(shown["order"]) == list(range(17)) and len(shown["said"]) == 17
+
+
 def test_a_missed_target_exits_one(smoke, cache, tmp_path):
     out = tmp_path / "x"
     run = ["ppo", "--config", "smoke", "--updates", 1, "--out", out, "--cache", cache]
@@ -243,7 +251,7 @@ def test_the_base_cache_is_reused_and_never_stale(tmp_path, monkeypatch):
     (["refine", "--threshold", "1.5"], "--threshold and --least are probabilities"),
     (["refine", "--continuations", "0"], "--continuations must be above 0"),
     (["seq2seq", "--planted", "flattery"], "--planted must be one of none, round, long, refusal"),
-    (["seq2seq", "--planted", "long"], "--response 16 * max-ops + 4"),
+    (["seq2seq", "--planted", "long"], "--response must be at least 52"),
     (["seq2seq", "--top", "0"], "--top must be above 0"),
     (["denoise", "--credit", "blame"], "--credit must be one of outcome, process"),
     (["denoise", "--credit", "shared", "--branches", "3"], "--samples must be a multiple of --branches"),
@@ -255,7 +263,9 @@ def test_the_base_cache_is_reused_and_never_stale(tmp_path, monkeypatch):
     (["ppo", "--answers", "1"], "--answers must lie in"),
     (["ppo", "--look-ahead", "1.5"], "at most 1"),
     (["ppo", "--arm", "grpo", "--samples", "1"], "--samples 2 or more"),
-    (["ppo", "--response", "10"], "--response must be at least"),
+    (["ppo", "--response", "10"], "--response must be at least 12"),
+    (["denoise", "--task", "sudoku", "--response", "16"], "--response must be at least 17"),
+    (["ppo", "--task", "chess"], "--task must be one of arithmetic, sudoku"),
     (["ppo", "--heads", "3", "--kv-heads", "2"], "--heads must be a multiple"),
     (["ppo", "--min-ops", "5"], "--min-ops must not be above"),
     (["ppo", "--lam", "1.5"], "0..1"),

@@ -340,6 +340,19 @@ def test_every_second_update_rehearses_as_a_gpt_and_the_others_look_further_and_
     assert seen[::2] == [0] * 5 and seen[1::2] == pytest.approx([(2 / 5) ** 2, (4 / 5) ** 2, 1, 1, 1])
 
 
+def test_without_looking_ahead_slowly_everything_is_seen_from_scratch(tmp_path, monkeypatch):
+    config, model = nr.replace(FULL, demos=40, diffusion_updates=10, look_ahead=0.0, device="cpu"), rough(FULL)
+    batch = nr.demonstrations(model, Arithmetic(1, 1), config)
+    for u in range(4):
+        rows, loss = batch(u)
+        assert model.ahead == 1.0 and loss.__name__ == "unmasking"  # nothing is rehearsed
+    monkeypatch.setattr(train_small, "base_model", lambda *a: pytest.fail("a GPT was trained"))
+    first = nr.Transformer(config, nr.rng(config.seed, "init"))
+    monkeypatch.setattr(train_small, "cached", lambda kind, root, c, cache, modules, *rest: modules)
+    made = train_small.diffusion_base(nr.replace(config, causal=True), tmp_path)
+    assert not made.config.causal and torch.equal(made.lm_head.weight, first.lm_head.weight)
+
+
 def test_fit_gives_every_update_of_a_base_the_micro_batches_of_one_batch():
     config, task = nr.replace(FULL, demos=40), Arithmetic(1, 1)
     losses = []
