@@ -411,7 +411,7 @@ def test_ratio_is_one_before_the_first_update_and_every_weight_gets_a_gradient(a
     prompt, _ = random_batch(config)
     group = torch.arange(6) // 3
     rollout = nr.sample(state["policy"], prompt, config, group=group, generator=nr.rng(0, "s"))
-    nr.annotate(state, rollout, config)
+    rollout = nr.annotate(state, rollout, config)
     logp = nr.token_logprobs(state["policy"], rollout.prompt, rollout.response, 0.7)
     assert torch.equal(logp.detach(), rollout.logp) and torch.equal(rollout.logp, rollout.ref_logp)
     reward = nr.at_end(torch.tensor([1.0, 0, 0, 1, 1, 0]), rollout, config)
@@ -487,7 +487,8 @@ def test_metrics_are_masked_and_mean_what_they_say():
     logp = torch.tensor([[-1.0, -1.0, 99.0], [-2.0, -2.0, -2.0], [-1.0, 9, 9], [-1.0, 9, 9]])
     r = nr.Rollout(response, response, mask, response, torch.tensor([0, 0, 1, 1]), logp)
     reward = torch.tensor([[0, 1.0, 0], [0, 0, -1.0], [0.5, 0, 0], [0.5, 0, 0]])
-    m = nr.rollout_metrics(r, reward, torch.tensor([1.0, 0.0, 0.0, 1.0]), TINY)
+    truth = torch.tensor([1.0, 0.0, 0.0, 1.0])
+    m = nr.rollout_metrics(r, reward, truth, nr.replace(TINY, samples=2))
     assert m == pytest.approx(
         dict(reward=0.25, truth=0.5, entropy=10 / 7, length=7 / 4, ended=0.75, flat_groups=0.5)
     )
