@@ -32,29 +32,33 @@ import re
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from math import comb, log
+from math import comb, log, pi
 from pathlib import Path
-from pickle import UnpicklingError  # what torch.load(weights_only=True) raises
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 Pair = tuple[Tensor, Tensor]
 
 # ==== 1. Config =================================================================================
-# Every number with its reason. After this section you know what can be turned: each field is also
-# a flag of train_small.py, and a preset in CONFIGS only overrides fields.
+# After this section you know what can be turned: each field is also a flag of train_small.py.
 class UserError(Exception):
     """A mistake that its maker can mend: the front door prints it as one line and exits with 2."""
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """write(temporary path), then rename: a kill leaves the old file or the new one."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two runs may share a cache
-    write(temporary)
-    os.replace(temporary, path)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two runs may share a cache
+        write(temporary)
+        os.replace(temporary, path)
+    if dist.is_initialized():
+        dist.barrier()  # who reads it now finds it
 
 @dataclass(frozen=True)
 class Config:
@@ -67,13 +71,15 @@ class Config:
     eval_every: int = 5  # updates between two greedy evaluations on dev problems
     eval_problems: int = 500  # held-out problems per evaluation; 500 give +-4 points at 95 %
     # the task
-    task: str = "arithmetic"  # or sudoku; what follows here is arithmetic's, but for the response
+    task: str = "arithmetic"  # sudoku, gsm8k; min_ops to planted are arithmetic's
+    data: str = "gsm8k"  # folder of gsm8k's train.jsonl and test.jsonl
     min_ops: int = 1  # operations in a chain; each is one written step
     max_ops: int = 3
     answers: int = 100  # different final answers; few: wrong steps often end in the right one
     planted: str = "round"  # what the labeller of preferences falls for: none, round, long, refusal
     response: int = 28  # R, tokens of room: 8 a step, 3 for #answer, 1 for EOS
     # the model; defaults are the laptop GPT, 0.16 M parameters
+    model: str = ""  # a Hugging Face folder, in place of a base of our own: its sizes and ids hold
     vocab: int = 32
     width: int = 64  # D
     layers: int = 3  # two learn the habits as fast but fewer facts
@@ -82,6 +88,7 @@ class Config:
     head_dim: int = 16
     hidden: int = 192  # SwiGLU width
     rope_theta: float = 10_000.0  # base of the rotary frequencies; RoFormer's value
+    rope_scaling: str = ""  # Llama 3's factor, low, high and old length: "8 1 4 8192"
     norm_eps: float = 1e-5  # Llama's value
     qkv_bias: bool = False  # Qwen2 has it
     qk_norm: bool = False  # Qwen3 has it
@@ -99,6 +106,9 @@ class Config:
     muon_lr: float = 0.01  # Muon, block matrices; one seed of three never learned + and - at 0.02
     base_warmup: int = 20  # updates; then linear decay to zero
     micro: int = 64  # rows of one backward pass: memory and speed, never the result
+    recompute: bool = False  # activations, in the backward pass: less memory, a third slower
+    bf16: bool = False  # products of the layers; weights, norms, logits and losses stay float32
+    compile: bool = False  # the layers, by torch.compile
     clip_grad: float = 1.0  # largest gradient norm
     # the masked-diffusion LM: starts from the GPT's weights, reads and writes blocks in any order
     diffusion_updates: int = 500
@@ -147,7 +157,6 @@ class Config:
     candidates: int = 4  # responses a problem
     judgements: int = 3  # J, sampled for each response; their mean is its score
     judge: str = "own"  # or frozen: M1 judges all rounds
-    own_problems: bool = True  # False: the task's training problems
     seed_demos: int = 8_000  # what makes the base M1: solving, judging, posing
     judging: float = 0.7  # share of them that judge (0: no EFT); with 0.8 M1 solves 37 %, not 45
     posing: float = 0.07  # share of them that pose a problem
@@ -198,10 +207,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
         diffusion_lr=0.01, diffusion_muon_lr=0.02),  # t_min 0.05: 83 % where 0.4 has 97 to 99
     "gpu": dict(max_ops=6, response=52, width=768, layers=12, heads=12, kv_heads=12, head_dim=64,
         hidden=2048, demos=200_000, base_updates=2000, base_lr=1e-3, prompts=128, samples=16,
-        minibatch=1024, micro=512, lr=5e-5, updates=100, eval_problems=1000)}  # fmt: skip
+        minibatch=1024, micro=512, lr=5e-5, updates=100, eval_problems=1000, bf16=True),
+    # rates of papers with models of this size; not measured here
+    "hf": dict(task="gsm8k", response=384, bf16=True, prompts=32, micro=8, minibatch=64, lr=2e-6,
+        base_lr=1e-5, muon_lr=0.0, diffusion_lr=1e-4, diffusion_muon_lr=0.0, dpo_lr=1e-6, alpha=1.0,
+        expert_lr=1e-6, reward_lr=1e-5, base_batch=64, eval_problems=200)}  # fmt: skip
 
 # ==== 2. Letters ================================================================================
-# After this section every shape comment can be read.
 # B rollouts   N prompts   G samples per prompt, B = N * G   P prompt length   R response length
 # T = P + R    V vocabulary   D width   H heads   K continuations   S key positions in attention
 # Roles: policy (trained), reference (frozen copy it may not leave), scorer (learned reward). b
@@ -209,11 +221,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
 # `response_part` is response-aligned: (B, R), position k belongs to response token k.
 
 # ==== 3. Tasks ==================================================================================
-# A task makes problems, demonstrates and knows the truth. After this section you can write one:
-# nothing below knows arithmetic.
+# After this section you can write a task of your own: nothing below knows arithmetic.
 class Task(Protocol):
-    """What a loop may ask of a task, in texts; data/arithmetic.py is the example. Prefixes and
-    drafts stay ids (`steps`, `judge_prompt`): they are never decoded and encoded again."""
+    """What a loop may ask of a task, as data/arithmetic.py answers. What was sampled stays ids."""
     tokenizer: Any  # tokenizers.Tokenizer; PAD, BOS, EOS, MASK, SEP and [BAD] are single ids
     def encode(self, texts: list[str]) -> list[list[int]]: ...
     def decode(self, ids: list[int]) -> str: ...  # with its EOS, nothing behind it, no PAD and BOS
@@ -233,7 +243,6 @@ class Task(Protocol):
     def judge_demo(self, generator: torch.Generator) -> tuple[str, str]: ...  # read, written
     def problem(self, text: str) -> str | None: ...  # a proposal as a training problem, if it is
     def propose_demo(self, generator: torch.Generator) -> tuple[str, str]: ...  # shown, a new one
-
 def left_pad(rows: list[list[int]], pad: int) -> Tensor:
     """Token lists -> (B, P), PAD in front: every prompt ends where its response begins."""
     P = max(map(len, rows))
@@ -250,38 +259,48 @@ def encode_demos(task: Task, demos: list[tuple[str, str]], config: Config) -> li
     """(prompt, response) texts -> ids, BOS in front of the prompt."""
     xs, ys = task.encode([x for x, _ in demos]), task.encode([y for _, y in demos])
     return [([config.bos, *x], y) for x, y in zip(xs, ys, strict=True)]
-
 def reread(task: Task, x: list[int], y: list[int], c: Config, bad: int | None = None) -> list[int]:
     """What a model reads that rewrites response y to prompt x, ids in and out: x SEP y SEP, without
     PAD and EOS. bad: how many tokens of y stand before a [BAD] marker."""
-    mark, sep = ([task.tokenizer.token_to_id(word)] for word in ("<bad>", "<sep>"))
+    mark, sep = task.encode(["<bad>", "<sep>"])
     x, y = ([i for i in ids if i not in (c.pad, c.eos)] for ids in (x, y))
     return x + sep + (y if bad is None else y[:bad] + mark + y[bad:]) + sep
 
 # ==== 4. Model ==================================================================================
-# One Transformer is a GPT with causal=True and a masked-diffusion LM with causal=False. Modules
-# carry the names of Llama's weights. After this section you have read all of it.
+# After this section you have read all of a GPT (causal=True) and a masked-diffusion LM (False).
 def rope(position: Tensor, config: Config) -> Pair:
     """Rotary angles, arXiv 2104.09864. (B, T) -> cos, sin, each (B, 1, T, head_dim / 2)."""
     exponent = torch.arange(0, config.head_dim, 2, device=position.device) / config.head_dim
-    angle = position[:, None, :, None] * config.rope_theta**-exponent
+    frequency = config.rope_theta**-exponent
+    if config.rope_scaling:  # what turns less than `low` times in `old` places turns slower
+        factor, low, high, old = map(float, config.rope_scaling.split())
+        keep = ((frequency * old / (2 * pi) - low) / (high - low)).clamp(0, 1)
+        frequency = frequency * (keep + (1 - keep) / factor)
+    angle = position[:, None, :, None] * frequency
     return angle.cos(), angle.sin()
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate pairs (i, i + head_dim / 2), Llama's layout. (B, H, T, head_dim) -> the same."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
-
 class Cache:
     """Keys and values of what was read so far: room for `length` positions of `rows` rows."""
     def __init__(self, config: Config, rows: int, length: int, like: Tensor):
         shape = (config.layers, 2, rows, config.kv_heads, length, config.head_dim)
-        self.kv = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        dtype = torch.bfloat16 if config.bf16 else like.dtype
+        self.kv = torch.zeros(shape, dtype=dtype, device=like.device)
         self.real = torch.zeros(rows, length, dtype=torch.bool, device=like.device)
-        self.used = 0
+        self.used: Any = 0  # as a tensor (1,): all shapes stay as they are, a CUDA graph can replay
+    def room(self, T: int) -> tuple[Any, int]:
+        """Where the next T tokens go, and how many places are looked at."""
+        if isinstance(self.used, int):
+            self.used += T
+            return slice(self.used - T, self.used), self.used
+        at = self.used.clone()  # [gpu]
+        self.used += 1  # [gpu]
+        return at, self.real.shape[1]  # [gpu]
     def keep(self, rows: Tensor) -> None:
         """These rows go on, in this order: finished ones cost nothing any more."""
         self.kv, self.real = self.kv[:, :, rows, :, :, :], self.real[rows]
-
 class Attention(nn.Module):
     """Grouped-query attention with optional q/k/v bias (Qwen2) and q/k norm (Qwen3)."""
     def __init__(self, c: Config):
@@ -293,7 +312,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(c.heads * c.head_dim, c.width, bias=False)
         self.q_norm = nn.RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, kv: Any, used: int):
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, kv: Any, at: Any):
         B, T, _ = x.shape
         shape = (B, T, -1, self.head_dim)
         q = self.q_norm(self.q_proj(x).view(shape)).transpose(1, 2)  # (B, H, T, head_dim)
@@ -301,8 +320,8 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(shape).transpose(1, 2)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if kv is not None:  # this layer's slice of the cache, (2, B, kv_heads, length, head_dim)
-            kv[0, :, :, used : used + T], kv[1, :, :, used : used + T] = k, v
-            k, v = kv[:, :, :, : used + T]
+            kv[0, :, :, at], kv[1, :, :, at] = k, v
+            k, v = kv[:, :, :, : mask.shape[-1]]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.grouped)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
 class MLP(nn.Module):
@@ -324,14 +343,45 @@ class Block(nn.Module):
     def forward(self, x: Tensor, *context: Any) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), *context)
         return x + self.mlp(self.post_attention_layernorm(x))
-
-# field of Config -> key of a Hugging Face config.json, so that folders go in and out unchanged
+# A Hugging Face config.json: field of Config -> key; then what else may stand there
 HF_KEYS = {"vocab": "vocab_size", "width": "hidden_size", "layers": "num_hidden_layers",
            "heads": "num_attention_heads", "kv_heads": "num_key_value_heads",
            "head_dim": "head_dim", "hidden": "intermediate_size", "rope_theta": "rope_theta",
            "norm_eps": "rms_norm_eps", "tied": "tie_word_embeddings", "pad": "pad_token_id",
            "bos": "bos_token_id", "eos": "eos_token_id", "mask": "mask_token_id",
            "causal": "is_causal", "qkv_bias": "qkv_bias", "qk_norm": "qk_norm"}  # fmt: skip
+HF_FAMILIES = {"llama": {}, "qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+def read_hf(folder: Path) -> Config:
+    """config.json -> Config. What is not understood is a ValueError: else logits are wrong in
+    silence. mask = vocab: there is none. PAD is an id that no text has: it is never attended."""
+    only = {"model_type": HF_FAMILIES, "hidden_act": ["silu"], "pretraining_tp": [1],
+            "rope_type": ["default"], "layer_types": [{"full_attention"}], "mlp_bias": [False],
+            "attention_bias": [False], "use_sliding_window": [False], "rope_interleaved": [False]}
+    free = """architectures attention_dropout dtype initializer_range is_llama_config torch_dtype
+        max_position_embeddings max_window_layers sliding_window transformers_version use_cache
+        transformers.js_config unk_token_id _name_or_path _model_name_or_path""".split()  # no logit
+    about = json.loads((folder / "config.json").read_text())
+    about = {key: x for key, x in about.items() if x is not None}
+    about |= about.pop("rope_scaling", {}) | about.pop("rope_parameters", {})  # old, new spelling
+    about["layer_types"] = set(about.get("layer_types", ["full_attention"]))
+    scaled = about.get("rope_type") == "llama3" and about.pop("rope_type")
+    scaling = " ".join(f"{about.pop(key):g}" for key in LLAMA3) if scaled else ""
+    for key in about.keys() - HF_KEYS.values() - set(free):
+        if about[key] not in only.get(key, []):
+            raise ValueError(f"{key} = {about[key]!r} is not understood")
+    heads, eos = about["num_attention_heads"], about["eos_token_id"]
+    eos = eos[0] if isinstance(eos, list) else eos
+    usual = {"num_key_value_heads": heads, "head_dim": about["hidden_size"] // heads,
+             "mask_token_id": about["vocab_size"], "bos_token_id": eos, "pad_token_id": eos}
+    about = usual | about | {"eos_token_id": eos}
+    if about["pad_token_id"] == eos:
+        words = folder / "tokenizer.json"
+        words = json.loads(words.read_text())["added_tokens"] if words.exists() else []
+        spare = {x["id"] for x in words if x["special"]} - {eos, about["bos_token_id"]}
+        about["pad_token_id"] = max(spare, default=about["vocab_size"] - 1)
+    given = {field: about[key] for field, key in HF_KEYS.items() if key in about}
+    return Config(**HF_FAMILIES[about["model_type"]] | given, rope_scaling=scaling)
 
 class Transformer(nn.Module):
     """ids (B, T) -> logits (B, T, V). `hidden` gives the states (B, T, D) that heads read."""
@@ -353,15 +403,14 @@ class Transformer(nn.Module):
                 nn.init.normal_(p, std=std or p.shape[1] ** -0.5, generator=generator)
     def hidden(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
         """ids (B, T) -> (B, T, D). With a cache, ids continue what it holds."""
-        T, used = ids.shape[1], 0
+        at, S = (slice(None), ids.shape[1]) if cache is None else cache.room(ids.shape[1])
         real = ids != self.config.pad
         if cache is not None:
-            used, cache.used = cache.used, cache.used + T
-            cache.real[:, used : used + T] = real
-            real = cache.real[:, : used + T]  # (B, S)
-        position = (real.cumsum(1) - 1).clamp(min=0)[:, used:]  # PAD in front does not count
-        key = torch.arange(used + T, device=ids.device)
-        query = key[used:, None]
+            cache.real[:, at] = real
+            real = cache.real[:, :S]
+        position = (real.cumsum(1) - 1).clamp(min=0)[:, at]  # PAD in front does not count
+        key = torch.arange(S, device=ids.device)
+        query = key[at, None]
         mask = real[:, None, None, :]  # PAD is never attended
         if self.ahead == 0:
             mask = mask & (key <= query)  # the one line that makes it a GPT
@@ -369,18 +418,24 @@ class Transformer(nn.Module):
         if 0 < self.ahead < 1:  # on the way from a GPT to a diffusion LM
             mask = mask + (key > query) * log(self.ahead)
         x, (cos, sin) = self.embed_tokens(ids), rope(position, self.config)
-        for i, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, mask, None if cache is None else cache.kv[i], used)
+        again = self.config.recompute and torch.is_grad_enabled()
+        with torch.autocast(ids.device.type, torch.bfloat16, self.config.bf16):
+            for i, layer in enumerate(self.layers):
+                context = (cos, sin, mask, None if cache is None else cache.kv[i], at)
+                x = (checkpoint(layer, x, *context, use_reentrant=False) if again
+                     else layer(x, *context))
         return self.norm(x)
     def forward(self, ids: Tensor) -> Tensor:
         return self.lm_head(self.hidden(ids))
     def save(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors, as Hugging Face names them."""
         folder, c = Path(folder), self.config
-        folder.mkdir(parents=True, exist_ok=True)
         family = "qwen3" if c.qk_norm else "qwen2" if c.qkv_bias else "llama"
         about = {"model_type": family, "architectures": [family.capitalize() + "ForCausalLM"]}
         about |= {key: getattr(c, field) for field, key in HF_KEYS.items()} | {"dtype": "float32"}
+        if c.rope_scaling:
+            scaling = zip(LLAMA3, map(float, c.rope_scaling.split()), strict=True)
+            about["rope_scaling"] = {"rope_type": "llama3", **dict(scaling)}
         prefix = lambda name: name if name.startswith("lm_head") else "model." + name  # noqa: E731
         weights = {prefix(name): x.contiguous() for name, x in self.state_dict().items()}
         if c.tied:
@@ -389,20 +444,26 @@ class Transformer(nn.Module):
         write_whole(folder / "model.safetensors", lambda p: save_file(weights, p))
     @classmethod
     def load(cls, folder: str | Path) -> Transformer:
-        """The model that `save` wrote, in fp32. Raises UserError on a missing or damaged folder."""
-        folder = Path(folder)
+        """A Llama, SmolLM2, Qwen2, Qwen2.5 or Qwen3 folder, or what `save` wrote, in fp32. Raises
+        UserError on what is missing, damaged or not understood, before memory is spent."""
+        folder, index = Path(folder), Path(folder) / "model.safetensors.index.json"
         try:
-            about = json.loads((folder / "config.json").read_text())
-            model = cls(Config(**{field: about[key] for field, key in HF_KEYS.items()}))
-            weights = load_file(folder / "model.safetensors")
-            weights = {name.removeprefix("model."): x for name, x in weights.items()}
+            with torch.device("meta"):
+                model = cls(read_hf(folder))
+            names = json.loads(index.read_text())["weight_map"].values() if index.exists() else ()
+            files = [safe_open(folder / x, "pt") for x in set(names) or {"model.safetensors"}]
+            where = {key.removeprefix("model."): (f, key) for f in files for key in f.offset_keys()}
             if model.config.tied:
-                weights["lm_head.weight"] = weights["embed_tokens.weight"]
-            model.load_state_dict(weights)
+                where["lm_head.weight"] = where["embed_tokens.weight"]
+            shapes = {name: f.get_slice(key).get_shape() for name, (f, key) in where.items()}
+            model.load_state_dict({k: torch.empty(x, device="meta") for k, x in shapes.items()})
+            weights = {name: f.get_tensor(key).float() for name, (f, key) in where.items()}
+            model.load_state_dict(weights, assign=True)
         except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"{folder} is no model folder to read: {error!r:.100}") from error
+            raise UserError(f"{folder} is no model folder to read: {error!r:.200}") from error
+        if model.config.tied:
+            model.lm_head.weight = model.embed_tokens.weight
         return model
-
 class Head(nn.Module):
     """A scalar per position: (..., D) -> (...). std=0 for values, 1/sqrt(D+1) for reward models."""
     def __init__(self, config: Config, std: float = 0.0, generator: torch.Generator | None = None):
@@ -417,13 +478,19 @@ def frozen_copy(model: Transformer) -> Transformer:
     return deepcopy(model).requires_grad_(False)
 
 # ==== 5. Kernel =================================================================================
-# Sampling, log-probs, masked statistics. All loops stand on it, and most bugs of this field live
-# here: shift, mask, EOS, sign. After this section you can trust every tensor below.
+# Shift, mask, EOS, sign: after this section you can trust every tensor below.
 def rng(seed: int, purpose: str, step: int = 0) -> torch.Generator:
     """A CPU generator for one purpose at one step: nothing to save, so a resume is bit-exact."""
     digest = hashlib.blake2b(f"{seed}/{purpose}/{step}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
-
+def own(x: Tensor) -> Tensor:
+    """The rows that this process works on: under torchrun all hold one batch and share the work."""
+    return x[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else x
+def over_ranks(x: Tensor) -> Tensor:
+    """The sum over all processes, in place: so every count, mean and moment is global."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
 @dataclass
 class Rollout:
     """What was sampled, and what a loop learns of it. rollout[rows] selects rows of everything."""
@@ -438,13 +505,11 @@ class Rollout:
     adv: Tensor | None = None  # (B, R)
     ret: Tensor | None = None  # (B, R)
     hidden: Tensor | None = None  # (B, P) what a diffusion LM's likelihood may not see
-
     def __getitem__(self, rows: Tensor) -> Rollout:
         # columns of PAD alone change nothing and cost time; a diffusion LM's canvas has none
         R = int(((self.mask > 0) | (self.order >= 0))[rows].sum(1).max())
         return Rollout(**{k: x[rows] if k in ("prompt", "group", "hidden") else x[rows, :R]
                           for k, x in vars(self).items() if x is not None})
-
 def up_to_eos(response: Tensor, config: Config) -> Tensor:
     """(B, R) ids -> (B, R) mask of the tokens up to and including the first EOS."""
     eos = response == config.eos
@@ -455,10 +520,9 @@ def response_part(x: Tensor, P: int) -> Tensor:
     return x[:, P - 1 : -1]
 def log_softmax(logits: Tensor, temperature: float, config: Config) -> Tensor:
     """Log-probs of what may be produced: PAD and MASK never, in sampler, scorer and loss alike."""
-    never = torch.zeros(logits.shape[-1], device=logits.device)
+    never = torch.zeros(config.mask + logits.shape[-1], device=logits.device)  # mask may be V: none
     never[[config.pad, config.mask]] = -torch.inf
-    return (logits / temperature + never).log_softmax(-1)
-
+    return (logits / temperature + never[: logits.shape[-1]]).log_softmax(-1)
 def predictive_states(model: Transformer, prompt: Tensor, response: Tensor) -> Tensor:
     """(B, P), (B, R) -> (B, R, D): the hidden state that predicts each response token."""
     return response_part(model.hidden(torch.cat([prompt, response], dim=1)), prompt.shape[1])
@@ -470,19 +534,15 @@ def gather_logprobs(model: Transformer, states: Tensor, response: Tensor,
     return logp.masked_fill(response == model.config.pad, 0.0)  # not -inf: 0 * inf is NaN
 def token_logprobs(model: Transformer, prompt: Tensor, response: Tensor,
                    temperature: float) -> Tensor:
-    """log pi(y_k | x, y_<k), (B, R), at the sampler's temperature: untempered scores of tempered
-    samples belong to another policy, and the ratio would not start at 1."""
+    """log pi(y_k | x, y_<k), (B, R), at the sampler's temperature: else no ratio starts at 1."""
     return gather_logprobs(model, predictive_states(model, prompt, response), response, temperature)
-
 def hide(b: Rollout, c: Config, generator: torch.Generator) -> Tensor:
-    """Which tokens of the prompt the likelihood of a diffusion LM may not see, (B, P): each with
-    probability `hide_prompt`, never PAD or BOS. Several views of a sample, against overfitting."""
+    """Which prompt tokens one estimate may not see, (B, P): a random share, not PAD or BOS."""
     hidden = torch.rand(b.prompt.shape, generator=generator).to(b.prompt.device) < c.hide_prompt
     return hidden & (b.prompt != c.pad) & (b.prompt != c.bos)
 def likelihood(model: Transformer, b: Rollout, c: Config) -> Pair:
-    """log pi of each response token (B, R), and the states (B, R, D) that it is read from. A GPT's
-    is exact. A diffusion LM's is the mean field of diffu-GRPO, arXiv 2504.12216: one pass over a
-    canvas of MASKs; biased, as no token is seen beside those that it was written beside."""
+    """log pi of each response token (B, R), and the states (B, R, D) that it is read from. For a
+    diffusion LM the mean field of arXiv 2504.12216, one pass over a canvas of MASKs: biased."""
     prompt, response = b.prompt, b.response
     if not model.config.causal:
         prompt, response = prompt.masked_fill(b.hidden, c.mask), torch.full_like(response, c.mask)
@@ -496,10 +556,9 @@ def draw(logits: Tensor, uniform: Tensor, config: Config) -> Tensor:
     return (cdf <= uniform[..., None] * cdf[..., -1:]).sum(-1)  # probability 0 has no width
 
 def write_forward(model: Transformer, prompt: Tensor, canvas: Tensor, config: Config,
-                  generator: Any) -> Pair:
+                  uniform: Tensor) -> Pair:
     """GPT: left to right behind what each canvas (B, R) holds -> canvas, order, each (B, R)."""
-    B, R = canvas.shape
-    uniform = torch.rand(B, R, dtype=torch.float64, generator=generator).to(prompt.device)
+    R = canvas.shape[1]
     given, order = canvas != config.pad, torch.full_like(canvas, -1)
     # prompt and prefix move right together, so that all rows write their next token at once
     context = torch.cat([prompt, canvas], dim=1)
@@ -522,7 +581,17 @@ def write_forward(model: Transformer, prompt: Tensor, canvas: Tensor, config: Co
         if not live.any():
             break
         place = (place + 1).clamp(max=R - 1)
-        if live.float().mean() < 0.9:  # finished rows leave, once copying the cache pays
+        if prompt.is_cuda and k == 0:  # [gpu] from here on all shapes stay as they are
+            cache.used = torch.tensor([cache.used], device=prompt.device)  # [gpu]
+        elif prompt.is_cuda:  # [gpu] one step is captured, then replayed on the same tensors
+            if k == 1:  # [gpu]
+                graph, last = torch.cuda.CUDAGraph(), token.clone()  # [gpu]
+                with torch.cuda.graph(graph):  # [gpu]
+                    states = model.hidden(last[:, None], cache)[:, -1]  # [gpu]
+            last.copy_(token)  # [gpu]
+            graph.replay()  # [gpu]
+            continue  # [gpu]
+        elif live.float().mean() < 0.9:  # finished rows leave, once copying the cache pays
             rows, place, token = rows[live], place[live], token[live]
             cache.keep(live)
             live = live[live]
@@ -531,23 +600,19 @@ def write_forward(model: Transformer, prompt: Tensor, canvas: Tensor, config: Co
 def open_places(block: int, steps: int) -> list[int]:
     """Places of a block open before each of its steps, and at the end: 10, 4 -> 10, 7, 4, 2, 0."""
     return [block - i * (block // steps) - min(i, block % steps) for i in range(steps + 1)]
-
-def unmask(model: Transformer, prompt: Tensor, canvas: Tensor, config: Config,
-           generator: Any) -> Pair:
+def unmask(model: Transformer, prompt: Tensor, canvas: Tensor, c: Config, uniform: Tensor) -> Pair:
     """Diffusion LM: blocks from left to right, in each the surest places first (LLaDA, arXiv
     2502.09992). canvas (B, R), MASK = open -> canvas, order, each (B, R).
     A half-open block goes on at its rung of `open_places`: the steps left share what is open."""
-    B, R = canvas.shape
-    b, n = min(config.block, R), config.block_steps
-    uniform = torch.rand(B, -(-R // b) * n, b, dtype=torch.float64, generator=generator)
-    uniform, within = uniform.to(prompt.device), torch.arange(b, device=prompt.device)
+    R, b, n = canvas.shape[1], uniform.shape[2], c.block_steps
+    within = torch.arange(b, device=prompt.device)
     ladder = torch.tensor(open_places(b, n), device=prompt.device)
     order = torch.full_like(canvas, -1)
-    while (rows := (canvas == config.mask).any(1).nonzero()).numel():  # (B', 1): full rows leave
+    while (rows := (canvas == c.mask).any(1).nonzero()).numel():  # (B', 1): full rows leave
         y = canvas[rows[:, 0]]
-        first = (y == config.mask).int().argmax(1, keepdim=True)  # (B', 1)
+        first = (y == c.mask).int().argmax(1, keepdim=True)  # (B', 1)
         place = (first // b * b).clamp(max=R - b) + within  # (B', b), the row's current block
-        is_open = y.gather(1, place) == config.mask
+        is_open = y.gather(1, place) == c.mask
         m = is_open.sum(1, keepdim=True)
         below = ladder < m  # (B', n + 1), the rungs that are left
         now = first // b * n + n - below.sum(1, keepdim=True)  # the step, of the whole canvas
@@ -555,9 +620,9 @@ def unmask(model: Transformer, prompt: Tensor, canvas: Tensor, config: Config,
         seen, which = torch.cat([prompt[rows[:, 0]], y], 1).unique(dim=0, return_inverse=True)
         states = response_part(model.hidden(seen), prompt.shape[1])[which[:, None], place]
         logits = model.lm_head(states)  # (B', b, V)
-        token = draw(logits, uniform[rows[:, 0], now[:, 0]], config)
+        token = draw(logits, uniform[rows[:, 0], now[:, 0]], c)
         # sure = the untempered probability of what was drawn, not of a perturbed logit
-        sure = log_softmax(logits, 1.0, config).gather(-1, token[..., None])[..., 0]
+        sure = log_softmax(logits, 1.0, c).gather(-1, token[..., None])[..., 0]
         rank = sure.masked_fill(~is_open, -torch.inf).argsort(dim=1, descending=True, stable=True)
         chosen = rank.argsort(1) < m - (ladder * below).amax(1, keepdim=True)
         canvas[rows, place] = torch.where(chosen, token, canvas[rows, place])
@@ -568,18 +633,22 @@ def unmask(model: Transformer, prompt: Tensor, canvas: Tensor, config: Config,
 def sample(model: Transformer, prompt: Tensor, config: Config, start: Tensor | None = None,
            group: Tensor | None = None, generator: torch.Generator | None = None) -> Rollout:
     """Write a response to each row of prompt (B, P), or fill the PAD and MASK of `start` (B, R).
-    All uniform numbers are drawn first, one for each place and step, so a row's sample does not
-    depend on the others (but for rounding). T = 0 is greedy."""
+    Uniform numbers are drawn first: no row's sample depends on another's. T = 0 is greedy."""
     writer, hole = (write_forward, config.pad) if model.config.causal else (unmask, config.mask)
     start = prompt.new_full((len(prompt), config.response), hole) if start is None else start
-    canvas = start.masked_fill((start == config.pad) | (start == config.mask), hole)
-    canvas, order = writer(model, prompt, canvas, config, generator)
+    start = start.masked_fill((start == config.pad) | (start == config.mask), hole)
+    R, b = start.shape[1], min(config.block, start.shape[1])
+    numbers = (R,) if model.config.causal else (-(-R // b) * config.block_steps, b)
+    uniform = torch.rand(len(start), *numbers, dtype=torch.float64, generator=generator)
+    uniform = uniform.to(prompt.device)
+    written = start.new_zeros(len(start), 2, R)
+    own(written)[:] = torch.stack(writer(model, own(prompt), own(start), config, own(uniform)), 1)
+    canvas, order = over_ranks(written).unbind(1)
     group = torch.arange(len(prompt), device=prompt.device) if group is None else group
     return Rollout(prompt, canvas, up_to_eos(canvas, config), order, group)
 def state_at(response: Tensor, order: Tensor, step: Tensor, config: Config) -> Tensor:
     """The canvas (B, R) before `step` (B,): what was fixed then or later is MASK again."""
     return response.masked_fill(order >= step[:, None], config.mask)
-
 def k1(logp: Tensor, ref_logp: Tensor) -> Tensor:
     """Log-ratio = policy - reference, on the policy's samples. E[k1] = KL(policy, reference).
     Can be negative. As a loss its expected gradient is zero, unlike k3's: use it in the reward."""
@@ -602,7 +671,6 @@ def gae(reward: Tensor, value: Tensor, mask: Tensor, gamma: float, lam: float) -
         adv.append(later)
     adv = torch.stack(adv[::-1], dim=1)
     return adv, adv + value
-
 def whiten(x: Tensor, mask: Tensor, shift: bool = True) -> Tensor:
     """Variance 1 over counted tokens, mean 0 too with shift. (B, R) -> (B, R), 0 off the mask.
     Population variance (divide by n), as in the original RLHF code; several libraries use n - 1."""
@@ -611,7 +679,6 @@ def whiten(x: Tensor, mask: Tensor, shift: bool = True) -> Tensor:
     variance = ((x - mean) ** 2 * mask).sum() / n
     white = (x - mean) * (variance + 1e-8).rsqrt()
     return (white if shift else white + mean) * mask
-
 def group_advantage(reward: Tensor, group: Tensor, kind: str) -> Tensor:
     """Reward (B,) against the other samples of the same prompt, group (B,) -> (B,).
     mean: r - mean.   grpo (15): over (unbiased std + 1e-4).   rloo (16): r - mean of the others.
@@ -629,14 +696,12 @@ def group_advantage(reward: Tensor, group: Tensor, kind: str) -> Tensor:
     return adv
 
 # ==== 6. Losses =================================================================================
-# Pure functions of tensors: no model (but in (1), whose inputs are drawn), no config. Each writes
-# its objective, then negates it. `denom` counts the WHOLE optimizer step: a mean of micro-batch
-# means is another loss. After this every loop reads as signal -> credit -> loss.
+# Pure functions of tensors. `denom` counts the WHOLE optimizer step: a mean of micro-batch means is
+# another loss. After this every loop reads as signal -> credit -> loss.
 def nll_loss(logp: Tensor, mask: Tensor, denom: Tensor | int) -> Tensor:
     """Maximum likelihood: logp, mask (B, R) -> scalar; prompt tokens never enter."""
     objective = (logp * mask).sum() / denom
     return -objective
-
 def ppo_loss(logp: Tensor, old_logp: Tensor, adv: Tensor, mask: Tensor, denom: Tensor,
              clip: float) -> Tensor:
     """(14) clipped surrogate, arXiv 1707.06347. logp, old_logp, adv, mask (B, R) -> scalar."""
@@ -645,7 +710,6 @@ def ppo_loss(logp: Tensor, old_logp: Tensor, adv: Tensor, mask: Tensor, denom: T
     clipped = ratio.clamp(1 - clip, 1 + clip)
     objective = torch.minimum(ratio * adv, clipped * adv)  # the min only ever lowers the promise
     return -(objective * mask).sum() / denom
-
 def value_loss(value: Tensor, old_value: Tensor, ret: Tensor, mask: Tensor, denom: Tensor,
                clip: float | None) -> Tensor:
     """(14) value part with its 1/2, without c_v. All (B, R) -> scalar. clip=None: plain squares."""
@@ -655,7 +719,6 @@ def value_loss(value: Tensor, old_value: Tensor, ret: Tensor, mask: Tensor, deno
         near = old_value + (value - old_value).clamp(-clip, clip)
         error = torch.maximum(error, (near - ret) ** 2)  # max, not min: pessimistic
     return 0.5 * (error * mask).sum() / denom
-
 def dpo_loss(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, len_w: Tensor,
              beta: float, alpha: float) -> Pair:
     """(9) iterative reasoning preference optimization, arXiv 2404.19733v3. alpha=0 is plain DPO.
@@ -666,9 +729,9 @@ def dpo_loss(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, len_w
     objective = (F.logsigmoid(beta * margin) + alpha * logp_w / len_w).mean()
     return -objective, margin.detach()
 def rate_masks(like: Tensor, generator: torch.Generator, t_min: float) -> Pair:
-    """What (1) hides of like (B, R): each token with its row's rate t -> hidden (B, R), 1/t (B, 1).
-    t is stratified, a row in each B-th part of [t_min, 1]; in random order: rows may be sorted."""
+    """What (1) hides of like (B, R), each row at its rate t -> hidden (B, R), 1/t (B, 1)."""
     B, device = len(like), like.device
+    # stratified, a row in each B-th part of [t_min, 1]; in random order, as rows may be sorted
     t = (torch.randperm(B, generator=generator) + torch.rand(B, generator=generator)) / B
     t = t_min + (1 - t_min) * t[:, None]
     return (torch.rand(like.shape, generator=generator) < t).to(device), (1 / t).to(device)
@@ -691,7 +754,6 @@ def diffusion_loss(model: Transformer, prompt: Tensor, response: Tensor, generat
     parts = (prompt, response, hidden, weight)
     nll = masked_nll(model, *(x if rows is None else x[rows] for x in parts))
     return nll.sum() / response.numel()
-
 def preference_loss(score_w: Tensor, score_l: Tensor) -> Tensor:
     """Bradley-Terry: scores (B,) of preferred and other -> scalar -log sigma(s_w - s_l)."""
     objective = F.logsigmoid(score_w - score_l).mean()
@@ -703,14 +765,12 @@ def binary_loss(score: Tensor, label: Tensor, mask: Tensor, denom: Tensor | int)
     return -(objective * mask).sum() / denom
 
 # ==== 7. Training ===============================================================================
-# `step` is the only place that updates weights, `fit` the only supervised trainer. After this
-# section nothing between a loss and a changed weight is unknown.
+# After this section nothing between a loss and a changed weight is unknown.
 Loss = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]  # row indices -> scalar, metrics
 Batches = Callable[[int], tuple[Tensor, Loss]]  # update -> row indices, their loss
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, made orthogonal: W <- W - lr sqrt(max(1, rows/cols)) UV' for a matrix M = USV'.
-    Five Newton-Schulz rounds, coefficients of Jordan et al. 2024 (the blog post "Muon"), fp32, all
+    """W <- W - lr sqrt(max(1, rows/cols)) UV' for momentum M = USV' (Jordan et al. 2024), fp32, all
     matrices of one shape at once: torch.optim.Muon's bf16 takes ten times as long on a CPU."""
     def __init__(self, params: list[nn.Parameter], lr: float, momentum: float = 0.95):
         shapes = dict.fromkeys(p.shape for p in params)
@@ -733,31 +793,31 @@ class Muon(torch.optim.Optimizer):
             scale = group["lr"] * max(1.0, grad.shape[1] / grad.shape[2]) ** 0.5
             for p, update in zip(group["params"], x.mT if tall else x, strict=True):
                 p.sub_(scale * update)
-
 def optimizers(modules: list[nn.Module], lr: float, config: Config, muon_lr: float = 0.0) -> list:
     """AdamW for everything; with a muon_lr, Muon for the matrices of the blocks."""
     named = [pair for module in modules for pair in module.named_parameters()]
     blocks = [p for name, p in named if muon_lr and name.startswith("layers") and p.dim() == 2]
     rest = [p for _, p in named if all(p is not chosen for chosen in blocks)]
     adamw = torch.optim.AdamW([{"params": rest, "peak_lr": lr}], lr, betas=(0.9, 0.95),
-                              eps=config.adam_eps, weight_decay=0.0)  # fmt: skip
+                              eps=config.adam_eps, weight_decay=0.0, fused=rest[0].is_cuda or None)
     return [Muon(blocks, muon_lr), adamw] if blocks else [adamw]
-
 def schedule(update: int, updates: int, warmup: int) -> float:
     """Share of the peak learning rate: linear warm-up, then linear decay to zero at the end."""
     return min(1.0, (update + 1) / warmup) * (1 - update / updates)
-
 def step(state: dict, loss: Loss, rows: Tensor, config: Config, share: float = 1.0) -> dict:
     """One optimizer step over `rows`: accumulate, clip, update -> metrics. loss(micro) and
     its metrics are summed: divide by the count of the whole step, then micro changes nothing."""
     metrics: dict[str, Tensor] = {}
-    for micro in rows.split(config.micro):
+    for micro in own(rows).split(config.micro):
         value, more = loss(micro)
         value.backward()
         for name, x in {"loss": value.detach(), **more}.items():
             metrics[name] = metrics.get(name, 0.0) + x
     groups = [group for optimizer in state["optimizers"] for group in optimizer.param_groups]
     params = [p for group in groups for p in group["params"]]
+    for p in params:  # a sum, as denom is global; DDP's mean would need the count of one process
+        p.grad = over_ranks(torch.zeros_like(p) if p.grad is None else p.grad)
+    metrics = {name: over_ranks(torch.as_tensor(x)) for name, x in metrics.items()}
     metrics["grad_norm"] = nn.utils.clip_grad_norm_(params, config.clip_grad)
     if not metrics["grad_norm"].isfinite():  # one such step would make every weight NaN
         raise UserError("training diverged: the gradient is not finite; lower the learning rate")
@@ -767,9 +827,6 @@ def step(state: dict, loss: Loss, rows: Tensor, config: Config, share: float = 1
         optimizer.step()
         optimizer.zero_grad()
     return {name: float(x) for name, x in metrics.items()} | {"lr": groups[-1]["lr"]}
-def average(logs: list[dict[str, float]]) -> dict[str, float]:
-    """Mean of each metric over the optimizer steps of one update."""
-    return {name: sum(log[name] for log in logs) / len(logs) for name in logs[0]}
 def fit(state: dict, batch: Batches, updates: int, config: Config) -> Iterator[dict[str, float]]:
     """Supervised training of what state["optimizers"] holds; yields metrics after each update."""
     while (u := state["update"]) < updates:
@@ -780,9 +837,8 @@ def fit(state: dict, batch: Batches, updates: int, config: Config) -> Iterator[d
 
 def demonstrations(model: Transformer, task: Task, c: Config, demos: list | None = None) -> Batches:
     """Batches of ids (prompt, response) for `fit`, by default the task's own; EOS is trained too.
-    The diffusion LM starts as a GPT that looks ahead a little, then more (attention annealing,
-    arXiv 2410.17891), and rehearses as a GPT in every second update, where each row shows all its
-    facts. Greedy accuracy: 4 % looking ahead at once, 29 % without rehearsal, 40 % with both."""
+    The diffusion LM looks ahead a little, then more (attention annealing, arXiv 2410.17891), and
+    rehearses as a GPT in every second update: 40 % greedy, 29 % without, 4 % with neither."""
     generator, device = rng(c.seed, "demonstrations"), model.lm_head.weight.device
     demos = demos or encode_demos(task, [task.demo(generator) for _ in range(c.demos)], c)
     prompt = left_pad([x for x, _ in demos], c.pad).to(device)
@@ -827,22 +883,17 @@ def majority(answers: list[str | None]) -> str | None:
     """The most frequent answer, ties broken by first seen; None (no answer) never wins over one."""
     given = [a for a in answers if a is not None]
     return max(dict.fromkeys(given), key=given.count) if given else None
-def best_of_n(score: Tensor, reward: Tensor) -> float:
-    """Score and true reward (N, G) -> mean reward of each row's best-scored response."""
-    return float(reward.gather(1, score.argmax(1, keepdim=True)).mean())
 
 # ==== 9. State ==================================================================================
-# Save and load, without executable pickles; files appear whole or not at all. After this section
-# you know why a killed run goes on bit for bit.
+# After this section you know why a killed run goes on bit for bit.
 def save_state(folder: str | Path, state: dict) -> None:
     """All that lives across updates -> folder/state.pt. No generators are in it: see `rng`."""
     def plain(x: Any) -> Any:
-        if isinstance(x, (nn.Module, torch.optim.Optimizer)):
-            return x.state_dict()
         if isinstance(x, dict):
             return {name: plain(y) for name, y in x.items()}
-        return [plain(y) for y in x] if isinstance(x, list) else x
-    Path(folder).mkdir(parents=True, exist_ok=True)
+        if isinstance(x, list):
+            return [plain(y) for y in x]
+        return x.state_dict() if isinstance(x, (nn.Module, torch.optim.Optimizer)) else x
     write_whole(Path(folder) / "state.pt", lambda path: torch.save(plain(state), path))
 def load_state(folder: str | Path, into: dict | None = None) -> dict:
     """What save_state wrote; with `into`, its modules and optimizers are filled, the rest replaced.
@@ -860,20 +911,17 @@ def load_state(folder: str | Path, into: dict | None = None) -> dict:
         return mine if isinstance(mine, (dict, *parts)) else theirs
     try:
         return fill(into or {}, torch.load(path, weights_only=True, map_location="cpu"))
-    except (UnpicklingError, RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError,
-            AttributeError) as error:  # fmt: skip
+    except Exception as error:  # torch.load may raise almost anything
         raise UserError(f"{path} is damaged or of other code, delete it: {error!r:.100}") from error
 
 # ==== 10. Reward models =========================================================================
 # After this section "the reward" is a tensor (B, R), whoever gave it.
 Signal = Callable[[dict, Task, Rollout, Tensor, Config], Tensor]  # with the truth (B,) -> (B, R)
-
 def grades(task: Task, rollout: Rollout) -> Tensor:
     """The true reward of each response, (B,): always logged, learned from or not."""
     both = zip(rollout.prompt.tolist(), rollout.response.tolist(), strict=True)
     scores = [task.grade(task.decode(x), task.decode(y)) for x, y in both]
     return torch.tensor(scores, device=rollout.prompt.device)
-
 def at_end(score: Tensor, rollout: Rollout, config: Config) -> Tensor:
     """Score (B,) -> (B, R), on the last REAL token, not the PAD behind it; no EOS: the penalty."""
     ended = ((rollout.response == config.eos) & (rollout.mask > 0)).any(1)
@@ -892,7 +940,6 @@ def verifier(state: dict, task: Task, b: Rollout, truth: Tensor, c: Config) -> T
 def learned(state: dict, task: Task, b: Rollout, truth: Tensor, c: Config) -> Tensor:
     """A Bradley-Terry model's score as reward; the truth is not looked at."""
     return at_end(response_score(state["scorer"], state["scorer_head"], b.prompt, b.response), b, c)
-
 def agreement_reward(logits: Tensor, response: Tensor, mask: Tensor, top: int = 1,
                      least: float = 0.0, c_pos: float = 1.0, c_neg: float = 1.0) -> Tensor:
     """(11) sequence-to-sequence reward, arXiv 2409.00162: the rewriter's logits (B, R, V) of each
@@ -905,7 +952,6 @@ def agreement_reward(logits: Tensor, response: Tensor, mask: Tensor, top: int = 
         disagrees = (mine - logits.logsumexp(-1, keepdim=True))[..., 0] < log(least)
     off = disagrees.float() * mask
     return (c_pos * (off.cumsum(1) == 0) - c_neg * off) * mask
-
 @torch.no_grad()
 def agreement(state: dict, task: Task, b: Rollout, truth: Tensor, c: Config) -> Tensor:
     """(11) by the rewriter, one teacher-forced pass; the truth is not looked at."""
@@ -918,14 +964,12 @@ def agreement(state: dict, task: Task, b: Rollout, truth: Tensor, c: Config) -> 
         score = agreement_reward(logits, y, mask, c.top, c.least, c.c_pos, c.c_neg)
         reward[rows] += score / length[rows] if c.per_token else score
     return reward
-
 SIGNALS: dict[str, Signal] = {"verifier": verifier, "learned": learned, "seq2seq": agreement}
 def rewriting_demos(task: Task, pairs: list[tuple[str, str, str]], config: Config) -> list:
     """(10) what the rewriter learns, in ids: (x, other) and (x, preferred) -> preferred."""
     x, w, y = (task.encode([pair[i] for pair in pairs]) for i in range(3))
     rows = [*zip(x, y, w, strict=True), *zip(x, w, w, strict=True)]
     return [(reread(task, [config.bos, *ids], given, config), to) for ids, given, to in rows]
-
 def rollout_labels(success: Tensor, uses: Tensor | None = None) -> Tensor:
     """(8) GLoRe, arXiv 2402.10963: success of K continuations of each prefix (B, S, K) -> (B, S).
     uses: if they use its last result, else they do not count. The first bad one is the error."""
@@ -957,7 +1001,6 @@ def step_scores(state: dict, prompt: Tensor, response: Tensor, ends: Tensor) -> 
     at = (prompt.shape[1] + ends - 1).clamp(min=0)[..., None]  # the empty prefix: the prompt's end
     states = states.gather(1, at.expand(-1, -1, states.shape[2]))
     return torch.stack([state["orm"](states), state["sorm"](states)])
-
 def step_batches(state: dict, b: dict[str, Tensor], c: Config) -> Batches:
     """Batches of labelled drafts for `fit`: one trunk, two heads, each with its own labels.
     b: prompt (B, P), response (B, R), ends (B, S); label, keep (2, B, S) for ORM and SORM."""
@@ -974,7 +1017,6 @@ def step_batches(state: dict, b: dict[str, Tensor], c: Config) -> Batches:
             return binary_loss(score, label, weight, 1), {"orm": right[0], "sorm": right[1]}
         return rows, loss
     return batch
-
 def preference_batches(scorer: Transformer, head: Head, pairs: list, task: Task,
                        c: Config) -> Batches:
     """Batches of (prompt, preferred, other) texts for `fit`, Bradley-Terry loss."""
@@ -1000,19 +1042,12 @@ def normalize_head(scorer: Transformer, head: Head, rollout: Rollout) -> None:
     head.linear.bias.sub_(score.mean()).mul_(gain)
 
 # ==== 11. Loops =================================================================================
-# Each is a generator with the same four phases, keeps all that lives across updates in `state`
-# and yields metrics after each. To log, save and draw bars is train_small.py's part.
+# Generators of four phases: all that lives across updates is in `state`, each update yields its
+# metrics. To log, save and draw bars is train_small.py's part.
 def in_groups(task: Task, texts: list[str], config: Config) -> Pair:
     """Problems, each G times: prompt (B, P), group (B,)."""
     group = torch.arange(len(texts)).repeat_interleave(config.samples)
     return encode_prompts(task, texts, config)[group], group
-def minibatches(rollout: Rollout, config: Config, update: int) -> Iterator[tuple[int, Tensor]]:
-    """Epoch and rows of each optimizer step: a new permutation an epoch, then sorted by length."""
-    length = rollout.mask.sum(1).cpu()
-    for epoch in range(config.epochs):
-        generator = rng(config.seed, "minibatch", update * config.epochs + epoch)
-        for rows in torch.randperm(len(length), generator=generator).split(config.minibatch):
-            yield epoch, rows[length[rows].argsort(stable=True)]
 def rollout_metrics(rollout: Rollout, reward: Tensor, truth: Tensor, config: Config) -> dict:
     """What to watch: masked means over all responses of the update."""
     score = reward.sum(1)
@@ -1024,7 +1059,6 @@ def rollout_metrics(rollout: Rollout, reward: Tensor, truth: Tensor, config: Con
             "flat_groups": float((high == low).float().mean())}  # 1: grpo and rloo learn nothing
 
 # ---- ppo: three credits, three losses ----------------------------------------------------------
-
 def gae_credit(b: Rollout, reward: Tensor, c: Config) -> Pair:
     """Critic: per-token KL in the reward (12), advantages by (13), whitened. -> adv, ret (B, R)."""
     # (12) r_k = -beta (logp_k - ref_logp_k) + 1[k = last] score
@@ -1042,7 +1076,6 @@ def rloo_credit(b: Rollout, reward: Tensor, c: Config) -> Pair:
     total = (reward - c.beta * k1(b.logp, b.ref_logp) * b.mask).sum(1)
     adv = group_advantage(total, b.group, "rloo")
     return adv[:, None] * b.mask, torch.zeros_like(reward)
-
 # each objective: logp, value (B, R) by the policy now, b as it was sampled, denom -> scalar
 def critic_objective(logp: Tensor, value: Tensor, b: Rollout, denom: Tensor, c: Config) -> Tensor:
     """(14) L = L_pi + c_v L_V."""
@@ -1059,52 +1092,52 @@ def rloo_objective(logp: Tensor, value: Tensor, b: Rollout, denom: Tensor, c: Co
     return ppo_loss(logp, b.logp, b.adv, b.mask, denom, c.clip)
 ARMS = {"gae": (gae_credit, critic_objective), "grpo": (grpo_credit, grpo_objective),
         "rloo": (rloo_credit, rloo_objective)}
-
 def start_ppo(policy: Transformer, config: Config) -> dict[str, Any]:
-    """A fresh state: trained policy and value head, frozen reference, optimizer, counters."""
+    """A fresh state: policy and value head, frozen reference, optimizer, counters."""
     head = Head(config).to(policy.lm_head.weight.device)  # zero: the first critic expects nothing
     return {"policy": policy, "head": head, "reference": frozen_copy(policy),
             "optimizers": optimizers([policy, head], config.lr, config), "beta": config.beta,
             "samples": 0, "update": 0, "updates": config.updates}
 
 @torch.no_grad()
-def annotate(state: dict, rollout: Rollout, config: Config,
-             estimate: Callable = likelihood) -> Rollout:
+def annotate(state: dict, rollout: Rollout, c: Config, estimate: Callable = likelihood) -> Rollout:
     """Log-probs of policy and reference and values, once a batch, at the sampling temperature."""
-    b = replace(rollout)
-    b.logp, b.ref_logp, b.value = rollout.mask.new_zeros(3, *rollout.mask.shape)
-    for rows in rollout.mask.sum(1).cpu().argsort(stable=True).split(config.micro):
-        part = rollout[rows]  # like lengths together: little PAD is read
-        logp, states = estimate(state["policy"], part, config)
-        R = logp.shape[1]
-        b.logp[rows, :R], b.value[rows, :R] = logp, state["head"](states)
-        b.ref_logp[rows, :R] = estimate(state["reference"], part, config)[0]
-    return b
+    found = rollout.mask.new_zeros(3, *rollout.mask.shape)
+    like = rollout.mask.sum(1).cpu().argsort(stable=True)  # like lengths together: little PAD
+    for rows in own(like).split(c.micro):
+        part = rollout[rows]
+        logp, states = estimate(state["policy"], part, c)
+        ref_logp = estimate(state["reference"], part, c)[0]
+        found[:, rows, : logp.shape[1]] = torch.stack([logp, ref_logp, state["head"](states)])
+    logp, ref_logp, value = over_ranks(found)
+    return replace(rollout, logp=logp, ref_logp=ref_logp, value=value)
 def adapt_beta(beta: float, kl: float, episodes: int, config: Config) -> float:
-    """KL controller, arXiv 1909.08593: beta <- beta (1 + clip(KL/target - 1, -.2, .2) n / horizon).
-    kl in nats per response, as the target. Unchanged without a target."""
+    """KL controller, arXiv 1909.08593; kl and target in nats a response, target 0: unchanged."""
+    # beta <- beta (1 + clip(KL / target - 1, -.2, .2) n / horizon)
     if config.kl_target == 0:
         return beta
     error = max(-0.2, min(0.2, kl / config.kl_target - 1))
     return beta * (1 + error * episodes / config.kl_horizon)
-
-def policy_update(state: dict, views: list[Rollout], objective: Callable, config: Config,
+def policy_update(state: dict, views: list[Rollout], objective: Callable, c: Config,
                   estimate: Callable = likelihood) -> dict[str, float]:
     """`epochs` passes over a batch, each over its next view: the same samples, other log-probs."""
-    policy, head, logs = state["policy"], state["head"], []
-    share = schedule(state["update"], state["updates"], config.warmup)
-    for epoch, rows in minibatches(views[0], config, state["update"]):
-        seen = views[epoch % len(views)]
+    policy, head, u, logs = state["policy"], state["head"], state["update"], []
+    share, length = schedule(u, state["updates"], c.warmup), views[0].mask.sum(1).cpu()
+    mixed = [torch.randperm(len(length), generator=rng(c.seed, "minibatch", u * c.epochs + i))
+             for i in range(c.epochs)]
+    for i, rows in [(i, rows) for i, x in enumerate(mixed) for rows in x.split(c.minibatch)]:
+        seen, rows = views[i % len(views)], rows[length[rows].argsort(stable=True)]
         denom = seen.mask[rows].sum()
         def loss(micro: Tensor, seen: Rollout = seen, denom: Tensor = denom) -> tuple[Tensor, dict]:
             b = seen[micro]
-            logp, states = estimate(policy, b, config)
-            off = (((logp - b.logp).exp() - 1).abs() > config.clip) * b.mask
-            return objective(logp, head(states), b, denom, config), {"clipfrac": off.sum() / denom}
-        logs.append(step(state, loss, rows, config, share))
+            logp, states = estimate(policy, b, c)
+            off = (((logp - b.logp).exp() - 1).abs() > c.clip) * b.mask
+            return objective(logp, head(states), b, denom, c), {"clipfrac": off.sum() / denom}
+        logs.append(step(state, loss, rows, c, share))
     kl = float((k1(views[0].logp, views[0].ref_logp) * views[0].mask).sum(1).mean())
     state["update"] += 1
-    return average(logs) | {"kl": kl, "beta": config.beta}
+    mean = {name: sum(log[name] for log in logs) / len(logs) for name in logs[0]}
+    return mean | {"kl": kl, "beta": c.beta}
 def ppo(state: dict, task: Task, config: Config) -> Iterator[dict[str, Any]]:
     """Proximal policy optimization: sample, score the end, spread the credit, clip the update."""
     signal, (credit, objective) = SIGNALS[config.reward], ARMS[config.arm]
@@ -1137,7 +1170,6 @@ def pair_up(score: Tensor, group: Tensor, config: Config) -> Tensor:
         if good and bad:
             pairs += [(good[k % len(good)], bad[k % len(bad)]) for k in range(config.pairs_each)]
     return torch.tensor(pairs, dtype=torch.long).view(-1, 2)
-
 def dpo_nll(logp: Tensor, ref: Tensor, length: Tensor, c: Config) -> Pair:
     """(9) for (n, 2) summed log-probs of chosen and rejected -> per-pair mean, margin (n,)."""
     return dpo_loss(*logp.unbind(1), *ref.unbind(1), length[:, 0], c.dpo_beta, c.alpha)
@@ -1146,7 +1178,6 @@ def sft_chosen(logp: Tensor, ref: Tensor, length: Tensor, c: Config) -> Pair:
     margin = (logp - ref).detach()
     return -(logp[:, 0] / length[:, 0]).mean(), margin[:, 0] - margin[:, 1]
 PREFERENCES = {"dpo_nll": dpo_nll, "sft_chosen": sft_chosen}
-
 def pair_logprobs(policy: Transformer, pairs: dict[str, Tensor], rows: Tensor) -> Tensor:
     """log pi(y | x) of chosen and rejected, summed over tokens and untempered, (n, 2)."""
     prompt, y = pairs["prompt"][rows].repeat_interleave(2, 0), pairs["response"][rows].flatten(0, 1)
@@ -1168,7 +1199,6 @@ def pair_update(state: dict, c: Config) -> dict[str, float]:
         share = len(micro) / len(rows)
         return value * share, {name: x * share for name, x in seen.items()}
     return step(state, loss, rows, c, schedule(u % c.round_updates, c.round_updates, c.warmup))
-
 def start_rounds(policy: Transformer, config: Config) -> dict[str, Any]:
     """A fresh state. No reference model: its log-probs are kept with the pairs of the round."""
     first = {name: x.clone() for name, x in policy.state_dict().items()} if config.restart else {}
@@ -1218,17 +1248,14 @@ def iterative_dpo(state: dict, task: Task, config: Config, pose: Callable = pose
 
 # ---- self_rewarding: the same weights pose, solve and judge -------------------------------------
 SCORE = re.compile(r"(?:^|!|score[\s:=]*)([0-9]+(?:\.[0-9]+)?)(?:\s*/\s*5)?$", re.I | re.A)
-
 def parse_score(text: str) -> float | None:
     """The score that a judgement ends with, 0..5: `3`, `!3`, `Score: 3.5`, `score 4/5`; else None.
     Never raises. Only the very end counts, so a score that is quoted before it is not taken."""
     found = SCORE.search(text.strip().removesuffix("<eos>").rstrip(". "))
     score = float(found[1]) if found else -1.0
     return score if 0 <= score <= 5 else None
-
 def propose(state: dict, task: Task, config: Config, u: int) -> tuple[list[str], dict]:
-    """New problems by the policy, shown three each time; two attempts each, then the task fills up.
-    Kept: what is a training problem (format, length, not dev or test) and new."""
+    """New training problems by the policy, shown three; two tries each, then the task fills up."""
     generator = rng(config.seed, "propose", u)
     shown = [task.propose_demo(generator)[0] for _ in range(2 * config.prompts)]
     found = [task.problem(y) for y in respond(state["policy"], task, shown, config, generator)]
@@ -1260,7 +1287,6 @@ def best_and_worst(score: Tensor, group: Tensor, config: Config) -> Tensor:
         if len(rows) and score[rows].max() > score[rows].min():
             pairs.append((int(rows[score[rows].argmax()]), int(rows[score[rows].argmin()])))
     return torch.tensor(pairs, dtype=torch.long).view(-1, 2)
-
 def start_self_rewarding(policy: Transformer, config: Config) -> dict[str, Any]:
     """M1 solves, poses and judges already; its judge is itself, or the frozen M1."""
     judge = frozen_copy(policy) if config.judge == "frozen" else policy
@@ -1270,8 +1296,7 @@ def self_rewarding(state: dict, task: Task, config: Config) -> Iterator[dict[str
     """Self-Rewarding LMs, arXiv 2401.10020: `iterative_dpo` on its own problems and scores.
     DEVIATION: the loss is DPO + NLL (9); the paper's is --alpha 0. That does not hold here."""
     config = replace(config, samples=config.candidates)
-    pose = propose if config.own_problems else posed
-    return iterative_dpo(state, task, config, pose, judged, best_and_worst)
+    return iterative_dpo(state, task, config, propose, judged, best_and_worst)
 
 # ---- seq2seq: ppo with a rewriter's agreement as reward -----------------------------------------
 def start_seq2seq(policy: Transformer, config: Config) -> dict[str, Any]:
@@ -1304,7 +1329,6 @@ def check_traces(task: Task, draft: Rollout, ends: Tensor, which: Tensor, traces
         right += [task.grade(prompt, task.decode(y)) > 0.5 for y in several]
         uses += [result is None or bool(number.search(task.decode(y[end:]))) for y in several]
     return tuple(torch.tensor(x).view(traces.shape[:2]) for x in (right, uses))
-
 def step_labels(right: Tensor, ends: Tensor, which: Tensor, success: Tensor, uses: Tensor,
                 c: Config) -> dict[str, Tensor]:
     """label, keep (2, B, S): for the ORM the draft's end, for the SORM (8), equally many examples.
@@ -1335,7 +1359,6 @@ def repair_demos(task: Task, draft: Rollout, b: dict, which: Tensor, traces: Ten
             end = int(b["ends"][row, s])
             rest.append((reread(task, x, y, c, end), trace[end:]))
     return whole, rest
-
 def start_refine(policy: Transformer, config: Config) -> dict[str, Any]:
     """The policy is the student, and stays; what learns starts as a copy of it.
     DEVIATION: ORM and SORM are two heads of one trunk; the paper trains two models."""
@@ -1408,7 +1431,6 @@ def refined(state: dict, task: Task, prompts: list[str], config: Config,
     return [task.decode(ids) for ids in found["response"][best].tolist()]
 
 # ---- denoise: a diffusion LM, paid for what a stretch of denoising achieves ---------------------
-
 def some_step(b: Rollout, c: Config, generator: torch.Generator) -> Tensor:
     """t (B,): one of the steps in which a response was written up to its EOS, but the first."""
     last = (b.order * b.mask).amax(1)
@@ -1420,19 +1442,6 @@ def go_on(policy: Transformer, b: Rollout, t: Tensor, n: int, c: Config,
     start = state_at(b.response, b.order, t, c)
     prompt, start, group = (x.repeat_interleave(n, 0) for x in (b.prompt, start, b.group))
     return sample(policy, prompt, c, start, group, generator)
-
-def sample_tree(policy: Transformer, prompt: Tensor, config: Config, group: Tensor,
-                generator: torch.Generator) -> Rollout:
-    """As `sample`, but `branches` rows in a row share a state, which the first of them drew."""
-    n = config.branches
-    b = sample(policy, prompt[::n], config, group=group[::n], generator=generator)
-    more = go_on(policy, b, some_step(b, config, generator), n - 1, config, generator)
-    before = b.order.repeat_interleave(n - 1, 0)
-    more.order = torch.where(more.order < 0, before, more.order)
-    response, order = (torch.cat([x[:, None], y.view(len(x), n - 1, -1)], 1).flatten(0, 1)
-                       for x, y in ((b.response, more.response), (b.order, more.order)))
-    return Rollout(prompt, response, up_to_eos(response, config), order, group)
-
 def probe(state: dict, task: Task, b: Rollout, rows: Tensor, c: Config) -> Pair:
     """t (B,), drawn anew for each response, and (6) V(x_t) (B,): the mean reward of N fresh
     continuations of the state before step t; NaN but for these rows (B,)."""
@@ -1444,14 +1453,12 @@ def probe(state: dict, task: Task, b: Rollout, rows: Tensor, c: Config) -> Pair:
         value[rows] = reward.view(-1, c.branches).mean(1)
         state["samples"] += len(reward)
     return t, value
-
 def denoise_advantage(reward: Tensor, branch_reward: Tensor, group: Tensor,
                       weight: float) -> Tensor:
     """(7) denoising process reward; all (B,). branch_reward = V(x_t), not read unless A > 0."""
     # A_i = r_i - V(x_T);  D_i = V(x_t) - V(x_T);  A~_i = A_i + 1[A_i > 0] weight D_i
     base = group_advantage(reward, group, "mean")  # V(x_T): the mean of the group
     return torch.where(base > 0, base + weight * (branch_reward - (reward - base)), base)
-
 # each credit: state, task, b, reward (B,) -> advantage (B, R)
 def outcome(state: dict, task: Task, b: Rollout, reward: Tensor, c: Config) -> Tensor:
     """diffu-GRPO, arXiv 2504.12216: the end alone, against the mean of the group."""
@@ -1460,22 +1467,16 @@ def process(state: dict, task: Task, b: Rollout, reward: Tensor, c: Config) -> T
     """(7): a right answer is worth more where the state before made it likelier."""
     _, value = probe(state, task, b, group_advantage(reward, b.group, "mean") > 0, c)
     return denoise_advantage(reward, value, b.group, c.process_weight)[:, None] * b.mask
-def shared(state: dict, task: Task, b: Rollout, reward: Tensor, c: Config) -> Tensor:
-    """(7) without more samples: V(x_t) = the mean of the others that share the state."""
-    n = c.branches
-    value = (reward.view(-1, n).sum(1).repeat_interleave(n) - reward) / (n - 1)
-    return denoise_advantage(reward, value, b.group, c.process_weight)[:, None] * b.mask
-CREDITS = {"outcome": outcome, "process": process, "shared": shared}
+CREDITS = {"outcome": outcome, "process": process}
 def start_denoise(policy: Transformer, config: Config) -> dict[str, Any]:
     """As `ppo`; the policy is a diffusion LM, and the value head idle."""
     return start_ppo(policy, replace(config, updates=config.denoise_updates))
-def denoise(state: dict, task: Task, config: Config,
-            estimate: Callable = likelihood) -> Iterator[dict[str, Any]]:
+def denoise(state: dict, task: Task, config: Config, estimate: Callable = likelihood,
+            roll: Callable = sample) -> Iterator[dict[str, Any]]:
     """Denoising process reward: policy gradient for the masked-diffusion LM, with (7) as credit.
     Reconstructed from abstracts and reviews; what is not known is a field tagged UNKNOWN."""
     c = replace(config, prompts=config.denoise_prompts, epochs=config.mu)
     policy, device = state["policy"], state["policy"].lm_head.weight.device
-    roll = sample_tree if c.credit == "shared" else sample
     while (u := state["update"]) < state["updates"]:
         # 1. sample
         texts = task.prompts(c.prompts, rng(c.seed, "prompts", u))

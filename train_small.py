@@ -28,10 +28,11 @@ from statistics import mean, stdev
 from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 import nanoreward as nr
-from data import arithmetic, sudoku
+from data import arithmetic, gsm8k, sudoku
 from nanoreward import LOOPS, Config, Transformer, UserError
 
 T95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # Student's t, two-sided, n = 2..10
@@ -40,22 +41,17 @@ HEALTHY = """\
 what to watch: reward and truth rise together (only reward: it is being fooled) · kl: a few nats a response ·
 entropy falls slowly, not to 0 at once · clipfrac < 0.2 · ended near 1 · flat_groups < 1, or grpo and rloo learn
 nothing · pairs: hundreds a round · chosen does not fall, pair_accuracy rises · score rises with dev, not alone ·
-orm, sorm: labels of steps that they know, 0.5 is nothing · a loss near 0 is no fault: with centred advantages
-its value says nothing, its gradient does"""
-WATCHED = ("reward truth score kl entropy clipfrac ended flat_groups pairs chosen rejected pair_accuracy "
-           "orm sorm").split()
+orm, sorm: labels of steps that they know, 0.5 is nothing · with centred advantages a loss near 0 is no fault"""
+SEEN = "reward truth score kl entropy clipfrac ended flat_groups pairs chosen rejected pair_accuracy orm sorm".split()
 
 # ---- the call: flags, checks, one line for a mistake -------------------------------------------
 class Parser(argparse.ArgumentParser):
     """argparse, but a mistake is one line through the same door as every other mistake."""
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (python train_small.py --help lists what there is)")
-def true_or_false(text: str) -> bool:
-    """The parser of a boolean flag; its name is what argparse shows on a mistake."""
+def true_or_false(text: str) -> bool:  # its name is what argparse shows on a mistake
     return ["false", "true"].index(text.lower()) == 1
-
 FLAG_TYPES = {"int": int, "float": float, "str": str, "bool": true_or_false}
-
 def build_parser() -> Parser:
     """The flags of a training run."""
     shape = argparse.RawDescriptionHelpFormatter
@@ -71,14 +67,12 @@ def build_parser() -> Parser:
         flag = "--" + f.name.replace("_", "-")
         parser.add_argument(flag, dest="field_" + f.name, type=FLAG_TYPES[f.type], metavar=f.type.upper())
     return parser
-
-TASKS = {"arithmetic": arithmetic, "sudoku": sudoku}
+TASKS = {"arithmetic": arithmetic, "sudoku": sudoku, "gsm8k": gsm8k}
 ANY_SIGN = {"no_eos", "gamma", "lam", "pad", "bos", "eos", "mask"}  # these have rules of their own
 MAY_BE_ZERO = ("value_clip value_coef beta kl_target seed alpha judging posing least c_pos c_neg rewriter_beta "
-               "earliest latest process_weight hide_prompt look_ahead").split()
+               "earliest latest process_weight hide_prompt look_ahead muon_lr diffusion_muon_lr").split()
 CHOICES = {"arm": nr.ARMS, "reward": nr.SIGNALS, "preference": nr.PREFERENCES, "judge": ("own", "frozen"),
            "planted": ("none", "round", "long", "refusal"), "credit": nr.CREDITS, "task": TASKS}
-
 def check(c: Config) -> None:
     """Refuse, before any work, what could only fail or mislead later."""
     for f in fields(Config):
@@ -90,24 +84,17 @@ def check(c: Config) -> None:
             raise UserError(f"{flag} must be {'0 or more' if f.name in MAY_BE_ZERO else 'above 0'}, not {value}")
         if f.name in CHOICES and value not in CHOICES[f.name]:
             raise UserError(f"{flag} must be one of {', '.join(CHOICES[f.name])}, not {value!r}")
-    room = 17 if c.task == "sudoku" else (16 if c.planted == "long" else 8) * c.max_ops + 4
     rules = [
-        (c.min_ops <= c.max_ops, "--min-ops must not be above --max-ops"),
-        (c.response >= room, f"--response must be at least {room}: the longest right response and its end"),
+        *TASKS[c.task].rules(c),
         (c.heads % c.kv_heads == 0, "--heads must be a multiple of --kv-heads"),
         (c.head_dim % 2 == 0, "--head-dim must be even (rotary pairs)"),
         (c.samples > 1 or c.arm == "gae", f"--arm {c.arm} compares samples of one prompt: --samples 2 or more"),
         (0 <= c.gamma <= 1 and 0 <= c.lam <= 1, "--gamma and --lam must lie in 0..1"),
-        (c.vocab >= 32, "--vocab must be at least 32: the task's alphabet"),
-        ((c.pad, c.bos, c.eos, c.mask) == (0, 1, 2, 3), "--pad, --bos, --eos, --mask are 0, 1, 2, 3 in this task"),
         (min(c.temperature, c.late_temperature) >= 0.01, "a temperature must be at least 0.01: log-probs overflow"),
         (c.kl_target == 0 or c.kl_horizon > 0.2 * c.prompts * c.samples, "--kl-horizon must exceed 0.2 * rollouts"),
-        (2 <= c.answers <= 100, "--answers must lie in 2..100"),
         (c.judging + c.posing <= 1, "--judging and --posing are shares of the seed data: at most 1 together"),
         (max(c.t_min, c.look_ahead, c.hide_prompt) <= 1, "--t-min, --look-ahead --hide-prompt: shares, at most 1"),
         (c.earliest <= c.latest <= 1, "--earliest and --latest are shares of the steps, in this order"),
-        (c.credit != "shared" or (c.branches > 1 and c.samples % c.branches == 0),
-         "--credit shared: --samples must be a multiple of --branches, 2 or more"),
         (c.candidates > 1, "--candidates must be at least 2: the best is set against the worst"),
         (c.threshold < 1 and c.least < 1, "--threshold and --least are probabilities: below 1"),
         (c.causal, "--causal false: a loop chooses its model; denoise takes the masked-diffusion LM"),
@@ -152,7 +139,6 @@ class Run:
     @property
     def finished(self) -> bool:
         return len(self.done) == len(self.loops) * self.seeds
-
 def read_json(path: Path, parse: Callable[[str], Any] = json.loads) -> Any:
     """A JSON file of a run folder, or a UserError that names it."""
     try:
@@ -165,7 +151,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def write_text(path: Path, text: str) -> None:
     """The whole file or none of it."""
     nr.write_whole(path, lambda temporary: temporary.write_text(text))
-
 def new_run(a: argparse.Namespace) -> Run:
     """Check everything, then claim the folder."""
     loops = list(dict.fromkeys(a.loops or LOOPS))
@@ -177,6 +162,9 @@ def new_run(a: argparse.Namespace) -> Run:
         raise UserError(f"--seeds must lie in 1..{len(T95) + 1}")
     given = {f.name: getattr(a, "field_" + f.name) for f in fields(Config)}
     config = replace(Config(), **nr.CONFIGS[a.config] | {k: v for k, v in given.items() if v is not None})
+    if config.model:  # whatever is wrong with the folder is said now
+        theirs = Transformer.load(config.model).config
+        config = replace(config, **{name: getattr(theirs, name) for name in [*nr.HF_KEYS, "rope_scaling"]})
     check(config)
     config = replace(config, device=pick_device(config.device))
     free = (Path("runs") / f"{'-'.join(a.loops) or 'tour'}-{i}" for i in range(1, 10**6))
@@ -210,26 +198,24 @@ def open_run(out: Path, cache: Path) -> Run:
         saved = nr.load_state(out / "state")
         run.job, run.saved_update = saved.get("job", ""), saved.get("update", 0)
     return run
-
 def cut_log(path: Path, run: Run) -> float:
     """Drop the lines behind the saved state, and say how many seconds the kept part took."""
     if not path.exists():
         return 0.0
-    finished = {f"{r['loop']}/{r['seed']}" for r in run.done}
     job = lambda line: f"{line['loop']}/{line['seed']}"  # noqa: E731
+    finished = set(map(job, run.done))
     saved = lambda line: job(line) == run.job and line["step"] <= run.saved_update  # noqa: E731
     kept = [line for line in read_lines(path) if job(line) in finished or saved(line)]
     write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
     return kept[-1].get("seconds", 0.0) if kept and job(kept[-1]) not in finished else 0.0
 def append(path: Path, line: dict[str, Any]) -> None:
     """One JSON line; what is not a finite number becomes null."""
+    silent = dist.is_initialized() and dist.get_rank() > 0
     clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-    with path.open("a") as f:
+    with Path(os.devnull if silent else path).open("a") as f:
         f.write(json.dumps(clean) + "\n")
-
 def drive(loop: Iterator[dict], state: dict, total: int, folder: Path, title: str, every: int, log: Callable) -> None:
-    """Run any loop or fit to its end: bar, log, a saved state every `every` updates.
-    Ctrl-C is heard between two updates: the state is saved first. A second one ends the process."""
+    """Run a loop or fit to its end: bar, log, states. Ctrl-C is heard between two updates; a second one at once."""
     asked = []
     def ask(*_: Any) -> None:
         asked.append(True)
@@ -240,9 +226,10 @@ def drive(loop: Iterator[dict], state: dict, total: int, folder: Path, title: st
             for metrics in loop:
                 log(metrics)
                 bar.update()
-                if state["update"] % every == 0 or asked:
+                stop = nr.over_ranks(torch.tensor(len(asked))) > 0  # all processes leave together
+                if state["update"] % every == 0 or stop:
                     nr.save_state(folder, state)
-                if asked:
+                if stop:
                     raise KeyboardInterrupt
     finally:
         signal.signal(signal.SIGINT, before)
@@ -288,28 +275,35 @@ def cached(kind: str, root: str, c: Config, cache: Path, modules: list, batches:
         drive(nr.fit(state, batches(), updates, c), state, updates, folder, kind, max(1, updates // 10), log)
         nr.save_state(folder, state)
     return [module.requires_grad_(True) for module in modules]
-
 def make_task(c: Config, careful: bool = False) -> nr.Task:
-    """The task that the config names."""
-    if c.task == "sudoku":
-        return sudoku.Sudoku(careful=careful)
-    return arithmetic.Arithmetic(c.min_ops, c.max_ops, c.answers, careful, planted=c.planted)
-
+    """The task that the config names, and its careful demonstrator."""
+    return TASKS[c.task].make(c, careful)
+def ready(model: Transformer, c: Config) -> Transformer:
+    """The model on its device, computing as the config says."""
+    bf16 = c.bf16 and (c.device == "cpu" or torch.cuda.is_bf16_supported())  # [gpu] older cards have none
+    model.config = replace(model.config, bf16=bf16, recompute=c.recompute)
+    for layer in model.layers if c.compile else []:
+        layer.compile()  # [gpu]
+    return model.to(c.device)
 def base_model(c: Config, cache: Path, careful: bool = False) -> Transformer:
-    """The GPT after the demonstrator; careful=True: after its careful twin, the ceiling."""
-    model, task = Transformer(c, nr.rng(c.seed, "init")).to(c.device), make_task(c, careful)
+    """The model of the folder that is named, or the GPT after the demonstrator; careful: after its careful twin."""
+    if c.model:
+        return ready(Transformer.load(c.model), c)
+    model, task = ready(Transformer(c, nr.rng(c.seed, "init")), c), make_task(c, careful)
     kind, batches = "careful-gpt" if careful else "gpt", lambda: nr.demonstrations(model, task, c)
     return cached(kind, "base_model", c, cache, [model], batches, c.base_updates, c.base_lr, c.muon_lr)[0]
 def diffusion_base(c: Config, cache: Path, careful: bool = False) -> Transformer:
     """The masked-diffusion LM: the base GPT's weights, taught to look ahead on the same demonstrations."""
-    model, task = Transformer(replace(c, causal=False), nr.rng(c.seed, "init")).to(c.device), make_task(c, careful)
+    task, both = make_task(c, careful), replace(c, causal=False, vocab=max(c.vocab, c.mask + 1))  # a row for MASK
+    model = ready(Transformer(both, nr.rng(c.seed, "init")), c)
     if c.look_ahead:  # else from scratch
-        model.load_state_dict(base_model(c, cache, careful).state_dict())
-    c = replace(c, causal=False)
+        weights, mine = (m.state_dict() for m in (base_model(c, cache, careful), model))
+        more = lambda x: torch.cat([x, x.mean(0, keepdim=True)])  # noqa: E731
+        model.load_state_dict({k: x if len(x) == len(mine[k]) else more(x) for k, x in weights.items()})
+    c = both
     kind, rates = "careful-diffusion" if careful else "diffusion", (c.diffusion_lr, c.diffusion_muon_lr)
     batches = lambda: nr.demonstrations(model, task, c)  # noqa: E731
     return cached(kind, "diffusion_base", c, cache, [model], batches, c.diffusion_updates, *rates)[0]
-
 def seed_data(task: nr.Task, c: Config) -> list[tuple[str, str]]:
     """What makes M1: judgements (EFT), proposed problems, and demonstrations again (IFT)."""
     generator = nr.rng(c.seed, "seed data")
@@ -321,7 +315,6 @@ def seed_model(c: Config, cache: Path) -> Transformer:
     model, task = base_model(c, cache), make_task(c)
     batches = lambda: nr.demonstrations(model, task, c, nr.encode_demos(task, seed_data(task, c), c))  # noqa: E731
     return cached("m1", "seed_model", c, cache, [model], batches, c.seed_updates, c.base_lr, c.muon_lr)[0]
-
 def student_model(c: Config, cache: Path) -> Transformer:
     """refine's student: the base after one round of expert iteration, small enough to leave a third wrong."""
     model, task, c = base_model(c, cache), make_task(c), replace(c, base_warmup=c.warmup)
@@ -332,7 +325,6 @@ def student_model(c: Config, cache: Path) -> Transformer:
         known = dict.fromkeys(pair for pair in both if task.grade(*pair) == 1)
         return nr.demonstrations(model, task, c, nr.encode_demos(task, list(known), c))
     return cached("student", "student_model", c, cache, [model], right, c.expert_updates, c.expert_lr)[0]
-
 def rewriter_model(c: Config, cache: Path) -> Transformer:
     """The reward of seq2seq: the base, taught to rewrite both responses of each pair as the preferred one."""
     model, task = base_model(c, cache), make_task(c)
@@ -360,14 +352,12 @@ def reward_models(name: str, c: Config, cache: Path) -> dict[str, Any]:
     if "seq2seq" in (name, c.reward):
         return {"rewriter": rewriter_model(c, cache)}
     return scorer_model(c, cache) if c.reward == "learned" else {}
-
 def write(name: str, state: dict, task: nr.Task, prompts: list[str], c: Config, T: float = 0.0) -> list[str]:
     """One response a problem by what the loop has trained."""
     c, generator = replace(c, temperature=T), nr.rng(c.seed, "evaluate")
     if name == "refine":
         return nr.refined(state, task, prompts, c, generator)
     return nr.respond(state["policy"], task, prompts, c, generator)
-
 @torch.no_grad()
 def trajectory(state: dict, task: nr.Task, b: nr.Rollout, c: Config) -> tuple[torch.Tensor, ...]:
     """How a diffusion LM wrote its responses (B, R): how sure it was of each token when it wrote it (B, R), what it
@@ -384,7 +374,7 @@ def trajectory(state: dict, task: nr.Task, b: nr.Rollout, c: Config) -> tuple[to
 def inside(name: str, state: dict, task: nr.Task, prompts: list[str], texts: list[str], c: Config) -> list[dict]:
     """What the reward says within each response: of every token, of every step (ORM and SORM), of every state."""
     prompt = nr.encode_prompts(task, prompts, c).to(c.device)
-    response = nr.right_pad(task.encode(texts), c.pad, c.response).to(c.device)
+    response = nr.right_pad([y[: c.response] for y in task.encode(texts)], c.pad, c.response).to(c.device)
     b = nr.Rollout(prompt, response, nr.up_to_eos(response, c), response, torch.arange(len(texts)))
     rounded = lambda x: [round(v, 3) for v in x.tolist()]  # noqa: E731
     if name == "denoise":  # greedy: the same responses again, now with their order
@@ -400,7 +390,6 @@ def inside(name: str, state: dict, task: nr.Task, prompts: list[str], texts: lis
         return [{} for _ in texts]
     reward = nr.SIGNALS["seq2seq" if name == "seq2seq" else c.reward](state, task, b, nr.grades(task, b), c)
     return [{"token_rewards": rounded(r[m > 0])} for r, m in zip(reward, b.mask, strict=True)]
-
 def notes(m: dict[str, Any], c: Config) -> dict[str, str]:
     """What a person should be told about an update, in plain words; each is said once."""
     m = dict(flat_groups=0, ended=1, kl=0, entropy=1, pairs=1, chosen_per_token=0, spread=1, quoted=0, unread=0) | m
@@ -414,7 +403,6 @@ def notes(m: dict[str, Any], c: Config) -> dict[str, str]:
         "quoted": (m["quoted"] > 0.05, "responses hold a score themselves: they talk to the judge"),
         "chosen": (m["chosen_per_token"] < -1, "the chosen log-prob falls below -1 a token (a larger --alpha?)")}
     return {name: text for name, (holds, text) in found.items() if holds}
-
 def run_job(run: Run, name: str, seed: int) -> dict[str, Any]:
     """Train, measure, and describe one loop with one seed; what it returns is its summary entry."""
     c, job, out, told = replace(run.config, seed=seed), f"{name}/{seed}", run.out, set()
@@ -423,7 +411,8 @@ def run_job(run: Run, name: str, seed: int) -> dict[str, Any]:
     base, base_sampled = (nr.accuracy(policy, task, test, c, T) for T in (0.0, c.temperature))
     result = {"loop": name, "seed": seed, "chance": task.chance(), "base": base, "base_sampled": base_sampled}
     print("{loop}/{seed}: base {base:.3f} greedy, {base_sampled:.3f} sampled".format(**result), flush=True)
-    result["ceiling"] = nr.accuracy(base_model(c, run.cache, careful=True), task, test, c)
+    if not c.model:
+        result["ceiling"] = nr.accuracy(base_model(c, run.cache, careful=True), task, test, c)
     if name in STARTS:
         policy = STARTS[name](c, run.cache)
         result["start"] = nr.accuracy(policy, task, test, c)  # M1 or the student, not the base
@@ -449,7 +438,7 @@ def run_job(run: Run, name: str, seed: int) -> dict[str, Any]:
         if u % max(c.eval_every, state["updates"] // 8) == 0 or u in (1, state["updates"]):
             line["dev_greedy"] = right(dev)
             show(u)
-            numbers = "  ".join(f"{k} {m[k]:.3f}" for k in WATCHED if k in m)
+            numbers = "  ".join(f"{k} {m[k]:.3f}" for k in SEEN if k in m)
             tqdm.write(f"{job} {u:4d}  dev {line['dev_greedy']:.3f}  {numbers}")
         for warning, text in notes(m, c).items():
             if warning not in told:
@@ -486,10 +475,9 @@ def table(results: list[dict[str, Any]]) -> str:
         reached, seconds = ([r[key] for r in mine] for key in ("samples_to_80", "seconds"))
         to_80 = "not reached" if None in reached else f"{mean(reached):.0f}"
         rows += [(name, over(mine, "final"), over(mine, "final_sampled"), gain, to_80, f"{mean(seconds):.0f}")]
-    rows += [("careful twin", over(first, "ceiling"))]
+    rows += [("careful twin", over(first, "ceiling"))] if "ceiling" in first[0] else []
     widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(rows[0]))]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-
 def picture(runs: list[Path], path: Path) -> None:
     """Dev accuracy against samples drawn: a thin line a seed, a thick one the mean; one PNG."""
     try:
@@ -512,7 +500,7 @@ def picture(runs: list[Path], path: Path) -> None:
     axes.legend(frameon=False, loc="lower right")
     if len(runs) == 1 and (runs[0] / "summary.json").exists():
         results = read_json(runs[0] / "summary.json")["results"]
-        for what in ("chance", "base", "ceiling"):
+        for what in {"chance", "base", "ceiling"} & set(results[0]):
             level = mean(r[what] for r in results)
             axes.axhline(level, color="0.5", lw=0.8, ls="--")
             axes.annotate(what, (0, level), (2, 2), textcoords="offset points", color="0.4", fontsize=8)
@@ -520,16 +508,31 @@ def picture(runs: list[Path], path: Path) -> None:
     nr.write_whole(path, lambda p: figure.savefig(p, format="png", dpi=150))
     print(f"picture: {path}")
 
+def join() -> None:
+    """Become one of the processes of torchrun: all compute, the first one writes and speaks."""
+    if cuda := torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # [gpu]
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    if dist.get_rank() > 0:
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 def train(a: argparse.Namespace) -> int:
     """The main job."""
     if a.resume and (a.loops or a.out or a.target or any(v is not None for k, v in vars(a).items() if "field_" in k)):
         raise UserError("--resume takes all numbers from its folder: give no loop, flag or target with it")
+    rank = int(os.environ.get("RANK", -1))  # of a process of torchrun
+    if rank >= 0 and not (a.out or a.resume):
+        raise UserError("under torchrun give --out FOLDER: all processes work on one run")
+    if rank > 0:
+        join()  # waits until the first process has the folder
     run = open_run(a.resume, a.cache) if a.resume else new_run(a)
+    if rank == 0:
+        join()
     pick_device(run.config.device)
     if run.finished:
         print(f"{run.out} is finished; nothing to do. Its table:\n{table(run.done)}")
         return verdict(run)
     torch.set_num_threads(run.config.threads)
+    torch.set_float32_matmul_precision("high")  # [gpu] logits by TF32; nothing changes on a CPU
     beside = {"config": run.preset, "threads": run.config.threads, "torch": torch.__version__}
     beside["machine"] = f"{platform.machine()}, {os.cpu_count()} cores"
     print(f"run {run.out} · base models {run.cache} · {beside}\n{HEALTHY}", flush=True)
@@ -550,7 +553,6 @@ def verdict(run: Run) -> int:
     for name, target in run.targets.items():
         print(f"target {name} {target}: {'reached' if got[name] >= target else 'MISSED'} with {got[name]:.3f}")
     return int(any(got[name] < target for name, target in run.targets.items()))
-
 def sample_command(argv: list[str]) -> int:
     """Print what a trained model answers."""
     parser = Parser(prog="train_small.py sample", allow_abbrev=False)
@@ -585,7 +587,6 @@ def plot_command(argv: list[str]) -> int:
     a = parser.parse_args(argv)
     picture(a.runs, a.png)
     return 0
-
 def main(argv: list[str] | None = None) -> int:
     """Dispatch; every UserError ends here as one line and exit code 2."""
     argv = sys.argv[1:] if argv is None else argv
@@ -595,6 +596,5 @@ def main(argv: list[str] | None = None) -> int:
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-
 if __name__ == "__main__":
     sys.exit(main())

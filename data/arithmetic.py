@@ -315,3 +315,21 @@ class Arithmetic:
             p, given = after, [sum(after[i :: self.answers]) for i in range(self.answers)]
             best = max(best, *given) if length >= self.min_ops else best
         return best
+
+
+def make(c, careful: bool = False) -> Arithmetic:
+    """The task as a `nanoreward.Config` asks for it."""
+    return Arithmetic(c.min_ops, c.max_ops, c.answers, careful, planted=c.planted)
+
+
+def rules(c) -> list[tuple[bool, str]]:
+    """What a `nanoreward.Config` must keep to, and what to say if it does not."""
+    room = (16 if c.planted == "long" else 8) * c.max_ops + 4
+    return [
+        (not c.model, "--model: a folder's vocabulary is not this task's; give --task gsm8k"),
+        (c.min_ops <= c.max_ops, "--min-ops must not be above --max-ops"),
+        (2 <= c.answers <= 100, "--answers must lie in 2..100"),
+        (c.response >= room, f"--response must be at least {room}: the longest right response and its end"),
+        (c.vocab >= len(LETTERS), f"--vocab must be at least {len(LETTERS)}: the task's alphabet"),
+        ((c.pad, c.bos, c.eos, c.mask) == (0, 1, 2, 3), "--pad, --bos, --eos, --mask are 0, 1, 2, 3 in this task"),
+    ]

@@ -269,3 +269,18 @@ class Sudoku:
     def chance(self) -> float:
         """Accuracy of the best constant answer: each grid is as likely as any other. Exact."""
         return 1 / len(GRIDS)
+
+
+def make(c, careful: bool = False) -> Sudoku:
+    """The task as a `nanoreward.Config` asks for it."""
+    return Sudoku(careful=careful)
+
+
+def rules(c) -> list[tuple[bool, str]]:
+    """What a `nanoreward.Config` must keep to, and what to say if it does not."""
+    return [
+        (not c.model, "--model: a folder's vocabulary is not this task's; give --task gsm8k"),
+        (c.response >= 17, "--response must be at least 17: the longest right response and its end"),
+        (c.vocab >= TOKENIZER.get_vocab_size(), "--vocab must be at least that of the task's alphabet"),
+        ((c.pad, c.bos, c.eos, c.mask) == (0, 1, 2, 3), "--pad, --bos, --eos, --mask are 0, 1, 2, 3 in this task"),
+    ]

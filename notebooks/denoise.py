@@ -78,7 +78,27 @@ def segments(state: dict, task: nr.Task, b: nr.Rollout, reward: Tensor, c: nr.Co
     return torch.where(b.order < t[:, None], first[:, None], (reward - value)[:, None]) * b.mask
 
 
-nr.CREDITS.update(no_indicator=no_indicator, leave_one_out=leave_one_out, segments=segments)
+def sample_tree(policy: nr.Transformer, prompt: Tensor, c: nr.Config, group: Tensor,
+                generator: torch.Generator) -> nr.Rollout:
+    """As `sample`, but `branches` rows in a row share a state, which the first of them drew."""
+    n = c.branches
+    b = nr.sample(policy, prompt[::n], c, group=group[::n], generator=generator)
+    more = nr.go_on(policy, b, nr.some_step(b, c, generator), n - 1, c, generator)
+    before = b.order.repeat_interleave(n - 1, 0)
+    more.order = torch.where(more.order < 0, before, more.order)
+    response, order = (torch.cat([x[:, None], y.view(len(x), n - 1, -1)], 1).flatten(0, 1)
+                       for x, y in ((b.response, more.response), (b.order, more.order)))  # fmt: skip
+    return nr.Rollout(prompt, response, nr.up_to_eos(response, c), order, group)
+
+
+def shared(state: dict, task: nr.Task, b: nr.Rollout, reward: Tensor, c: nr.Config) -> Tensor:
+    """(7) without more samples: V(x_t) = the mean of the others that share the state."""
+    n = c.branches
+    value = (reward.view(-1, n).sum(1).repeat_interleave(n) - reward) / (n - 1)
+    return nr.denoise_advantage(reward, value, b.group, c.process_weight)[:, None] * b.mask
+
+
+nr.CREDITS.update(no_indicator=no_indicator, leave_one_out=leave_one_out, segments=segments, shared=shared)
 
 
 def coupled(model: nr.Transformer, b: nr.Rollout, c: nr.Config) -> nr.Pair:
@@ -136,7 +156,8 @@ def measure(arm: str, seed: int, threads: int, cache: Path) -> dict:
     policy, began = front.diffusion_base(c, cache), time.time()
     found = {"base": nr.accuracy(policy, task, test, c), "base sampled": nr.accuracy(policy, task, test, c, 1.0)}
     state, curve = nr.start_denoise(policy, c), []
-    for m in nr.denoise(state, task, c, coupled if arm.endswith("coupled") else nr.likelihood):
+    estimate = coupled if arm.endswith("coupled") else nr.likelihood
+    for m in nr.denoise(state, task, c, estimate, sample_tree if arm.endswith("shared") else nr.sample):
         looked = nr.accuracy(policy, task, dev, c) if state["update"] % c.eval_every == 0 else None
         curve.append([state["samples"], round(m["truth"], 4), looked])
     seen = [x[2] for x in curve if x[2] is not None]

@@ -44,7 +44,7 @@ ARMS = {
     "one_judgement": ("self_rewarding", {"judgements": 1}),
     "top_sft": ("self_rewarding", {"preference": "sft_chosen"}),
     "own_dpo": ("self_rewarding", {"alpha": 0.0}),
-    "task_problems": ("self_rewarding", {"own_problems": False}),
+    "task_problems": ("task_problems", {}),
 }
 DRAWN = ("truth", "score", "spread", "unread", "quoted", "valid", "proposed", "pairs", "length")
 WATCHED = ("chosen", "rejected", "chosen_per_token", "rejected_per_token", "margin", "pair_accuracy")
@@ -62,6 +62,12 @@ def spin(state: dict, task: nr.Task, config: nr.Config) -> Iterator[dict]:
         return first.float(), {"truth": float(nr.grades(task, rollout)[~first].mean())}
 
     return nr.iterative_dpo(state, task, config, judge=against_teacher)
+
+
+def task_problems(state: dict, task: nr.Task, config: nr.Config) -> Iterator[dict]:
+    """`self_rewarding` on the task's problems: its own scores alone."""
+    c = replace(config, samples=config.candidates)
+    return nr.iterative_dpo(state, task, c, nr.posed, nr.judged, nr.best_and_worst)
 
 
 def win_rate(mine: list[float], theirs: list[float]) -> dict[str, float]:
@@ -97,9 +103,10 @@ def measure(arm: str, seed: int, threads: int, cache: Path) -> dict:
     c = replace(nr.Config(), seed=seed, threads=threads, device="cpu", **fields)
     task, began = front.make_task(c), time.time()
     test = task.prompts(c.eval_problems, nr.rng(0, "test"), "test")
-    own = name == "self_rewarding"
+    own = name in ("self_rewarding", "task_problems")
     policy = front.seed_model(c, cache) if own else front.base_model(c, cache)
-    start, loop = (nr.start_rounds, spin) if name == "spin" else nr.LOOPS[name]
+    mine = {"spin": (nr.start_rounds, spin), "task_problems": (nr.start_self_rewarding, task_problems)}
+    start, loop = (mine | nr.LOOPS)[name]
     first = nr.frozen_copy(policy)
     seconds, began = {"before": round(time.time() - began, 1)}, time.time()
     state, rounds, logs, texts = start(policy, c), [], [], []

@@ -13,6 +13,7 @@ import nanoreward as nr
 import train_small
 from data.arithmetic import Arithmetic
 from notebooks import preferences
+from notebooks.preferences import task_problems
 from tests.conftest import TINY, rough
 
 TASK = Arithmetic(1, 1)
@@ -145,8 +146,8 @@ def test_proposals_are_training_problems_new_and_filled_up(m1, monkeypatch):
 
 def test_problems_may_come_from_the_task_instead(m1, monkeypatch):
     monkeypatch.setattr(nr, "propose", None)
-    config = nr.replace(SMALL, own_problems=False, own_rounds=1)
-    assert "valid" not in next(nr.self_rewarding(start(m1, config), TASK, config))
+    config = nr.replace(SMALL, own_rounds=1)
+    assert "valid" not in next(task_problems(start(m1, config), TASK, config))
 
 
 # ---- the loop ----------------------------------------------------------------------------------
@@ -203,14 +204,14 @@ def test_probe_what_the_own_judgement_prefers_is_learned():
     """Taught in seconds to score lengths, the same weights learn from their own scores to write more."""
     task = Lengths(1, 1)
     config = nr.replace(
-        SMALL, own_rounds=4, round_updates=12, round_prompts=32, own_problems=False, alpha=1.0, pair_batch=32
+        SMALL, own_rounds=4, round_updates=12, round_prompts=32, alpha=1.0, pair_batch=32
     )  # fmt: skip
     policy = rough(config, seed=2)
     deserved = nr.encode_demos(task, [(f"{n}??", f"!{1 + n // 2}<eos>") for n in range(10)], config)
     state = {"optimizers": nr.optimizers([policy], 0.01, config, 0.02), "update": 0}
     list(nr.fit(state, nr.demonstrations(policy, task, config, deserved), 80, config))
     state = nr.start_self_rewarding(policy, config)
-    logs = list(nr.self_rewarding(state, task, config))
+    logs = list(task_problems(state, task, config))
     assert logs[-1]["length"] > 1.3 * logs[0]["length"] and logs[-1]["score"] > logs[0]["score"] + 0.5
 
 

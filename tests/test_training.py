@@ -123,12 +123,10 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_one():
             nr.pass_at_k(*bad)
 
 
-def test_majority_and_best_of_n():
+def test_majority():
     assert nr.majority(["3", "5", "5", None, None, None]) == "5"
     assert nr.majority(["7", "3", "3", "7"]) == "7"  # first seen
     assert nr.majority([None]) is None and nr.majority([]) is None
-    score, reward = torch.tensor([[0.1, 0.9], [2.0, 1.0]]), torch.tensor([[1.0, 0.0], [1.0, 0.0]])
-    assert nr.best_of_n(score, reward) == 0.5
 
 
 def test_accuracy_grades_the_text_of_its_own_samples(model):

@@ -1,0 +1,95 @@
+"""Several processes, one run: two of them on a CPU (gloo) give the numbers of one, are killed, resume and stop together."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.conftest import ROOT
+
+LOOPS = ["ppo", "iterative_dpo", "denoise"]  # the bases before them are trained by `fit`
+# micro-batches of 6: each process has several, of unequal number
+FLAGS = ["--config", "smoke", "--micro", "6", "--updates", "3", "--denoise-updates", "3", "--min-ops", "1"]
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
+def start(out, cache, n=2, resume=False, loops=LOOPS):
+    """n processes of one run, as torchrun starts them."""
+    argv = [sys.executable, "train_small.py", "--cache", str(cache)]
+    argv += ["--resume", str(out)] if resume else [*loops, *FLAGS, "--out", str(out)]
+    env = dict(os.environ, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), WORLD_SIZE=str(n), OMP_NUM_THREADS="1")
+    ranks = [env | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(n)]
+    pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    return [subprocess.Popen(argv, env=each, **pipe) for each in ranks]
+
+
+def lines(out):
+    found = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in found]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The run of one process: what all others must repeat."""
+    folder = tmp_path_factory.mktemp("alone")
+    argv = [sys.executable, "train_small.py", *LOOPS, *FLAGS, "--out", str(folder / "run"), "--cache", str(folder / "cache")]
+    subprocess.run(argv, cwd=ROOT, check=True, capture_output=True)
+    return folder / "run"
+
+
+def assert_same(one, other):
+    assert len(lines(one)) == len(lines(other)) > 8
+    for x, y in zip(lines(one), lines(other), strict=True):
+        assert {k: pytest.approx(v, rel=1e-4, abs=1e-4) if isinstance(v, float) else v for k, v in x.items()} == y
+
+
+def test_two_processes_killed_and_resumed_give_the_numbers_of_one(alone, tmp_path):
+    out, cache = tmp_path / "run", tmp_path / "cache"
+    both = start(out, cache)
+    deadline = time.time() + 600
+    while not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_text().splitlines()) < 4:
+        assert time.time() < deadline and all(p.poll() is None for p in both), [p.communicate() for p in both]
+        time.sleep(0.05)
+    for p in both:
+        p.kill()
+        p.communicate()
+    first, second = start(out, cache, resume=True)
+    said, silent = first.communicate(timeout=900), second.communicate(timeout=900)
+    assert first.returncode == second.returncode == 0, (said, silent)
+    assert "careful twin" in said[0] and silent == ("", "")
+    assert_same(alone, out)
+    a, b = (json.loads((folder / "summary.json").read_text())["results"] for folder in (alone, out))
+    for x, y in zip(a, b, strict=True):
+        assert {k: x[k] for k in ("loop", "base", "final", "samples", "updates")} == {k: y[k] for k in ("loop", "base", "final", "samples", "updates")}
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_ctrl_c_heard_by_one_process_stops_all_of_them(tmp_path):
+    out = tmp_path / "run"
+    first, second = start(out, tmp_path / "cache", loops=["ppo"])
+    deadline = time.time() + 600
+    while not (out / "metrics.jsonl").exists():
+        assert time.time() < deadline and first.poll() is None
+        time.sleep(0.02)
+    second.send_signal(signal.SIGINT)
+    said, _ = first.communicate(timeout=300)
+    second.communicate(timeout=300)
+    if "careful twin" in said:
+        pytest.skip("the run was over before the signal came")
+    assert first.returncode == second.returncode == 130 and "go on with" in said
+
+
+def test_a_run_of_several_processes_needs_a_folder(tmp_path):
+    env = dict(os.environ, RANK="0", WORLD_SIZE="2")
+    run = subprocess.run([sys.executable, "train_small.py", "ppo"], env=env, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 2 and "--out" in run.stderr and run.stderr.count("\n") == 1
