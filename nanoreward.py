@@ -66,7 +66,7 @@ class Config:
     # the run
     seed: int = 0  # every random number comes from a generator seeded by (seed, purpose, step)
     threads: int = 2  # same seed, machine and threads: same bytes. One is better on busy cores
-    device: str = "auto"  # cuda, else cpu
+    device: str = "auto"  # cuda, else cpu; mps if asked
     save_every: int = 5  # updates between two saved states; a kill loses at most these
     eval_every: int = 5  # updates between two greedy evaluations on dev problems
     eval_problems: int = 500  # held-out problems per evaluation; 500 give +-4 points at 95 %
@@ -552,7 +552,7 @@ def draw(logits: Tensor, uniform: Tensor, config: Config) -> Tensor:
     """Inverse CDF: logits (..., V), one uniform number each (...) -> token (...). T = 0: greedy."""
     if config.temperature == 0:
         return log_softmax(logits, 1.0, config).argmax(-1)
-    cdf = log_softmax(logits, config.temperature, config).double().exp().cumsum(-1)
+    cdf = log_softmax(logits, config.temperature, config).to(uniform.dtype).exp().cumsum(-1)
     return (cdf <= uniform[..., None] * cdf[..., -1:]).sum(-1)  # probability 0 has no width
 
 def write_forward(model: Transformer, prompt: Tensor, canvas: Tensor, config: Config,
@@ -640,7 +640,7 @@ def sample(model: Transformer, prompt: Tensor, config: Config, start: Tensor | N
     R, b = start.shape[1], min(config.block, start.shape[1])
     numbers = (R,) if model.config.causal else (-(-R // b) * config.block_steps, b)
     uniform = torch.rand(len(start), *numbers, dtype=torch.float64, generator=generator)
-    uniform = uniform.to(prompt.device)
+    uniform = (uniform.float() * (1 - 1e-6) if prompt.is_mps else uniform).to(prompt.device)
     written = start.new_zeros(len(start), 2, R)
     own(written)[:] = torch.stack(writer(model, own(prompt), own(start), config, own(uniform)), 1)
     canvas, order = over_ranks(written).unbind(1)

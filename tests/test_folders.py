@@ -8,7 +8,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 import nanoreward as nr
-from tests.conftest import TINY, rough
+from tests.conftest import ROOT, TINY, rough
+
+SMOLLM2 = ROOT / "runs" / "smollm2"  # python tests/make_smollm2.py runs/smollm2
 
 SHAPE = dict(
     hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, vocab_size=99,
@@ -115,6 +117,19 @@ def test_tied_weights_are_one_and_stay_one(tmp_path):
     assert "lm_head.weight" not in weights
     save_file(weights | {"lm_head.weight": torch.zeros(99, 48)}, tmp_path / "model.safetensors")  # some folders hold a copy
     assert torch.equal(nr.Transformer.load(tmp_path)(questions()), ours(questions()))
+
+
+@pytest.mark.skipif(not SMOLLM2.exists(), reason="no SmolLM2: python tests/make_smollm2.py runs/smollm2 makes it")
+def test_a_real_model_says_what_it_says_in_transformers():
+    """Greedy tokens recorded with transformers 5.23.0, `generate` in float32 on the bfloat16 folder."""
+    ours = nr.Transformer.load(SMOLLM2)
+    prompt = torch.tensor([[504, 3575, 282, 4649, 314]])  # The capital of France is
+    expected = [7042, 30, 198, 198, 504, 2988, 314, 42, 216, 34, 32, 33, 40, 29, 32, 33, 29, 34, 34, 216]
+    assert nr.sample(ours, prompt, nr.replace(ours.config, response=20, temperature=0.0)).response[0].tolist() == expected
+    theirs = AutoModelForCausalLM.from_pretrained(SMOLLM2, dtype=torch.float32).eval()
+    ids = torch.randint(20, 49_000, (2, 48), generator=nr.rng(0, "ids"))
+    with torch.no_grad():
+        assert torch.allclose(ours(ids), theirs(ids).logits, atol=1e-3)
 
 
 def test_pad_is_an_id_that_no_text_has(tmp_path):
