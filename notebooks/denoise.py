@@ -12,6 +12,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -146,11 +147,11 @@ def steps_and_answers(task: nr.Task, test: list[str], b: nr.Rollout) -> dict:
             "wrong answers with right steps": mean(found[False] or [0])}  # fmt: skip
 
 
-def measure(arm: str, seed: int, threads: int, cache: Path) -> dict:
+def measure(arm: str, seed: int, threads: int, cache: Path, **more: Any) -> dict:
     """One arm with one seed."""
     config = nr.CONFIGS["sudoku"] if arm.startswith("sudoku_") else {}
     c = nr.Config(seed=seed, threads=threads, device="cpu", **config)
-    c = replace(c, **ARMS[arm.removeprefix("sudoku_")])
+    c = replace(c, **ARMS[arm.removeprefix("sudoku_")] | more)
     task, greedy = front.make_task(c), replace(c, temperature=0.0)
     dev, test = (task.prompts(c.eval_problems, nr.rng(0, s), s) for s in ("dev", "test"))
     policy, began = front.diffusion_base(c, cache), time.time()
@@ -195,51 +196,60 @@ def collect() -> dict:
     return kept
 
 
-def numbers(kept: dict, arm: str, *path: str) -> list[float]:
+def numbers(kept: dict, arm: str, *path: str) -> dict[int, Any]:
     """One number of every seed."""
-    values = [job["found"] for job in kept[arm]["seeds"]]
+    found = {job["seed"]: job["found"] for job in kept[arm]["seeds"]}
     for key in path:
-        values = [v[key] for v in values]
-    return values
+        found = {seed: x[key] for seed, x in found.items()}
+    return found
+
+
+def minus(kept: dict, arm: str, other: str, *path: str) -> list[float]:
+    """The difference of two arms for every seed that has both."""
+    one, two = numbers(kept, arm, *path), numbers(kept, other, *path)
+    return [x - two[seed] for seed, x in one.items() if seed in two]
 
 
 def tables(kept: dict) -> str:
     """The README's tables, as Markdown: mean and 95 % interval over seeds."""
     lines: list[str] = []
 
-    def head(*titles: str) -> None:
-        lines.extend(["", "| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"])
-
     def row(*cells: str) -> None:
         lines.append("| " + " | ".join(cells) + " |")
 
-    def cell(arm: str, *path: str, minus: tuple[str, ...] = ()) -> str:
-        values = numbers(kept, arm, *path)
-        if minus:
-            values = [a - b for a, b in zip(values, numbers(kept, *minus), strict=True)]
-        return front.interval(values)
+    def head(*titles: str) -> None:
+        lines.append("")
+        row(*titles)
+        lines.append("|---" * len(titles) + "|")
+
+    def cell(arm: str, *path: str) -> str:
+        return front.interval(list(numbers(kept, arm, *path).values()))
 
     for task in ("", "sudoku_"):
-        arms = [arm for arm in EVERY if arm in kept and arm.startswith("sudoku_") == bool(task)]
-        if not arms:
-            continue
-        head(f"{task[:-1] or 'arithmetic'}: credit", "greedy", "sampled", "minus outcome", "worst seed",
-             "largest drop on dev", "samples")  # fmt: skip
-        row("the base", cell(arms[0], "base"), cell(arms[0], "base sampled"), "", "", "", "")
-        for arm in arms:
-            less = cell(arm, "greedy", minus=(task + "outcome", "greedy")) if arm != task + "outcome" else ""
-            drawn, worst = mean(numbers(kept, arm, "samples")), min(numbers(kept, arm, "greedy"))
-            row(TITLES[arm.removeprefix("sudoku_")], cell(arm, "greedy"), cell(arm, "sampled"), less, f"{worst:.3f}",
-                cell(arm, "largest drop"), f"{drawn:,.0f}")  # fmt: skip
-        main = [arm for arm in arms if arm.removeprefix("sudoku_") in MAIN]
-        head(f"{task[:-1] or 'arithmetic'}: right", *(TITLES[arm.removeprefix("sudoku_")] for arm in main))
-        for share in ("0.0", "0.25", "0.5", "0.75"):
-            row(f"read after {float(share):.0%} of the steps", *(cell(arm, "answer after", share) for arm in main))
-        for passes in ("1", "1/2", "1/4", "1/8"):
-            row(f"with {passes} of the passes", *(cell(arm, "greedy, passes", passes) for arm in main))
-        for key in ("right answers with right steps", "wrong answers with right steps"):
-            if not task:
-                row(key, *(cell(arm, key) for arm in main))
+        main = [task + arm for arm in MAIN]
+        head(task[:-1] or "arithmetic", "greedy", "sampled", "worst seed", "largest drop on dev", "samples")
+        row("the base", cell(main[0], "base"), cell(main[0], "base sampled"), "", "", "")
+        for arm in main:
+            drawn, worst = (numbers(kept, arm, key).values() for key in ("samples", "greedy"))
+            row(TITLES[arm.removeprefix(task)], cell(arm, "greedy"), cell(arm, "sampled"), f"{min(worst):.3f}",
+                cell(arm, "largest drop"), f"{mean(drawn):,.0f}")  # fmt: skip
+    head("process minus outcome", *(f"{task}, equal {what}" for task in ("arithmetic", "sudoku")
+                                    for what in ("updates", "samples")))  # fmt: skip
+    reads = {f"read after {float(at):.0%} of the steps": ("answer after", at) for at in ("0.25", "0.5", "0.75")}
+    fewer = {f"greedy, {passes} of the passes": ("greedy, passes", passes) for passes in ("1/2", "1/4", "1/8")}
+    steps = {key: (key,) for key in ("right answers with right steps", "wrong answers with right steps")}
+    for title, path in {"greedy": ("greedy",), "sampled": ("sampled",), **reads, **fewer, **steps}.items():
+        pairs = [(task, task + arm) for task in ("", "sudoku_") for arm in ("outcome", "outcome_more")]
+        row(title, *("" if task and title in steps else front.interval(minus(kept, task + "process", arm, *path))
+                     for task, arm in pairs))  # fmt: skip
+    head("arms, arithmetic", "greedy", "minus process", "minus outcome", "worst seed", "dev after 5", "15",
+         "25 updates", "seeds")  # fmt: skip
+    for arm in (arm for arm in ARMS if arm in kept):
+        looked = [[x[2] for x in curve if x[2] is not None] for curve in numbers(kept, arm, "curve").values()]
+        less = [front.interval(minus(kept, arm, x, "greedy")) if x != arm else "" for x in ("process", "outcome")]
+        dev = [f"{mean(seen[i] for seen in looked):.3f}" for i in (0, 2, 4)]
+        row(TITLES[arm], cell(arm, "greedy"), *less, f"{min(numbers(kept, arm, 'greedy').values()):.3f}", *dev,
+            str(len(looked)))  # fmt: skip
     return "\n".join(lines).strip()
 
 
@@ -247,28 +257,39 @@ def picture(kept: dict) -> None:
     """Accuracy over samples, what is right half way, and a reward that flows along one denoising."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 3.6), layout="tight")
-    left, middle, right = figure.subplots(1, 3, width_ratios=(1, 1, 1.5))
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    grid = figure.add_gridspec(2, 3, width_ratios=(1, 1, 1.7), height_ratios=(1, 1.3))
+    left, middle = (figure.add_subplot(grid[:, i]) for i in (0, 1))
+    top, low = (figure.add_subplot(grid[i, 2]) for i in (0, 1))
     for i, arm in enumerate(arm for arm in MAIN if arm in kept):
-        curves = numbers(kept, arm, "curve")
+        curves = numbers(kept, arm, "curve").values()
         looked = [[x for x in curve if x[2] is not None] for curve in curves]
         by_update = list(zip(*looked, strict=True))
         x, y = ([mean(look[k] for look in looks) for looks in by_update] for k in (0, 2))
-        left.plot(x, y, color=f"C{i}", label=TITLES[arm])
-        shares = numbers(kept, arm, "answer after")
+        left.plot([n / 1000 for n in x], y, color=f"C{i}", label=TITLES[arm])
+        shares = list(numbers(kept, arm, "answer after").values())
         points = [(float(k), mean(s[k] for s in shares)) for k in shares[0]]
         middle.plot(*zip(*points, strict=True), color=f"C{i}", marker="o")
-    left.set(xlabel="samples drawn", ylabel="greedy accuracy, dev", title="learning")
-    left.legend(frameon=False, fontsize=7)
+    left.set(xlabel="thousand samples drawn", ylabel="greedy accuracy, dev", title="learning")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower left", ncols=2, frameon=False, fontsize=8)
     middle.set(xlabel="share of the steps", ylabel="right if read now", title="intermediate answers")
-    shown = max(kept["process"]["transcripts"], key=lambda t: max(t["value"]) - t["value"][0])
-    steps = range(len(shown["value"]))
-    right.plot(steps, shown["value"], color="C3")
-    ids = {step: place for place, step in enumerate(shown["order"])}
-    right.set(xticks=list(steps), xlabel="step, and the place it writes", ylabel="V(x_t)", ylim=(-0.05, 1.05))
-    right.set_xticklabels([f"{s}\n{ids.get(s, '')}" for s in steps], fontsize=6)
-    right.set_title(f"{shown['prompt']}  {shown['response']}", fontsize=8)
-    nr.write_whole(OUT.with_suffix(".png"), lambda p: figure.savefig(p, format="png", dpi=110))
+    # one response: V(x_t), filled where what would be written now is right; which token when, how surely
+    shown = max(kept["process"]["transcripts"], key=lambda t: max(t["value"]) - min(t["value"]))
+    task = front.make_task(nr.Config())
+    tokens = [task.tokenizer.id_to_token(i) for i in task.encode([shown["response"]])[0]]
+    order, sure = (shown[key][: len(tokens)] for key in ("order", "sure"))
+    last = max(order) + 1
+    right = [task.grade(shown["prompt"], said) == 1 for said in shown["said"][:last]]
+    top.plot(range(last), shown["value"][:last], color="C2")
+    colors = ["C2" if x else "white" for x in right]
+    top.scatter(range(last), shown["value"][:last], c=colors, edgecolors="C2", zorder=3)
+    top.set(ylabel="V(x_t)", ylim=(-0.1, 1.1), xticklabels=[], title=f"{shown['prompt']}  {shown['response']}")
+    dots = low.scatter(order, range(len(tokens)), c=sure, cmap="viridis", s=90, vmin=0, vmax=1)
+    for place, (step, token, p) in enumerate(zip(order, tokens, sure, strict=True)):
+        low.text(step, place, token.strip("<>")[:3], ha="center", va="center", fontsize=6, color="wk"[p > 0.6])
+    low.set(xlabel="step", ylabel="place", xlim=top.get_xlim(), ylim=(len(tokens), -1))
+    figure.colorbar(dots, ax=low, label="how surely")
+    nr.write_whole(OUT.with_suffix(".png"), lambda p: figure.savefig(p, format="png", dpi=100))
 
 
 def main() -> None:

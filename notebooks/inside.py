@@ -18,6 +18,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -322,9 +323,9 @@ def measure_seq2seq(c: nr.Config, cache: Path, short: bool = False) -> dict:
     return found
 
 
-def measure(arm: str, seed: int, threads: int, cache: Path) -> dict:
+def measure(arm: str, seed: int, threads: int, cache: Path, **more: Any) -> dict:
     """One arm with one seed."""
-    c, began = nr.Config(seed=seed, threads=threads, device="cpu"), time.time()
+    c, began = nr.Config(seed=seed, threads=threads, device="cpu", **more), time.time()
     if arm == "refine":
         found = measure_refine(c, cache)
     else:

@@ -1,4 +1,4 @@
-"""Arms times seeds, each measured once and kept: the command line that preferences.py and inside.py share."""
+"""Arms times seeds, each measured once and kept: the command line that the experiments of this folder share."""
 
 import argparse
 import json
@@ -14,18 +14,24 @@ import train_small as front
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run(doc: str, arms: Iterable[str], folder: Path, measure: Callable[[str, int, int, Path], dict]) -> None:
-    """measure(arm, seed, threads, cache) -> folder/ARM-SEED.json, for what the command line asks and is not there."""
-    parser = argparse.ArgumentParser(description=doc)
-    parser.add_argument("arms", nargs="*", metavar="ARM", help=f"of {', '.join(arms)}; none: all")
+def run(doc: str, arms: Iterable[str], folder: Path, measure: Callable[[str, int, int, Path], dict],
+        groups: dict[str, Iterable[str]] | None = None) -> None:
+    """measure(arm, seed, threads, cache) -> folder/ARM-SEED.json, for what the command line asks and is not there.
+    groups: names that stand for several arms."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    named = groups or {arm: [arm] for arm in arms}
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(named)}; none: all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cache", type=Path, default=front.CACHE)
     a = parser.parse_args()
+    if unknown := [name for name in a.names if name not in named]:
+        parser.error(f"{unknown[0]} is not one of {', '.join(named)}")
     torch.set_num_threads(a.threads)
     folder.mkdir(parents=True, exist_ok=True)
-    for arm in a.arms or arms:
-        for seed in a.seeds:
+    chosen = dict.fromkeys(arm for name in a.names or named for arm in named[name])
+    for seed in a.seeds:
+        for arm in chosen:
             path = folder / f"{arm}-{seed}.json"
             if path.exists():
                 continue

@@ -14,6 +14,7 @@ from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 import torch
 from scipy.stats import kendalltau, spearmanr
@@ -97,9 +98,10 @@ def judge_statistics(score: list[list[float]], truth: list[list[float]]) -> dict
     return {name: round(mean(map(float, x)), 4) if x else None for name, x in named.items()}
 
 
-def measure(arm: str, seed: int, threads: int, cache: Path) -> dict:
+def measure(arm: str, seed: int, threads: int, cache: Path, **more: Any) -> dict:
     """One arm with one seed: accuracy after each round, the judge's statistics, what was logged."""
     name, fields = ARMS[arm]
+    fields = fields | more
     c = replace(nr.Config(), seed=seed, threads=threads, device="cpu", **fields)
     task, began = front.make_task(c), time.time()
     test = task.prompts(c.eval_problems, nr.rng(0, "test"), "test")

@@ -14,11 +14,12 @@ import pytest
 
 import nanoreward as nr
 import train_small
-from notebooks import inside, preferences
+from notebooks import denoise, inside, preferences
 from tests.conftest import ROOT
 
 MAIN = (ROOT / "nanoreward.py").read_text()
 README = (ROOT / "README.md").read_text()
+RESULTS = (ROOT / "notebooks" / "results" / "README.md").read_text()
 
 
 def functions(source):
@@ -126,8 +127,8 @@ def test_readme_numbers_come_from_committed_results():
 
 
 def table_below(words):
-    """The cells of the README's table that follows these words, header left out."""
-    lines = README[README.index(words) :].splitlines()
+    """The cells of the table that follows these words in the full results, header left out."""
+    lines = RESULTS[RESULTS.index(words) :].splitlines()
     first = next(i for i, line in enumerate(lines) if line.startswith("|"))
     rows = itertools.takewhile(lambda line: line.startswith("|"), lines[first + 2 :])
     return [[c.strip() for c in row.strip("|").split("|")] for row in rows]
@@ -135,7 +136,7 @@ def table_below(words):
 
 def test_the_readmes_table_of_passes_is_the_committed_one():
     kept = json.loads((ROOT / "notebooks" / "results" / "diffusion.json").read_text())
-    assert kept["command"] in README and len(kept["results"]) >= 5
+    assert kept["command"] in RESULTS and len(kept["results"]) >= 5
     rows = table_below("What passes and blocks do")
     assert len(rows) >= 6
     for block, steps, passes, *cells in rows:
@@ -186,14 +187,26 @@ def test_nothing_of_a_machine_or_a_registry_is_in_the_repository():
 def test_the_readmes_preference_tables_are_those_of_the_committed_runs():
     kept = json.loads(preferences.OUT.read_text())
     lines = preferences.tables(kept).splitlines()
-    assert len(lines) >= 12 and all(line in README for line in lines)
+    assert len(lines) >= 12 and all(line in RESULTS for line in lines)
     for arm in kept.values():
         assert arm["command"] and all(len(job["rounds"]) >= 2 and job["commit"] for job in arm["seeds"])
 
 
-def test_the_readmes_tables_of_inside_rewards_are_those_of_the_committed_runs():
-    kept = json.loads(inside.OUT.read_text())
-    lines = [line for line in inside.tables(kept).splitlines() if line]
-    assert len(lines) >= 20 and all(line in README for line in lines)
+@pytest.mark.parametrize("part", [inside, denoise])
+def test_the_tables_of_inside_rewards_and_of_denoise_are_those_of_the_committed_runs(part):
+    kept = json.loads(part.OUT.read_text())
+    lines = [line for line in part.tables(kept).splitlines() if line]
+    assert len(lines) >= 20 and all(line in RESULTS for line in lines)
     for arm in kept.values():
         assert arm["command"] and all(job["commit"] and job["found"] for job in arm["seeds"])
+
+
+def test_the_readme_fits_the_reader():
+    assert README.count("\n") <= 250
+    assert all(len(line) <= 190 for line in README.splitlines() if not line.startswith(("|", "python3", "-e")))
+
+
+def test_every_relative_link_leads_to_a_file():
+    for path in (ROOT / "README.md", ROOT / "notebooks" / "results" / "README.md", ROOT / "data" / "README.md"):
+        for link in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text()):
+            assert link.startswith("http") or (path.parent / link).exists(), (path, link)
