@@ -37,7 +37,6 @@ def test_a_notebook_is_thin_asks_first_and_fails_on_purpose(path):
     assert source.count("assert ") >= 4
     defined = set(re.findall(r"^(?:def|class) (\w+)", source, re.M))
     assert not defined & (set(vars(nr)) | set(vars(train_small)))
-    assert not re.search(r"/tmp/|/root/|/home/", path.read_text())
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda p: p.stem)
