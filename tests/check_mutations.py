@@ -26,7 +26,7 @@ def survives(copy, file, old, new, test):
     if source.count(old) != 1:
         return f"stands {source.count(old)} times in {file}"
     (copy / file).write_text(source.replace(old, new))
-    argv = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/{test}"]
+    argv = [sys.executable, "-m", "pytest", "-q", "-x", "-n0", "-p", "no:cacheprovider", f"tests/{test}"]
     code = subprocess.run(argv, cwd=copy, capture_output=True).returncode
     (copy / file).write_text(source)
     return None if code == 1 else f"pytest ended with {code}"
