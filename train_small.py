@@ -258,7 +258,7 @@ def cached(kind: str, root: str, c: Config, cache: Path, modules: list, batches:
            muon_lr: float = 0.0) -> list[torch.nn.Module]:
     """The modules, trained by `fit` once, then loaded; the key: the code and fields behind `root`, task and torch."""
     code, read = code_key(root)
-    values = {name: getattr(c, name) for name in sorted(read | {"threads"})}
+    values = {name: getattr(c, name) for name in sorted(read | {"threads"})} | {"of": repr(make_task(c))}
     data = hashlib.sha256(Path(TASKS[c.task].__file__).read_bytes()).hexdigest()
     key = hashlib.sha256(json.dumps([code, values, data, torch.__version__]).encode()).hexdigest()
     folder = cache / f"{kind}-{key[:16]}"

@@ -208,10 +208,11 @@ def test_the_base_cache_is_reused_and_never_stale(tmp_path, monkeypatch):
         train_small.base_model(c, tmp_path, careful)
         return set(tmp_path.iterdir()) - before
 
-    c = nr.replace(nr.Config(), **nr.CONFIGS["smoke"] | dict(base_updates=2, demos=50, device="cpu"))
+    c = nr.replace(nr.Config(), **nr.CONFIGS["smoke"] | dict(base_updates=2, demos=50, response=20, device="cpu"))
     assert key(c) and not key(c)  # trained once
     assert not key(nr.replace(c, lr=0.5, updates=9, beta=1.0))  # what the base does not read
-    for change in (dict(seed=1), dict(width=64), dict(base_lr=0.1), dict(demos=51), dict(max_ops=2, response=20)):
+    for change in (dict(seed=1), dict(width=64), dict(base_lr=0.1), dict(demos=51), dict(response=24), dict(max_ops=2),
+                   dict(answers=4), dict(planted="none"), dict(planted="refusal")):  # the last four: only the task reads them
         assert key(nr.replace(c, **change)), change
     assert key(c, careful=True)
     source = Path(nr.__file__).read_text()
