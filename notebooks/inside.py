@@ -14,6 +14,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -307,17 +308,19 @@ def measure_seq2seq(c: nr.Config, cache: Path, short: bool = False) -> dict:
         found[name]["clean untouched"] = share(~off.any(1))
     if c.planted == "round":
         found |= controls(c, task, test, pairs, models, b, injected, fresh)
-    # ppo with each reward; the scalar one also where its KL first reaches that of the other
+    # ppo with each reward; the scalar one also with the weights whose KL is nearest when it first reaches the other's
     level = None
     for name, reward in (("ppo, seq2seq", "seq2seq"), ("ppo, scalar", "learned")):
         each = replace(c, reward=reward, beta=c.rewriter_beta)
         state = nr.start_ppo(fresh(), each) | models
-        curve = []
-        for m in nr.ppo(state, task, each):
+        curve, now, last = [], deepcopy(state["policy"]), (-1.0, None)
+        for m in nr.ppo(state, task, each):  # an update's KL is that of the weights before it
             curve.append([round(m[k], 4) for k in ("kl", "truth", "reward", "length")])
             if reward == "learned" and level is not None and m["kl"] >= level:
-                found["ppo, scalar, at the same KL"] = outcome(state["policy"], task, test, c) | {"kl": m["kl"]}
+                kl, near = min((m["kl"], now), last, key=lambda x: abs(x[0] - level))  # noqa: B023
+                found["ppo, scalar, at the same KL"] = outcome(near, task, test, c) | {"kl": kl}
                 level = None
+            last, now = (m["kl"], now), deepcopy(state["policy"])
         found[name] = outcome(state["policy"], task, test, c) | {"kl": mean(x[0] for x in curve[-5:]), "curve": curve}
         level = found[name]["kl"] if reward == "seq2seq" else None
     return found
@@ -424,6 +427,7 @@ def tables(kept: dict) -> str:
              "short": ("three operations, right", "longer chains")}  # fmt: skip
     for arm in filter(kept.get, (*PLANTED, "short")):
         row(f"{arm}: right", *(cell(arm, name, "greedy") for name in who))
+        row(f"{arm}: KL, nats", *(cell(arm, name, "kl") for name in who))
         if arm in extra:
             row(f"{arm}: {extra[arm][0]}", *(cell(arm, name, extra[arm][1]) for name in who))
     head("differences paired by seed, and two correlations", "")
