@@ -209,7 +209,9 @@ def token_signals(state: dict, task: nr.Task, b: nr.Rollout, c: nr.Config) -> di
     found = {name: nr.agreement(state, task, b, torch.zeros(len(b.mask)), replace(ended, **more)) < 0
              for name, more in rules.items()}  # fmt: skip
     states = state["scorer"].hidden(torch.cat([b.prompt, b.response], 1))[:, b.prompt.shape[1] - 1 :]
-    return found | {"scalar": (state["scorer_head"](states).diff(dim=1) < 0) & (b.mask > 0)}
+    rise = state["scorer_head"](states).diff(dim=1).masked_fill(b.mask == 0, torch.inf)
+    largest = torch.zeros_like(b.mask).scatter(1, rise.argmin(1, keepdim=True), 1) > 0
+    return found | {"scalar": rise < 0, "scalar, largest fall": largest}
 
 
 def trained(model: nr.Transformer, batch: nr.Batches, updates: int, c: nr.Config) -> nr.Transformer:

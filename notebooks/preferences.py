@@ -131,6 +131,7 @@ def measure(arm: str, seed: int, threads: int, cache: Path, **more: Any) -> dict
             "greedy": mean(task.grade(x, y) for x, y in zip(test, greedy, strict=True)),
             "right for the right reasons": mean(honest),
             "sampled": nr.accuracy(policy, task, test, c, c.temperature), "samples": state["samples"],
+            "tokens": mean(len(ids) for ids in task.encode(greedy)),
         }  # fmt: skip
         if own:
             score, _ = nr.judged(state | {"judge": policy}, task, fixed, c, 0)

@@ -57,21 +57,27 @@ def line(**more):
     return claims.Claim(**about | dict(effect=lambda a, b: a["x"] - b["x"]) | more)
 
 
-@pytest.mark.parametrize("low, high, above, equal", [
-    (0.01, 0.05, "reproduced", "undecided"), (-0.01, 0.05, "undecided", "undecided"),
-    (-0.05, 0.01, "not reproduced", "undecided"), (-0.05, -0.03, "not reproduced", "not reproduced"),
-    (-0.01, 0.01, "not reproduced", "reproduced"), (0.03, 0.05, "reproduced", "not reproduced")])
-def test_verdicts_follow_the_rule(low, high, above, equal):
-    assert line(least=0.02).verdict(low, high) == above
-    assert line(least=0.02, rule="equal").verdict(low, high) == equal
+YES, NO, OPEN = "reproduced", "not reproduced", "undecided"
+
+
+@pytest.mark.parametrize("low, high, above, at_least, no_worse, equal", [
+    (0.03, 0.05, YES, YES, YES, NO), (0.01, 0.05, YES, OPEN, YES, OPEN), (0.005, 0.01, NO, NO, YES, YES),
+    (-0.01, 0.05, OPEN, OPEN, YES, OPEN), (-0.01, 0.01, NO, NO, YES, YES), (-0.05, 0.01, NO, NO, OPEN, OPEN),
+    (-0.05, -0.03, NO, NO, NO, NO), (-0.05, 0.05, OPEN, OPEN, OPEN, OPEN)])
+def test_verdicts_follow_the_rule(low, high, above, at_least, no_worse, equal):
+    rules = {"above": above, "at least": at_least, "no worse": no_worse, "equal": equal}
+    assert {rule: line(least=0.02, rule=rule).verdict(low, high) for rule in rules} == rules
 
 
 def test_effects_are_paired_by_seed():
-    found = {"a": {i: {"x": i + 0.1, "threads": 1, "commit": "c", "machine": "m", "torch": "t"} for i in (0, 1, 2)},
-             "b": {i: {"x": float(i)} for i in (2, 1, 3)}}  # fmt: skip
+    about = {"threads": 1, "commit": "c", "machine": "m", "torch": "t"}
+    found = {"a": {i: {"x": i + 0.1 + i / 100, **about} for i in (0, 1, 2, 4)},
+             "b": {i: {"x": float(i), **about} for i in (2, 1, 3, 4)}}  # fmt: skip
     told = claims.judge(line(), found)
-    assert told["seeds"] == [1, 2] and told["effect"] == pytest.approx(0.1) and told["verdict"] == "reproduced"
-    assert claims.judge(line(), {"a": found["a"]}) is None
+    assert told["seeds"] == [1, 2, 4] and told["effect"] == pytest.approx(0.1 + 7 / 300, abs=1e-4)
+    assert told["verdict"] == "reproduced" and told["low"] < told["effect"] < told["high"]
+    found["b"][4]["x"] = None  # not defined for this seed: two are too few for a verdict
+    assert claims.judge(line(), found) is None and claims.judge(line(), {"a": found["a"]}) is None
 
 
 def test_every_claim_compares_arms_that_there_are_by_a_rule_of_its_own():
@@ -79,7 +85,7 @@ def test_every_claim_compares_arms_that_there_are_by_a_rule_of_its_own():
     papers = {c.paper for c in claims.CLAIMS}
     assert {claims.IRPO, claims.GLORE, claims.SRLM, claims.S2S, claims.SAPO, claims.PPO} <= papers
     for claim in claims.CLAIMS:
-        assert set(claim.arms) <= set(claims.ARMS) and claim.rule in ("above", "equal") and claim.least > 0
+        assert set(claim.arms) <= set(claims.ARMS) and claim.rule in claims.RULES and claim.least > 0
     used = {arm for claim in claims.CLAIMS for arm in claim.arms}
     assert set(claims.ARMS) == used  # an arm that nobody asks for is time for nothing
 
