@@ -432,7 +432,8 @@ def judge(claim: Claim, found: dict[str, dict[int, dict]]) -> dict | None:
     return {"id": claim.id, "paper": claim.paper, "claim": claim.claim, "paper_numbers": claim.paper_numbers,
             "metric": claim.metric, "rule": RULES[claim.rule].format(claim.least), "effect": round(mean(values), 4),
             "low": round(low, 4), "high": round(high, 4), "by_seed": [round(x, 4) for x in values], "seeds": seeds,
-            "verdict": claim.verdict(low, high), "why": WHY.get(claim.id, ""), "command": f"{command} --threads {runs[0]['threads']}",
+            "verdict": claim.verdict(low, high), "why": WHY.get(claim.id, ""),
+            "command": f"{command} --threads {runs[0]['threads']}",
             "commit": " ".join(sorted({run["commit"] for run in runs})), "machine": runs[0]["machine"],
             "torch": runs[0]["torch"]}  # fmt: skip
 
