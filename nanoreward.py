@@ -369,9 +369,9 @@ def read_hf(folder: Path) -> Config:
     about["layer_types"] = set(about.get("layer_types", ["full_attention"]))
     scaled = about.get("rope_type") == "llama3" and about.pop("rope_type")
     scaling = " ".join(f"{about.pop(key):g}" for key in LLAMA3) if scaled else ""
-    for key in about.keys() - HF_KEYS.values() - set(free):
-        if about[key] not in only.get(key, []):
-            raise ValueError(f"{key} = {about[key]!r} is not understood")
+    rest = {key: x for key, x in about.items() if key not in {*HF_KEYS.values(), *free}}
+    if odd := {key: x for key, x in rest.items() if x not in only.get(key, [])}:
+        raise ValueError(f"not understood: {odd}")
     heads, eos = about["num_attention_heads"], about["eos_token_id"]
     eos = eos[0] if isinstance(eos, list) else eos
     usual = {"num_key_value_heads": heads, "head_dim": about["hidden_size"] // heads,
@@ -452,7 +452,8 @@ class Transformer(nn.Module):
             with torch.device("meta"):
                 model = cls(read_hf(folder))
             names = json.loads(index.read_text())["weight_map"].values() if index.exists() else ()
-            files = [safe_open(folder / x, "pt") for x in set(names) or {"model.safetensors"}]
+            files = sorted(set(names)) or ["model.safetensors"]
+            files = [safe_open(folder / x, "pt") for x in files]
             where = {key.removeprefix("model."): (f, key) for f in files for key in f.offset_keys()}
             if model.config.tied:
                 where["lm_head.weight"] = where["embed_tokens.weight"]

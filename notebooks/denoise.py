@@ -27,7 +27,7 @@ from notebooks.jobs import run  # noqa: E402
 JOBS = ROOT / "runs" / "denoise"
 OUT = ROOT / "notebooks" / "results" / "denoise.json"
 OUTCOME = dict(credit="outcome")
-MORE = 2  # outcome_more: with so many times the updates it draws as many samples as `process` does in all
+MORE = 2  # outcome_more: with so many times the updates it draws about as many samples as `process` does in all
 ARMS: dict[str, dict] = {
     "outcome": OUTCOME, "process": {},
     "outcome_more": OUTCOME | dict(denoise_updates=MORE * nr.Config.denoise_updates),
