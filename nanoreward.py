@@ -1347,12 +1347,12 @@ def repair_demos(task: Task, draft: Rollout, b: dict, which: Tensor, traces: Ten
                  c: Config) -> tuple[list, list]:
     """What the refiners learn, ids for `demonstrations`. Global: a draft -> a right trace from the
     problem. Local: [BAD] before the first error -> the rest of a right trace from there."""
-    whole, rest = [], []
+    whole, rest, good = [], [], good.tolist()
     for (row, s), several, ok in zip(which.tolist(), traces.tolist(), good, strict=True):
-        if not ok.any():
+        if not any(ok):
             continue
         x, y = draft.prompt[row].tolist(), draft.response[row].tolist()
-        trace = [i for i in several[int(ok.int().argmax())] if i != c.pad]
+        trace = [i for i in several[ok.index(True)] if i != c.pad]
         if s == 0:
             whole.append((reread(task, x, y, c), trace))
         if s + 1 == first_error(b["label"][1, row], 0.5):

@@ -123,7 +123,7 @@ class Arithmetic:
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Texts to token ids. Raises ValueError on a character outside the alphabet."""
         try:
-            return [e.ids for e in TOKENIZER.encode_batch([turn(t) for t in texts])]
+            return [TOKENIZER.encode(turn(t)).ids for t in texts]
         except Exception as error:  # the library's only class for an unknown word
             raise ValueError(f"a text holds a character outside {LETTERS}") from error
 

@@ -132,7 +132,7 @@ class Sudoku:
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Texts to token ids. Raises ValueError on a character outside the alphabet."""
         try:
-            return [e.ids for e in TOKENIZER.encode_batch(texts)]
+            return [TOKENIZER.encode(t).ids for t in texts]
         except Exception as error:  # the library's only class for an unknown word
             raise ValueError(f"a text holds a character outside {LETTERS}") from error
 

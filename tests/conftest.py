@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -13,6 +14,8 @@ sys.path.insert(0, str(ROOT))
 import nanoreward as nr  # noqa: E402
 
 torch.set_num_threads(1)
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])  # cores may be shared
+settings.load_profile("busy")
 
 TINY = nr.replace(nr.Config(), **nr.CONFIGS["smoke"])
 

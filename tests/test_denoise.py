@@ -68,7 +68,7 @@ def test_half_of_coupled_is_each_token_beside_the_other_steps():
     assert torch.allclose(got, expected, atol=1e-4)
 
 
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 @given(share=st.sampled_from([0.0, 0.15, 0.5]), seed=st.integers(0, 99))
 def test_what_is_hidden_is_never_padding_or_bos_and_as_much_as_asked(share, seed):
     _, b = rolled(n=1)
@@ -116,7 +116,7 @@ def test_a_canvas_is_never_cut_behind_its_end():
 # ---- states and continuations ------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(low=st.integers(0, 20), high=st.integers(0, 20), seed=st.integers(0, 99))
 def test_t_is_a_step_in_which_the_response_was_written(low, high, seed):
     low, high = min(low, high) / 20, max(low, high) / 20
@@ -188,7 +188,6 @@ FOUR = torch.tensor([1.0, 1.0, 0.0, 0.0])
 GROUP = torch.zeros(4, dtype=torch.long)
 
 
-@settings(deadline=None)
 @given(v=st.floats(0, 1), right=st.integers(1, 3))
 def test_a_right_answer_gets_1_plus_v_minus_2_mu_and_may_turn_negative(v, right):
     reward = (torch.arange(4) < right).float()

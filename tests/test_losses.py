@@ -157,7 +157,7 @@ def test_preference_loss_equals_trl_bradley_terry():
 
 
 @given(st.integers(0, 10_000))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_losses_reach_counted_tokens_only_and_change_no_argument(seed):
     g = nr.rng(seed, "loss")
     logp, old, ref, adv, value, ret = torch.randn(6, 5, 6, generator=g) * 0.1
