@@ -479,32 +479,33 @@ def table(results: list[dict[str, Any]]) -> str:
     widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(rows[0]))]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 def picture(runs: list[Path], path: Path) -> None:
-    """Dev accuracy against samples drawn: a thin line a seed, a thick one the mean; one PNG."""
+    """Dev accuracy by update, a panel a loop: the mean over seeds in a band that holds them all; one PNG."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return print("no picture: matplotlib is missing (pip install matplotlib)")
-    figure = Figure(figsize=(7, 4.2), layout="tight")
-    axes = figure.subplots()
-    bundles: dict[str, dict[int, dict[int, float]]] = {}  # label -> seed -> samples -> accuracy
-    for folder in runs:
-        for m in read_lines(folder / "metrics.jsonl"):
-            label = m["loop"] if len(runs) == 1 else f"{m['loop']} · {folder}"
-            if "dev_greedy" in m:
-                bundles.setdefault(label, {}).setdefault(m["seed"], {})[m["samples"]] = m["dev_greedy"]
-    for i, (label, seeds) in enumerate(bundles.items()):
-        middle = {x: mean(c[x] for c in seeds.values()) for x in sorted(set.intersection(*map(set, seeds.values())))}
-        for curve in seeds.values():
-            axes.plot(list(curve), list(curve.values()), color=f"C{i}", lw=0.8, alpha=0.4)
-        axes.plot(list(middle), list(middle.values()), color=f"C{i}", lw=2.2, label=label)
-    axes.legend(frameon=False, loc="lower right")
-    if len(runs) == 1 and (runs[0] / "summary.json").exists():
-        results = read_json(runs[0] / "summary.json")["results"]
-        for what in {"chance", "base", "ceiling"} & set(results[0]):
-            level = mean(r[what] for r in results)
+    panels: dict[str, dict[Path, dict[int, list[float]]]] = {}  # loop -> run -> update -> accuracy, a number a seed
+    for folder, m in [(run, m) for run in runs for m in read_lines(run / "metrics.jsonl")]:
+        if "dev_greedy" in m:
+            line = panels.setdefault(m["loop"], {}).setdefault(folder, {})
+            line.setdefault(m["step"], []).append(m["dev_greedy"])
+    done = len(runs) == 1 and (runs[0] / "summary.json").exists()
+    results = read_json(runs[0] / "summary.json")["results"] if done else []
+    columns, rows = min(3, len(panels)) or 1, -(-len(panels) // 3) or 1
+    figure = Figure(figsize=(1 + 3 * columns, 0.6 + 2.4 * rows), layout="tight")
+    for axes, (loop, lines) in zip(figure.subplots(rows, columns, squeeze=False).flat, panels.items(), strict=False):
+        for i, (folder, line) in enumerate(lines.items()):
+            x = [u for u, ys in line.items() if len(ys) == max(map(len, line.values()))]  # all seeds came so far
+            low, middle, high = ([f(line[u]) for u in x] for f in (min, mean, max))
+            axes.fill_between(x, low, high, color=f"C{i}", alpha=0.25, lw=0)
+            axes.plot(x, middle, color=f"C{i}", lw=2, label=folder)
+        mine = [r for r in results if r["loop"] == loop]
+        for i, what in enumerate(what for what in ("chance", "base", "start", "ceiling") if mine and what in mine[0]):
+            level = mean(r[what] for r in mine)
             axes.axhline(level, color="0.5", lw=0.8, ls="--")
-            axes.annotate(what, (0, level), (2, 2), textcoords="offset points", color="0.4", fontsize=8)
-    axes.set(xlabel="samples drawn", ylabel="greedy accuracy on dev problems", ylim=(0, 1.02))
+            axes.text(0.02 + 0.2 * i, level, what, transform=axes.get_yaxis_transform(), va="bottom", color="0.4")
+        axes.set(title=loop, xlabel="update", ylabel="greedy accuracy (dev)", ylim=(0, 1.12))
+        axes.legend(frameon=False, loc="lower right")
     nr.write_whole(path, lambda p: figure.savefig(p, format="png", dpi=150))
     print(f"picture: {path}")
 
@@ -553,7 +554,7 @@ def verdict(run: Run) -> int:
     for name, target in run.targets.items():
         print(f"target {name} {target}: {'reached' if got[name] >= target else 'MISSED'} with {got[name]:.3f}")
     return int(any(got[name] < target for name, target in run.targets.items()))
-def sample_command(argv: list[str]) -> int:
+def sample_command(argv: list[str]) -> None:
     """Print what a trained model answers."""
     parser = Parser(prog="train_small.py sample", allow_abbrev=False)
     parser.add_argument("run", type=Path)
@@ -578,21 +579,19 @@ def sample_command(argv: list[str]) -> int:
         raise UserError(str(error)) from None
     text = write(name, state, task, [a.prompt], c, a.temperature)[0]
     print(f"{a.prompt} {text}  {'right' if task.grade(a.prompt, text) else 'wrong'}")
-    return 0
-def plot_command(argv: list[str]) -> int:
+def plot_command(argv: list[str]) -> None:
     """Several runs on one picture."""
     parser = Parser(prog="train_small.py plot", allow_abbrev=False)
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--png", type=Path, default=Path("compare.png"))
     a = parser.parse_args(argv)
     picture(a.runs, a.png)
-    return 0
 def main(argv: list[str] | None = None) -> int:
     """Dispatch; every UserError ends here as one line and exit code 2."""
     argv = sys.argv[1:] if argv is None else argv
     command = {"sample": sample_command, "plot": plot_command}.get(argv[0] if argv else "")
     try:
-        return command(argv[1:]) if command else train(build_parser().parse_args(argv))
+        return command(argv[1:]) or 0 if command else train(build_parser().parse_args(argv))
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

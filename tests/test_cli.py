@@ -174,7 +174,7 @@ def test_ctrl_c_saves_prints_the_resume_command_and_exits_130(cache, tmp_path):
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    text, _ = process.communicate(timeout=60)
+    text, _ = process.communicate(timeout=300)
     assert process.returncode == 130 and f"--resume {out}" in text
     saved = nr.load_state(out / "state")["update"]
     assert 0 < saved < 400 and lines(out / "metrics.jsonl")[-1]["step"] == saved
@@ -359,6 +359,26 @@ def test_plot_draws_two_runs_and_says_when_matplotlib_is_missing(smoke, tmp_path
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert inside("plot", out, "--png", png) == 0
     assert "pip install matplotlib" in capsys.readouterr().out and not png.exists()
+
+
+def test_the_picture_has_a_panel_a_loop_with_the_mean_of_the_seeds_in_a_band(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    seen = [("ppo", 0, 1, 0.2), ("ppo", 0, 5, 0.4), ("ppo", 1, 1, 0.4), ("ppo", 1, 5, 0.8), ("refine", 0, 1, 0.5)]
+    seen += [("refine", 0, 9, 0.6), ("refine", 1, 1, 0.7)]  # a seed that has not come to update 9 yet
+    keys = "loop", "seed", "step", "dev_greedy"
+    metrics = [dict(zip(keys, x, strict=True)) for x in seen] + [{"loop": "ppo", "seed": 0, "step": 2}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics))
+    results = [{"loop": "ppo", "seed": seed, "base": base} for seed, base in ((0, 0.1), (1, 0.3))]
+    (tmp_path / "summary.json").write_text(json.dumps({"results": results}))
+    drawn = {}
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: (drawn.update({a.get_title(): a for a in self.axes}), path.touch()))
+    train_small.picture([tmp_path], tmp_path / "curves.png")
+    curve, base = (x.get_xydata().tolist() for x in drawn["ppo"].lines)
+    assert curve == [[1, pytest.approx(0.3)], [5, pytest.approx(0.6)]] and base[0][1] == pytest.approx(0.2)
+    band = drawn["ppo"].collections[0].get_datalim(drawn["ppo"].transData)
+    assert (band.x0, band.x1, band.y0, band.y1) == pytest.approx((1, 5, 0.2, 0.8))
+    assert drawn["refine"].lines[0].get_xydata().tolist() == [[1, pytest.approx(0.6)]]
 
 
 def test_notes_say_in_plain_words_why_nothing_is_learned():
