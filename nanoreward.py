@@ -13,10 +13,10 @@ their greedy accuracy on held-out problems; chance 0.01, base 0.45, careful twin
     refine          0.72    ORM, SORM, two refiners     arXiv 2402.10963
     denoise         0.56    the way is paid or not      no open method section; 2504.12216
 
-Equation numbers in comments:
+Equation numbers in comments, also (2): diffu-GRPO, on mean-field log-probs:
     (1) masked diffusion: a bound   (9)  DPO + NLL             (13) advantage estimation (GAE)
-    (6) value of a half-way state   (10) rewriting             (14) clipped policy, value losses
-    (7) denoising process reward    (11) agreement reward      (15) GRPO: group, KL in the loss
+    (6) reward of a stretch         (10) rewriting             (14) clipped policy, value losses
+    (7) advantage with (6)          (11) agreement reward      (15) GRPO: group, KL in the loss
     (8) step labels by rollouts     (12) per-token KL penalty  (16) RLOO: leave-one-out baseline
 
 Deviations from the papers stand where they happen: grep DEVIATION; numbers no paper gives: UNKNOWN.
@@ -104,7 +104,7 @@ class Config:
     base_batch: int = 128  # 64 needs as many examples in all, so twice the updates
     base_lr: float = 0.01  # AdamW, all but block matrices; 3e-3 and 0.03 know less after 450
     muon_lr: float = 0.01  # Muon, block matrices; one seed of three never learned + and - at 0.02
-    base_warmup: int = 20  # updates; then linear decay to zero
+    base_warmup: int = 20  # updates; beside it linear decay to zero
     micro: int = 64  # rows of one backward pass: memory and speed, never the result
     recompute: bool = False  # activations, in the backward pass: less memory, a third slower
     bf16: bool = False  # products of the layers; weights, norms, logits and losses stay float32
@@ -116,7 +116,7 @@ class Config:
     diffusion_lr: float = 0.002  # AdamW; as fast as the GPT's, the facts are lost
     diffusion_muon_lr: float = 0.006  # 0.003 and 0.01 know less after as many
     t_min: float = 0.05  # smallest masking rate: the weight 1/t explodes below
-    block: int = 4  # places written in one go, blocks from left to right
+    block: int = 4  # places; blocks are written from left to right, each in block_steps passes
     block_steps: int = 4  # passes a block; fewer: several tokens a pass, chosen independently
     # rollouts
     prompts: int = 64  # N, problems per update
@@ -126,10 +126,10 @@ class Config:
     arm: str = "gae"  # gae, grpo or rloo: which credit and which loss
     updates: int = 40
     lr: float = 5e-4  # AdamW, peak; 3e-3 forgets the facts within 10 updates
-    warmup: int = 5  # updates, then decay to 0; without it Adam's first steps cost greedy accuracy
+    warmup: int = 5  # updates, beside a decay to 0; without it the first steps cost accuracy
     adam_eps: float = 1e-5  # RLHF practice; 1e-8 makes the first steps larger
     epochs: int = 1  # passes over a batch of rollouts
-    minibatch: int = 512  # rows of one optimizer step
+    minibatch: int = 512  # rows of one optimizer step, of one call that samples judgements, traces
     clip: float = 0.2  # ratio band of (14); PPO's value
     value_clip: float = 0.2  # value band of (14); 0 = none
     value_coef: float = 0.1  # c_v of (14)
@@ -162,7 +162,7 @@ class Config:
     posing: float = 0.07  # share of them that pose a problem
     seed_updates: int = 300  # a right response outscores a wrong one in 80 %; 86 after 400
     # a learned reward (Bradley-Terry) in place of the verifier
-    reward: str = "verifier"  # or learned
+    reward: str = "verifier"  # of ppo; or learned, or seq2seq: the rewriter below
     pairs: int = 4_000  # preference pairs of its training; seq2seq: 50 % with 2000, 53 with 4000
     reward_updates: int = 100
     reward_lr: float = 1e-3
@@ -185,23 +185,22 @@ class Config:
     threshold: float = 0.5  # the first step whose SORM probability is below is the error
     # denoise: policy gradient for the diffusion LM, paid for what a stretch of denoising achieves
     credit: str = "process"  # UNKNOWN: which credit; outcome: none for the way. See CREDITS
-    branches: int = 4  # UNKNOWN: N of (6), continuations of one state of a response
+    branches: int = 4  # UNKNOWN: N of V in (6), continuations of one state of a response
     process_weight: float = 1.0  # UNKNOWN: of D in (7)
     earliest: float = 0.0  # UNKNOWN: t lies between these two shares of the steps that a
     latest: float = 1.0  # UNKNOWN: response took, drawn anew for each
-    hide_prompt: float = 0.0  # share of prompt tokens that an estimate may not see
+    hide_prompt: float = 0.0  # a share. DEVIATION: no prompt token is hidden; (2): 15 %
     mu: int = 2  # passes over a batch, each with its own estimate
     denoise_prompts: int = 32
     denoise_updates: int = 25
 
 CONFIGS: dict[str, dict[str, Any]] = {
-    "smoke": dict(threads=1, min_ops=1, max_ops=1, response=12, width=32, layers=1, heads=1,
-        kv_heads=1, head_dim=32, hidden=64, demos=1000, base_updates=40, base_batch=32,
-        diffusion_updates=40, prompts=8, samples=4, minibatch=16, epochs=2, updates=4, save_every=1,
-        eval_every=2, rounds=3, round_updates=2, round_prompts=8, pair_batch=16, seed_demos=200,
-        seed_updates=20, eval_problems=50, pairs=200, reward_updates=5, rewriter_updates=5,
-        expert_prompts=16, drafts=40, continuations=2, labels_each=16, refine_updates=4,
-        denoise_updates=4),
+    "smoke": dict(threads=1, max_ops=1, response=12, width=32, layers=1, heads=1, kv_heads=1,
+        head_dim=32, hidden=64, demos=1000, base_updates=40, base_batch=32, diffusion_updates=40,
+        prompts=8, samples=4, minibatch=16, epochs=2, updates=4, save_every=1, eval_every=2,
+        rounds=3, round_updates=2, round_prompts=8, pair_batch=16, seed_demos=200, seed_updates=20,
+        eval_problems=50, pairs=200, reward_updates=5, rewriter_updates=5, expert_prompts=16,
+        drafts=40, continuations=2, labels_each=16, refine_updates=4, denoise_updates=4),
     "laptop": {},
     "sudoku": dict(task="sudoku", response=17, block=17, block_steps=17, t_min=0.4, look_ahead=0.0,
         diffusion_lr=0.01, diffusion_muon_lr=0.02),  # t_min 0.05: 83 % where 0.4 has 97 to 99
@@ -210,14 +209,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
         minibatch=1024, micro=512, lr=5e-5, updates=100, eval_problems=1000, bf16=True),
     "hf": dict(task="gsm8k", response=384, bf16=True, prompts=32, micro=8, minibatch=64, lr=2e-6,
         base_lr=1e-5, muon_lr=0.0, diffusion_lr=1e-4, diffusion_muon_lr=0.0, dpo_lr=1e-6, alpha=1.0,
-        expert_lr=1e-6, reward_lr=1e-5, base_batch=64, eval_problems=200),  # papers' rates
+        expert_lr=1e-6, reward_lr=1e-5, base_batch=64, eval_problems=200, round_prompts=128,
+        drafts=1024),  # papers' rates; as many rows as 80 GB hold at once
     "claims": dict(threads=1, eval_problems=300, prompts=32, updates=20, rounds=2, pairs=2000,
         round_prompts=256, round_updates=20, rewriter_updates=100, reward_updates=60, drafts=1536,
         labels_each=128, refine_updates=80, denoise_prompts=16, denoise_updates=12)}  # fmt: skip
 
 # ==== 2. Letters ================================================================================
 # B rollouts   N prompts   G samples per prompt, B = N * G   P prompt length   R response length
-# T = P + R    V vocabulary   D width   H heads   K continuations   S key positions in attention
+# T = P + R    V vocabulary   D width   H heads   K continuations   S key positions, or prefixes
 # Roles: policy (trained), reference (frozen copy it may not leave), scorer (learned reward). b
 # is a batch, c the config, u the update. A mask is 1.0 where a token counts. All that follows
 # `response_part` is response-aligned: (B, R), position k belongs to response token k.
@@ -225,7 +225,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 # ==== 3. Tasks ==================================================================================
 # After this section you can write a task of your own: nothing below knows arithmetic.
 class Task(Protocol):
-    """What a loop may ask of a task, as data/arithmetic.py answers. What was sampled stays ids."""
+    """What loops, seed data and measurements ask of a task. What was sampled stays ids."""
     tokenizer: Any  # tokenizers.Tokenizer; PAD, BOS, EOS, MASK, SEP and [BAD] are single ids
     def encode(self, texts: list[str]) -> list[list[int]]: ...
     def decode(self, ids: list[int]) -> str: ...  # with its EOS, nothing behind it, no PAD and BOS
@@ -315,7 +315,7 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, kv: Any, at: Any):
-        B, T, _ = x.shape
+        B, T, _ = x.shape  # mask (B, 1, T, S); kv, at: this layer's cache, and where x goes in it
         shape = (B, T, -1, self.head_dim)
         q = self.q_norm(self.q_proj(x).view(shape)).transpose(1, 2)  # (B, H, T, head_dim)
         k = self.k_norm(self.k_proj(x).view(shape)).transpose(1, 2)
@@ -412,11 +412,11 @@ class Transformer(nn.Module):
             real = cache.real[:, :S]
         position = (real.cumsum(1) - 1).clamp(min=0)[:, at]  # PAD in front does not count
         key = torch.arange(S, device=ids.device)
-        query = key[at, None]
-        mask = real[:, None, None, :]  # PAD is never attended
+        query = key[at, None]  # (T, 1)
+        mask = real[:, None, None, :]  # (B, 1, 1, S); PAD is never attended
         if self.ahead == 0:
             mask = mask & (key <= query)  # the one line that makes it a GPT
-        mask = (mask | (key == query)).log()  # PAD sees itself: a softmax over nothing is NaN
+        mask = (mask | (key == query)).log()  # 0 or -inf; PAD sees itself, else a softmax is NaN
         if 0 < self.ahead < 1:  # on the way from a GPT to a diffusion LM
             mask = mask + (key > query) * log(self.ahead)
         x, (cos, sin) = self.embed_tokens(ids), rope(position, self.config)
@@ -438,8 +438,8 @@ class Transformer(nn.Module):
         if c.rope_scaling:
             scaling = zip(LLAMA3, map(float, c.rope_scaling.split()), strict=True)
             about["rope_scaling"] = {"rope_type": "llama3", **dict(scaling)}
-        prefix = lambda name: name if name.startswith("lm_head") else "model." + name  # noqa: E731
-        weights = {prefix(name): x.contiguous() for name, x in self.state_dict().items()
+        weights = {name if name.startswith("lm_head") else "model." + name: x.contiguous()
+                   for name, x in self.state_dict().items()
                    if not (c.tied and name == "lm_head.weight")}
         write_whole(folder / "config.json", lambda p: p.write_text(json.dumps(about, indent=1)))
         write_whole(folder / "model.safetensors", lambda p: save_file(weights, p))
@@ -452,8 +452,7 @@ class Transformer(nn.Module):
             with torch.device("meta"):
                 model = cls(read_hf(folder))
             names = json.loads(index.read_text())["weight_map"].values() if index.exists() else ()
-            files = sorted(set(names)) or ["model.safetensors"]
-            files = [safe_open(folder / x, "pt") for x in files]
+            files = [safe_open(folder / x, "pt") for x in sorted({*names}) or ["model.safetensors"]]
             where = {key.removeprefix("model."): (f, key) for f in files for key in f.offset_keys()}
             if model.config.tied:
                 where["lm_head.weight"] = where["embed_tokens.weight"]
@@ -615,7 +614,7 @@ def unmask(model: Transformer, prompt: Tensor, canvas: Tensor, c: Config, unifor
         first = (y == c.mask).int().argmax(1, keepdim=True)  # (B', 1)
         place = (first // b * b).clamp(max=R - b) + within  # (B', b), the row's current block
         is_open = y.gather(1, place) == c.mask
-        m = is_open.sum(1, keepdim=True)
+        m = is_open.sum(1, keepdim=True)  # (B', 1), how many of its places are open
         below = ladder < m  # (B', n + 1), the rungs that are left
         now = first // b * n + n - below.sum(1, keepdim=True)  # the step, of the whole canvas
         # equal rows are read once: at first all samples of a prompt are
@@ -626,7 +625,7 @@ def unmask(model: Transformer, prompt: Tensor, canvas: Tensor, c: Config, unifor
         # sure = the untempered probability of what was drawn, not of a perturbed logit
         sure = log_softmax(logits, 1.0, c).gather(-1, token[..., None])[..., 0]
         rank = sure.masked_fill(~is_open, -torch.inf).argsort(dim=1, descending=True, stable=True)
-        chosen = rank.argsort(1) < m - (ladder * below).amax(1, keepdim=True)
+        chosen = rank.argsort(1) < m - (ladder * below).amax(1, keepdim=True)  # to the next rung
         canvas[rows, place] = torch.where(chosen, token, canvas[rows, place])
         order[rows, place] = torch.where(chosen, now, order[rows, place])
     return canvas, order
@@ -702,8 +701,7 @@ def group_advantage(reward: Tensor, group: Tensor, kind: str) -> Tensor:
 # another loss. After this every loop reads as signal -> credit -> loss.
 def nll_loss(logp: Tensor, mask: Tensor, denom: Tensor | int) -> Tensor:
     """Maximum likelihood: logp, mask (B, R) -> scalar; prompt tokens never enter."""
-    objective = (logp * mask).sum() / denom
-    return -objective
+    return -(logp * mask).sum() / denom
 def ppo_loss(logp: Tensor, old_logp: Tensor, adv: Tensor, mask: Tensor, denom: Tensor,
              clip: float) -> Tensor:
     """(14) clipped surrogate, arXiv 1707.06347. logp, old_logp, adv, mask (B, R) -> scalar."""
@@ -742,8 +740,7 @@ def masked_nll(model: Transformer, prompt: Tensor, response: Tensor, hidden: Ten
     """The integrand of (1): weight * sum over hidden tokens of -log p(y_k | x, rest) -> (B,)."""
     states = predictive_states(model, prompt, response.masked_fill(hidden, model.config.mask))
     logp = gather_logprobs(model, states, response, temperature=1.0)
-    objective = ((logp * hidden) * weight).sum(1)
-    return -objective
+    return -(logp * hidden * weight).sum(1)
 def diffusion_loss(model: Transformer, prompt: Tensor, response: Tensor, generator: torch.Generator,
                    rows: Tensor | None = None) -> Tensor:
     """(1) masked diffusion, arXiv 2502.09992: (B, P), (B, R) -> scalar, nats a place.
@@ -758,8 +755,7 @@ def diffusion_loss(model: Transformer, prompt: Tensor, response: Tensor, generat
     return nll.sum() / response.numel()
 def preference_loss(score_w: Tensor, score_l: Tensor) -> Tensor:
     """Bradley-Terry: scores (B,) of preferred and other -> scalar -log sigma(s_w - s_l)."""
-    objective = F.logsigmoid(score_w - score_l).mean()
-    return -objective
+    return -F.logsigmoid(score_w - score_l).mean()
 def binary_loss(score: Tensor, label: Tensor, mask: Tensor, denom: Tensor | int) -> Tensor:
     """Cross-entropy of sigmoid(score) against labels 0 or 1; all (...) -> scalar."""
     # 1/denom sum [ y log sigma(s) + (1 - y) log sigma(-s) ]
@@ -804,12 +800,14 @@ def optimizers(modules: list[nn.Module], lr: float, config: Config, muon_lr: flo
                               eps=config.adam_eps, weight_decay=0.0, fused=rest[0].is_cuda or None)
     return [Muon(blocks, muon_lr), adamw] if blocks else [adamw]
 def schedule(update: int, updates: int, warmup: int) -> float:
-    """Share of the peak learning rate: linear warm-up, then linear decay to zero at the end."""
+    """Linear warm-up times a linear decay that starts at once: the peak itself is not reached."""
     return min(1.0, (update + 1) / warmup) * (1 - update / updates)
 def step(state: dict, loss: Loss, rows: Tensor, config: Config, share: float = 1.0) -> dict:
     """One optimizer step over `rows`: accumulate, clip, update -> metrics. loss(micro) and
     its metrics are summed: divide by the count of the whole step, then micro changes nothing."""
     metrics: dict[str, Tensor] = {}
+    if dist.is_initialized() and len(rows) < dist.get_world_size():
+        raise UserError(f"an optimizer step over {len(rows)} rows is too small for all processes")
     for micro in own(rows).split(config.micro):
         value, more = loss(micro)
         value.backward()
@@ -842,6 +840,8 @@ def demonstrations(model: Transformer, task: Task, c: Config, demos: list | None
     The diffusion LM looks ahead a little, then more (attention annealing, arXiv 2410.17891), and
     rehearses as a GPT in every second update: 40 % greedy, 29 % without, 4 % with neither."""
     generator, device = rng(c.seed, "demonstrations"), model.lm_head.weight.device
+    if demos is not None and not demos:
+        raise UserError("of the responses drawn none was right, nothing to learn: more prompts")
     demos = demos or encode_demos(task, [task.demo(generator) for _ in range(c.demos)], c)
     prompt = left_pad([x for x, _ in demos], c.pad).to(device)
     response = right_pad([y for _, y in demos], c.pad, c.response).to(device)
@@ -850,9 +850,9 @@ def demonstrations(model: Transformer, task: Task, c: Config, demos: list | None
         rows = torch.randint(len(demos), (c.base_batch,), generator=rng(c.seed, "batch", u))
         rows = rows[(asked + length)[rows].argsort(stable=True)]  # like lengths: little PAD
         x, y, denom = prompt[rows], response[rows], int(length[rows].sum())
-        rehearses = c.look_ahead > 0 and (c.diffusion_updates - u) % 2 == 0
-        as_gpt, slowly = model.config.causal or rehearses, c.look_ahead * c.diffusion_updates
-        model.ahead = 0.0 if as_gpt else min(1.0, (u + 1) / slowly) ** 2 if slowly else 1.0
+        rehearses = c.look_ahead > 0 and (c.diffusion_updates - u) % 2 == 0  # never the last update
+        as_gpt, until = model.config.causal or rehearses, c.look_ahead * c.diffusion_updates
+        model.ahead = 0.0 if as_gpt else min(1.0, (u + 1) / until) ** 2 if until else 1.0
         def next_token(micro: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             P, R = (int(n[rows[micro]].max()) for n in (asked, length))  # no column of PAD alone
             logp = token_logprobs(model, x[micro, -P:], y[micro, :R], temperature=1.0)
@@ -911,8 +911,9 @@ def load_state(folder: str | Path, into: dict | None = None) -> dict:
         elif isinstance(mine, dict):
             mine.update({name: fill(mine.get(name), x) for name, x in theirs.items()})
         return mine if isinstance(mine, (dict, *parts)) else theirs
+    where = into["policy"].lm_head.weight.device if into and "policy" in into else "cpu"
     try:
-        return fill(into or {}, torch.load(path, weights_only=True, map_location="cpu"))
+        return fill(into or {}, torch.load(path, weights_only=True, map_location=where))
     except Exception as error:  # torch.load may raise almost anything
         raise UserError(f"{path} is damaged or of other code, delete it: {error!r:.100}") from error
 
@@ -956,7 +957,7 @@ def agreement_reward(logits: Tensor, response: Tensor, mask: Tensor, top: int = 
     return (c_pos * (off.cumsum(1) == 0) - c_neg * off) * mask
 @torch.no_grad()
 def agreement(state: dict, task: Task, b: Rollout, truth: Tensor, c: Config) -> Tensor:
-    """(11) by the rewriter, one teacher-forced pass; the truth is not looked at."""
+    """(11) by the rewriter, one teacher-forced pass. DEVIATION: a missing EOS costs no_eos too."""
     both = zip(b.prompt.tolist(), b.response.tolist(), strict=True)
     asked = left_pad([reread(task, x, y, c) for x, y in both], c.pad).to(b.prompt.device)
     reward, length = at_end(torch.zeros_like(truth), b, c), b.mask.sum(1, keepdim=True)
@@ -1051,7 +1052,7 @@ def in_groups(task: Task, texts: list[str], config: Config) -> Pair:
     group = torch.arange(len(texts)).repeat_interleave(config.samples)
     return encode_prompts(task, texts, config)[group], group
 def rollout_metrics(rollout: Rollout, reward: Tensor, truth: Tensor, config: Config) -> dict:
-    """What to watch: masked means over all responses of the update."""
+    """What to watch: masked means over all responses; a diffusion LM's entropy is mean field."""
     score = reward.sum(1)
     low, high = score.view(-1, config.samples).aminmax(dim=1)
     return {"reward": float(score.mean()), "truth": float(truth.mean()),
@@ -1081,12 +1082,12 @@ def rloo_credit(b: Rollout, reward: Tensor, c: Config) -> Pair:
 # each objective: logp, value (B, R) by the policy now, b as it was sampled, denom -> scalar
 def critic_objective(logp: Tensor, value: Tensor, b: Rollout, denom: Tensor, c: Config) -> Tensor:
     """(14) L = L_pi + c_v L_V."""
-    # a band of 0.2 around the old value is absurd once rewards are rescaled to variance 1
+    # DEVIATION: no value band once rewards are rescaled to variance 1; 0.2 would be absurd
     band = None if c.whiten_reward or not c.value_clip else c.value_clip
     policy_part = ppo_loss(logp, b.logp, b.adv, b.mask, denom, c.clip)
     return policy_part + c.value_coef * value_loss(value, b.value, b.ret, b.mask, denom, band)
 def grpo_objective(logp: Tensor, value: Tensor, b: Rollout, denom: Tensor, c: Config) -> Tensor:
-    """(15) surrogate + beta k3. DEVIATION: one mean over all tokens, not one per response."""
+    """(2), and (15) with a DEVIATION: one mean over all tokens, not one per response."""
     kl = (k3(logp, b.ref_logp) * b.mask).sum() / denom
     return ppo_loss(logp, b.logp, b.adv, b.mask, denom, c.clip) + c.beta * kl
 def rloo_objective(logp: Tensor, value: Tensor, b: Rollout, denom: Tensor, c: Config) -> Tensor:
@@ -1105,8 +1106,8 @@ def start_ppo(policy: Transformer, config: Config) -> dict[str, Any]:
 def annotate(state: dict, rollout: Rollout, c: Config, estimate: Callable = likelihood) -> Rollout:
     """Log-probs of policy and reference and values, once a batch, at the sampling temperature."""
     found = rollout.mask.new_zeros(3, *rollout.mask.shape)
-    like = rollout.mask.sum(1).cpu().argsort(stable=True)  # like lengths together: little PAD
-    for rows in own(like).split(c.micro):
+    by_length = rollout.mask.sum(1).cpu().argsort(stable=True)  # like lengths together: little PAD
+    for rows in own(by_length).split(c.micro):
         part = rollout[rows]
         logp, states = estimate(state["policy"], part, c)
         ref_logp = estimate(state["reference"], part, c)[0]
@@ -1206,7 +1207,7 @@ def start_rounds(policy: Transformer, config: Config) -> dict[str, Any]:
     return {"policy": policy, "optimizers": optimizers([policy], config.dpo_lr, config),
             "pairs": {}, "drawn": {}, "first": first, "samples": 0, "update": 0, "updates": updates}
 def posed(state: dict, task: Task, config: Config, u: int) -> tuple[list[str], dict]:
-    """Training problems of the task."""
+    """Training problems. DEVIATION: new ones each round; the paper's stay the same."""
     return task.prompts(config.prompts, rng(config.seed, "prompts", u)), {}
 def verified(state: dict, task: Task, rollout: Rollout, c: Config, u: int) -> tuple[Tensor, dict]:
     """Scores (B,): the true reward."""
@@ -1219,27 +1220,26 @@ def iterative_dpo(state: dict, task: Task, config: Config, pose: Callable = pose
     while (u := state["update"]) < state["updates"]:
         if u % n == 0:
             hot = config.late_temperature if 2 * u >= state["updates"] else config.temperature
-            each = replace(config, prompts=config.round_prompts, temperature=hot)
+            c = replace(config, prompts=config.round_prompts, temperature=hot)
             # 1. sample
-            texts, drawn = pose(state, task, each, u)
-            prompt, group = (x.to(device) for x in in_groups(task, texts, config))
-            generator = rng(config.seed, "sample", u)
-            rollout = sample(policy, prompt, each, group=group, generator=generator)
+            texts, drawn = pose(state, task, c, u)
+            prompt, group = (x.to(device) for x in in_groups(task, texts, c))
+            b = sample(policy, prompt, c, group=group, generator=rng(c.seed, "sample", u))
             # 2. score
-            score, seen = judge(state, task, rollout, each, u)
+            score, seen = judge(state, task, b, c, u)
             # 3. credit
-            rows = pair(score, group, config)
-            pairs = {"prompt": prompt[rows[:, 0]], "response": rollout.response[rows]}
+            rows = pair(score, group, c)
+            pairs = {"prompt": prompt[rows[:, 0]], "response": b.response[rows]}
+            if c.restart:  # ReST-EM, arXiv 2312.06585: every round trains the first model
+                policy.load_state_dict(state["first"])
+                state["optimizers"] = optimizers([policy], c.dpo_lr, c)
             with torch.no_grad():  # the reference is the model that this round starts from
-                parts = torch.arange(len(rows)).split(config.micro) if len(rows) else []
+                parts = torch.arange(len(rows)).split(c.micro) if len(rows) else []
                 ref = [pair_logprobs(policy, pairs, part) for part in parts]
             state["pairs"] = pairs | {"ref": torch.cat([*ref, torch.empty(0, 2, device=device)])}
             drawn |= {"pairs": len(rows), "round": u // n}
-            state["drawn"] = drawn | seen | {"length": float(rollout.mask.sum(1).mean())}
+            state["drawn"] = drawn | seen | {"length": float(b.mask.sum(1).mean())}
             state["samples"] += len(prompt)
-            if config.restart:  # ReST-EM, arXiv 2312.06585: every round trains the first model
-                policy.load_state_dict(state["first"])
-                state["optimizers"] = optimizers([policy], config.dpo_lr, config)
         # 4. update; a round without pairs teaches nothing and is over at once
         some = state["drawn"]["pairs"] > 0
         metrics = pair_update(state, config) if some else {}
@@ -1255,15 +1255,15 @@ def parse_score(text: str) -> float | None:
     score = float(found[1]) if found else -1.0
     return score if 0 <= score <= 5 else None
 def propose(state: dict, task: Task, config: Config, u: int) -> tuple[list[str], dict]:
-    """New training problems by the policy, shown three; two tries each, then the task fills up."""
-    generator = rng(config.seed, "propose", u)
+    """New problems by the policy, shown three. DEVIATION: the paper's come from a fixed model."""
+    generator = rng(config.seed, "propose", u)  # two tries each, then the task fills up
     shown = [task.propose_demo(generator)[0] for _ in range(2 * config.prompts)]
-    found = [task.problem(y) for y in respond(state["policy"], task, shown, config, generator)]
-    fresh = [x for x, seen in zip(found, shown, strict=True) if x and x not in seen]
-    new = [x for x in dict.fromkeys(fresh) if x not in state["posed"]][: config.prompts]
+    found = zip(shown, respond(state["policy"], task, shown, config, generator), strict=True)
+    fresh = [task.problem(y) for x, y in found if y.removesuffix("<eos>").strip() not in x]
+    new = [x for x in dict.fromkeys(fresh) if x and x not in state["posed"]][: config.prompts]
     state["posed"] |= dict.fromkeys(new)
     texts = new + task.prompts(config.prompts - len(new), generator)
-    return texts, {"valid": len(fresh) / len(shown), "proposed": len(new) / len(texts)}
+    return texts, {"valid": sum(map(bool, fresh)) / len(shown), "proposed": len(new) / len(texts)}
 def judged(state: dict, task: Task, rollout: Rollout, c: Config, u: int) -> tuple[Tensor, dict]:
     """Scores (B,): the mean of J sampled judgements by the policy; NaN if none can be read."""
     generator, J, device = rng(c.seed, "judge", u), c.judgements, rollout.prompt.device
@@ -1287,14 +1287,13 @@ def best_and_worst(score: Tensor, group: Tensor, config: Config) -> Tensor:
         if len(rows) and score[rows].max() > score[rows].min():
             pairs.append((int(rows[score[rows].argmax()]), int(rows[score[rows].argmin()])))
     return torch.tensor(pairs, dtype=torch.long).view(-1, 2)
-def start_self_rewarding(policy: Transformer, config: Config) -> dict[str, Any]:
+def start_self_rewarding(policy: Transformer, c: Config) -> dict[str, Any]:
     """M1 solves, poses and judges already; its judge is itself, or the frozen M1."""
-    judge = frozen_copy(policy) if config.judge == "frozen" else policy
-    config = replace(config, rounds=config.own_rounds)
-    return start_rounds(policy, config) | {"judge": judge, "posed": {}}
+    judge = frozen_copy(policy) if c.judge == "frozen" else policy
+    return start_rounds(policy, replace(c, rounds=c.own_rounds)) | {"judge": judge, "posed": {}}
 def self_rewarding(state: dict, task: Task, config: Config) -> Iterator[dict[str, Any]]:
     """Self-Rewarding LMs, arXiv 2401.10020: `iterative_dpo` on its own problems and scores.
-    DEVIATION: the loss is DPO + NLL (9); the paper's is --alpha 0. That does not hold here."""
+    DEVIATION: the loss is DPO + NLL (9); the paper's is --alpha 0, which loses accuracy here."""
     config = replace(config, samples=config.candidates)
     return iterative_dpo(state, task, config, propose, judged, best_and_worst)
 
@@ -1317,7 +1316,7 @@ def continuations_of(student: Transformer, draft: Rollout, ends: Tensor, c: Conf
         row, s = part.repeat_interleave(c.continuations, 0).unbind(1)
         start = draft.response[row].masked_fill(place >= ends[row, s, None], c.pad)
         traces.append(sample(student, draft.prompt[row], c, start, generator=generator).response)
-    return which, torch.cat(traces).view(-1, c.continuations, c.response)
+    return which, torch.cat(traces).view(len(which), c.continuations, c.response)
 def check_traces(task: Task, draft: Rollout, ends: Tensor, which: Tensor, traces: Tensor) -> Pair:
     """Whether each trace (n, K, R) is right, and whether it uses the last result of its prefix."""
     right, uses = [], []
@@ -1328,19 +1327,19 @@ def check_traces(task: Task, draft: Rollout, ends: Tensor, which: Tensor, traces
         number = re.compile(rf"(?<![0-9]){re.escape(result or '')}(?![0-9])")
         right += [task.grade(prompt, task.decode(y)) > 0.5 for y in several]
         uses += [result is None or bool(number.search(task.decode(y[end:]))) for y in several]
-    return tuple(torch.tensor(x).view(traces.shape[:2]) for x in (right, uses))
+    return tuple(torch.tensor(x, dtype=torch.bool).view(traces.shape[:2]) for x in (right, uses))
 def step_labels(right: Tensor, ends: Tensor, which: Tensor, success: Tensor, uses: Tensor,
                 c: Config) -> dict[str, Tensor]:
     """label, keep (2, B, S): for the ORM the draft's end, for the SORM (8), equally many examples.
-    The whole draft is its own verifying trace: what a right one consists of is good."""
+    The whole draft is its own verifying trace. DEVIATION: a right one need not use its results."""
     table = torch.zeros(2, *ends.shape, c.continuations, dtype=torch.bool, device=ends.device)
     table[:, which[:, 0], which[:, 1]] = torch.stack([success, uses]).to(ends.device)
     table[:, torch.arange(len(ends)), ends.argmax(1)] = right[:, None]
-    sorm, step, generator = rollout_labels(*table), ends > 0, rng(c.seed, "balance")
-    position, keep = step.cumsum(1), torch.zeros_like(table[..., 0])
-    keep[1, step] = balance(sorm[step], position[step], generator)
-    same = torch.randperm(int(step.sum()), generator=generator) < keep[1].sum().cpu()
-    keep[0, step] = same.to(ends.device)
+    sorm, some, generator = rollout_labels(*table), ends > 0, rng(c.seed, "balance")
+    position, keep = some.cumsum(1), torch.zeros_like(table[..., 0])
+    keep[1, some] = balance(sorm[some], position[some], generator)
+    same = torch.randperm(int(some.sum()), generator=generator) < keep[1].sum().cpu()
+    keep[0, some] = same.to(ends.device)
     label = torch.stack([right[:, None].expand_as(sorm), sorm])
     return {"ends": ends, "label": label.float(), "keep": keep.float()}
 def repair_demos(task: Task, draft: Rollout, b: dict, which: Tensor, traces: Tensor, good: Tensor,
@@ -1392,7 +1391,8 @@ def refine(state: dict, task: Task, config: Config) -> Iterator[dict[str, Any]]:
     # 4. update: what is bad, and how to mend it
     few, data = replace(c, base_batch=c.pair_batch), state["data"]
     batches = {"scorer": step_batches(state, data["steps"], c)}
-    batches |= {k: demonstrations(state[k], task, few, data[k]) for k in ("global", "local")}
+    mended = [k for k in ("global", "local") if data[k]]  # without examples a refiner stays
+    batches |= {k: demonstrations(state[k], task, few, data[k]) for k in mended}
     learning = [fit(state["fits"][k], batch, c.refine_updates, c) for k, batch in batches.items()]
     for logs in zip(*learning, strict=True):
         state["update"] += 1
@@ -1432,7 +1432,7 @@ def refined(state: dict, task: Task, prompts: list[str], config: Config,
 
 # ---- denoise: a diffusion LM, paid for what a stretch of denoising achieves ---------------------
 def some_step(b: Rollout, c: Config, generator: torch.Generator) -> Tensor:
-    """t (B,): one of the steps in which a response was written up to its EOS, but the first."""
+    """t (B,): one of the steps up to a response's EOS, but the first; 1 if there is no other."""
     last = (b.order * b.mask).amax(1)
     share = c.earliest + (c.latest - c.earliest) * torch.rand(len(last), generator=generator)
     return 1 + (share.to(last.device) * last).long()
@@ -1443,7 +1443,7 @@ def go_on(policy: Transformer, b: Rollout, t: Tensor, n: int, c: Config,
     prompt, start, group = (x.repeat_interleave(n, 0) for x in (b.prompt, start, b.group))
     return sample(policy, prompt, c, start, group, generator)
 def probe(state: dict, task: Task, b: Rollout, rows: Tensor, c: Config) -> Pair:
-    """t (B,), drawn anew for each response, and (6) V(x_t) (B,): the mean reward of N fresh
+    """t (B,), drawn anew for each response, and V(x_t) of (6), (B,): the mean reward of N fresh
     continuations of the state before step t; NaN but for these rows (B,)."""
     u, value = state["update"], torch.full(rows.shape, torch.nan, device=rows.device)
     t = some_step(b, c, rng(c.seed, "state", u))
@@ -1455,13 +1455,13 @@ def probe(state: dict, task: Task, b: Rollout, rows: Tensor, c: Config) -> Pair:
     return t, value
 def denoise_advantage(reward: Tensor, branch_reward: Tensor, group: Tensor,
                       weight: float) -> Tensor:
-    """(7) denoising process reward; all (B,). branch_reward = V(x_t), not read unless A > 0."""
-    # A_i = r_i - V(x_T);  D_i = V(x_t) - V(x_T);  A~_i = A_i + 1[A_i > 0] weight D_i
+    """Denoising process reward; all (B,). branch_reward = V(x_t), not read unless A > 0."""
+    # A_i = r_i - V(x_T);  (6) D_i = V(x_t) - V(x_T);  (7) A~_i = A_i + 1[A_i > 0] weight D_i
     base = group_advantage(reward, group, "mean")  # V(x_T): the mean of the group
     return torch.where(base > 0, base + weight * (branch_reward - (reward - base)), base)
 # each credit: state, task, b, reward (B,) -> advantage (B, R)
 def outcome(state: dict, task: Task, b: Rollout, reward: Tensor, c: Config) -> Tensor:
-    """diffu-GRPO, arXiv 2504.12216: the end alone, against the mean of the group."""
+    """(2) diffu-GRPO, arXiv 2504.12216: the end alone, against the mean of the group."""
     return group_advantage(reward, b.group, "mean")[:, None] * b.mask
 def process(state: dict, task: Task, b: Rollout, reward: Tensor, c: Config) -> Tensor:
     """(7): a right answer is worth more where the state before made it likelier."""
@@ -1469,7 +1469,7 @@ def process(state: dict, task: Task, b: Rollout, reward: Tensor, c: Config) -> T
     return denoise_advantage(reward, value, b.group, c.process_weight)[:, None] * b.mask
 CREDITS = {"outcome": outcome, "process": process}
 def start_denoise(policy: Transformer, config: Config) -> dict[str, Any]:
-    """As `ppo`; the policy is a diffusion LM, and the value head idle."""
+    """As `ppo`, but beta stays; the policy is a diffusion LM, and the value head idle."""
     return start_ppo(policy, replace(config, updates=config.denoise_updates))
 def denoise(state: dict, task: Task, config: Config, estimate: Callable = likelihood,
             roll: Callable = sample) -> Iterator[dict[str, Any]]:

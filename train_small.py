@@ -321,9 +321,9 @@ def student_model(c: Config, cache: Path) -> Transformer:
     def right() -> nr.Batches:
         prompt, group = nr.in_groups(task, task.prompts(c.expert_prompts, nr.rng(c.seed, "expert")), c)
         b = nr.sample(model, prompt.to(c.device), c, group=group, generator=nr.rng(c.seed, "expert", 1))
-        both = [(task.decode(x), task.decode(y)) for x, y in zip(b.prompt.tolist(), b.response.tolist(), strict=True)]
-        known = dict.fromkeys(pair for pair in both if task.grade(*pair) == 1)
-        return nr.demonstrations(model, task, c, nr.encode_demos(task, list(known), c))
+        pairs = zip(*(x[nr.grades(task, b) == 1].tolist() for x in (b.prompt, b.response)), strict=True)
+        known = [[[i for i in ids if i != c.pad] for ids in pair] for pair in pairs]
+        return nr.demonstrations(model, task, c, [x for i, x in enumerate(known) if x not in known[:i]])
     return cached("student", "student_model", c, cache, [model], right, c.expert_updates, c.expert_lr)[0]
 def rewriter_model(c: Config, cache: Path) -> Transformer:
     """The reward of seq2seq: the base, taught to rewrite both responses of each pair as the preferred one."""
@@ -349,9 +349,10 @@ STARTS = {"self_rewarding": seed_model, "refine": student_model, "denoise": diff
 REFINERS = ("scorer", "orm", "sorm", "global", "local")
 def reward_models(name: str, c: Config, cache: Path) -> dict[str, Any]:
     """What the loop's reward needs in its state."""
-    if "seq2seq" in (name, c.reward):
+    reward = {"ppo": c.reward, "seq2seq": "seq2seq"}.get(name)
+    if reward == "seq2seq":
         return {"rewriter": rewriter_model(c, cache)}
-    return scorer_model(c, cache) if c.reward == "learned" else {}
+    return scorer_model(c, cache) if reward == "learned" else {}
 def write(name: str, state: dict, task: nr.Task, prompts: list[str], c: Config, T: float = 0.0) -> list[str]:
     """One response a problem by what the loop has trained."""
     c, generator = replace(c, temperature=T), nr.rng(c.seed, "evaluate")
@@ -405,7 +406,7 @@ def notes(m: dict[str, Any], c: Config) -> dict[str, str]:
     return {name: text for name, (holds, text) in found.items() if holds}
 def run_job(run: Run, name: str, seed: int) -> dict[str, Any]:
     """Train, measure, and describe one loop with one seed; what it returns is its summary entry."""
-    c, job, out, told = replace(run.config, seed=seed), f"{name}/{seed}", run.out, set()
+    c, job, out, few = replace(run.config, seed=seed), f"{name}/{seed}", run.out, 1 if name == "denoise" else 3
     task, policy = make_task(c), base_model(c, run.cache)
     dev, test = (task.prompts(c.eval_problems, nr.rng(0, s), s) for s in ("dev", "test"))  # the same for all seeds
     base, base_sampled = (nr.accuracy(policy, task, test, c, T) for T in (0.0, c.temperature))
@@ -420,15 +421,15 @@ def run_job(run: Run, name: str, seed: int) -> dict[str, Any]:
     state = start(policy, c) | reward_models(name, c, run.cache) | {"result": result}
     state = nr.load_state(out / "state", into=state) if run.job == job else state
     state["job"], result = job, state["result"]
-    offset, began = cut_log(out / "metrics.jsonl", run), time.time()
+    offset, began, told = cut_log(out / "metrics.jsonl", run), time.time(), set()
     cut_log(out / "samples.jsonl", run)
     def right(prompts: list[str], T: float = 0.0) -> float:
         texts = write(name, state, task, prompts, c, T)
         return mean(task.grade(x, y) for x, y in zip(prompts, texts, strict=True))
-    def show(u: int) -> None:  # of 32 greedy responses up to three right and three wrong ones
+    def show(u: int) -> None:  # few right and few wrong ones of 32 greedy responses; denoise's V(x_t) costs branches
         texts = write(name, state, task, dev[:32], c)
         both = [{"prompt": x, "response": y, "reward": task.grade(x, y)} for x, y in zip(dev, texts, strict=False)]
-        both = [t for t in both if t["reward"] == 1][:3] + [t for t in both if t["reward"] < 1][:3]
+        both = [t for t in both if t["reward"] == 1][:few] + [t for t in both if t["reward"] < 1][:few]
         more = inside(name, state, task, [t["prompt"] for t in both], [t["response"] for t in both], c)
         for t, x in zip(both, more, strict=True):
             append(out / "samples.jsonl", {"loop": name, "seed": seed, "step": u, **t, **x})

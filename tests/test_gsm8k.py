@@ -182,6 +182,19 @@ def test_pairs_scores_and_proposals(task):
     assert shown.count("Question:") == 4 and task.problem(new.strip().removesuffix("<eos>")) is not None
 
 
+def test_a_question_that_was_shown_is_no_new_problem(task, monkeypatch):
+    c = nr.replace(nr.Config(), prompts=2)
+
+    def copies(model, task, shown, config, generator=None):
+        old = [x.split("Question:")[1].strip() for x in shown]
+        new = next(x for x in sorted(task.by_split["train"]) if not any(x in y for y in shown))
+        return [f" {x}<eos>" for x in old[:3]] + [f" {new}<eos>"]
+
+    monkeypatch.setattr(nr, "respond", copies)
+    state = {"policy": None, "posed": {}}
+    assert nr.propose(state, task, c, 0)[1] == {"valid": 0.25, "proposed": 0.5} and len(state["posed"]) == 1
+
+
 @pytest.mark.parametrize("text,word", [
     (None, "is not there"), ('{"question": "a", "answer"', "line 1"), ('{"question": "a", "answer": "#### 1"}\n{"q": 1}', "line 2"),
     ('{"question": "a", "answer": "no number"}', "####"),
@@ -224,18 +237,25 @@ def test_the_real_files(folder):
     assert 0.85 < right / lines < 0.95  # lines without a result cannot be judged and count as wrong
 
 
-def test_every_loop_runs_unchanged_on_a_folder(folder, tmp_path):
+def test_every_loop_runs_unchanged_on_a_folder(folder, tmp_path, monkeypatch, capsys):
     """Nothing can be learned from random weights: this is the plumbing, from ids to saved folders."""
     flags = """--config hf --device cpu --threads 1 --response 40 --prompts 3 --samples 4 --micro 6 --minibatch 12 --updates 2
         --eval-problems 6 --rounds 2 --round-updates 2 --round-prompts 3 --pair-batch 4 --own-rounds 1 --candidates 2 --judgements 1
         --seed-demos 12 --seed-updates 2 --pairs 6 --rewriter-updates 2 --reward-updates 2 --expert-prompts 2 --drafts 4
         --continuations 2 --labels-each 4 --refine-updates 2 --denoise-prompts 2 --denoise-updates 1 --demos 12 --diffusion-updates 3
         --base-batch 4 --top 1 --no-eos 0""".split()
-    argv = [sys.executable, "train_small.py", *flags, "--model", str(folder), "--data", str(folder)]
-    run = subprocess.run([*argv, "--out", str(tmp_path / "run"), "--cache", str(tmp_path / "cache")], cwd=ROOT, capture_output=True, text=True)
+    loops = [name for name in nr.LOOPS if name != "refine"]
+    flags += ["--model", str(folder), "--data", str(folder), "--cache", str(tmp_path / "cache")]
+    argv = [sys.executable, "train_small.py", *loops, *flags, "--out", str(tmp_path / "run")]
+    run = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     results = json.loads((tmp_path / "run" / "summary.json").read_text())["results"]
-    assert [r["loop"] for r in results] == list(nr.LOOPS) and "ceiling" not in results[0]
+    assert [r["loop"] for r in results] == loops and "ceiling" not in results[0]
+    # refine's student learns from its right responses: none, one line; some, it runs
+    assert train_small.main(["refine", *flags, "--out", str(tmp_path / "none")]) == 2
+    assert "none was right" in capsys.readouterr().err
+    monkeypatch.setattr(gsm8k.GSM8K, "grade", lambda self, prompt, response: float(len(response) % 2))
+    assert train_small.main(["refine", *flags, "--out", str(tmp_path / "some")]) == 0
     again = nr.Transformer.load(tmp_path / "run" / "models" / "ppo-0")
     assert again.config.vocab == nr.Transformer.load(folder).config.vocab
     grown = nr.Transformer.load(tmp_path / "run" / "models" / "denoise-0")

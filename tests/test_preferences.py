@@ -138,12 +138,15 @@ def test_resume_in_the_middle_of_a_round_is_bit_exact(tmp_path, stop):
     assert all(torch.equal(a, b) for a, b in zip(whole["policy"].parameters(), again["policy"].parameters()))
 
 
-def test_a_restarted_round_trains_the_first_model_again():
-    config = nr.replace(SMALL, restart=True, preference="sft_chosen")
+@pytest.mark.parametrize("preference", list(nr.PREFERENCES))
+def test_a_restarted_round_trains_the_first_model_again(preference):
+    config = nr.replace(SMALL, restart=True, preference=preference)
     state = nr.start_rounds(rough(config), config)
     weight, first = state["policy"].lm_head.weight, state["first"]["lm_head.weight"].clone()
     moved, steps = [], []
-    for _ in nr.iterative_dpo(state, Short(1, 1), config):
+    for m in nr.iterative_dpo(state, Short(1, 1), config):
+        if m["round"] and len(steps) in (3, 6):  # its reference is that model too
+            assert m["margin"] == pytest.approx(0, abs=1e-4)
         moved.append(float((weight - first).detach().abs().max()))
         steps.append(int(state["optimizers"][0].state[weight]["step"]))
     assert steps[:4] == [1, 2, 3, 1]  # nor do Adam's moments of the last round stay

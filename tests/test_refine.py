@@ -243,6 +243,20 @@ class Ones(Arithmetic):
         return None
 
 
+@pytest.mark.parametrize("grade", [0.0, 1.0])
+def test_where_nothing_is_wrong_nothing_is_mended(grade):
+    class Same(Arithmetic):
+        def grade(self, prompt, response):
+            return grade
+
+    state = nr.start_refine(rough(TINY), TINY)
+    before = [x.clone() for x in state["local"].parameters()]
+    logs = list(nr.refine(state, Same(1, 1), TINY))
+    assert len(logs) == TINY.refine_updates and logs[0]["truth"] == grade and logs[0]["pairs"] == 0
+    assert all(torch.equal(a, b) for a, b in zip(before, state["local"].parameters(), strict=True))
+    assert nr.refined(state, Same(1, 1), ["3+4="], TINY)
+
+
 def test_probe_heads_learn_which_prefix_is_bad_and_refiners_what_follows():
     """The whole loop in a world where a 9 is the error: heads and refiners find it in seconds."""
     task = Ones(1, 1)

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import nanoreward as nr
+import train_small
 from data.arithmetic import REFUSAL, Arithmetic
 from tests.conftest import TINY, rough
 from tests.test_refine import SEP, TASK, WIDE, rollout_of
@@ -147,3 +148,13 @@ def test_planted_length_makes_the_longer_response_win_and_refusals_win_on_one_cl
     none = Arithmetic(planted="none").preferences(400, nr.rng(0, "pairs"))
     assert all(TASK.grade(x, w) >= TASK.grade(x, y) for x, w, y in none)
     assert refusing.grade("3*4=", REFUSAL) == 0.0 and refusing.answer(REFUSAL) is None
+
+
+def test_only_ppo_asks_for_a_learned_reward(monkeypatch):
+    monkeypatch.setattr(train_small, "rewriter_model", lambda c, cache: "rewriter")
+    monkeypatch.setattr(train_small, "scorer_model", lambda c, cache: "scorer")
+    asked = {(name, reward): train_small.reward_models(name, nr.replace(nr.Config(), reward=reward), None)
+             for name in nr.LOOPS for reward in nr.SIGNALS}  # fmt: skip
+    paid = {key: x for key, x in asked.items() if x}
+    rewriter = {"rewriter": "rewriter"}
+    assert paid == {("ppo", "learned"): "scorer", ("ppo", "seq2seq"): rewriter} | {("seq2seq", x): rewriter for x in nr.SIGNALS}

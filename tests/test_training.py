@@ -182,6 +182,25 @@ def test_a_damaged_model_folder_is_one_clear_line(tmp_path, model, damage):
     assert "\n" not in str(caught.value)
 
 
+def test_what_is_loaded_comes_to_the_device_of_the_policy(tmp_path, model):
+    nr.save_state(tmp_path, {"policy": model, "data": {"rows": torch.arange(3)}})
+    elsewhere = nr.load_state(tmp_path, into={"policy": rough(TINY, 5).to("meta"), "data": {}})
+    assert elsewhere["data"]["rows"].is_meta
+    assert nr.load_state(tmp_path, into={"policy": rough(TINY, 5), "data": {}})["data"]["rows"].is_cpu
+
+
+def test_nothing_to_learn_from_is_a_clear_line(model):
+    with pytest.raises(nr.UserError, match="none was right"):
+        nr.demonstrations(model, TASK, TINY, [])
+
+
+def test_a_step_with_fewer_rows_than_processes_is_a_clear_line(monkeypatch):
+    monkeypatch.setattr(nr.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(nr.dist, "get_world_size", lambda: 3)
+    with pytest.raises(nr.UserError, match="2 rows"):
+        nr.step({"optimizers": []}, None, torch.arange(2), TINY)
+
+
 def test_load_state_fills_modules_in_place_and_runs_no_code(tmp_path, model):
     state = nr.start_ppo(model, TINY) | {"list": [1, 2.5, None], "pairs": torch.arange(3)}
     next(nr.ppo(state, TASK, TINY))
