@@ -209,8 +209,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         minibatch=1024, micro=512, lr=5e-5, updates=100, eval_problems=1000, bf16=True),
     "hf": dict(task="gsm8k", response=384, bf16=True, prompts=32, micro=8, minibatch=64, lr=2e-6,
         base_lr=1e-5, muon_lr=0.0, diffusion_lr=1e-4, diffusion_muon_lr=0.0, dpo_lr=1e-6, alpha=1.0,
-        expert_lr=1e-6, reward_lr=1e-5, base_batch=64, eval_problems=200, round_prompts=128,
-        drafts=1024),  # papers' rates; as many rows as 80 GB hold at once
+        expert_lr=1e-6, reward_lr=1e-5, base_batch=64, eval_problems=200, round_prompts=64,
+        drafts=512),  # the papers' rates; 512 rows of SmolLM2-135M have 11 GB of keys and values
     "claims": dict(threads=1, eval_problems=300, prompts=32, updates=20, rounds=2, pairs=2000,
         round_prompts=256, round_updates=20, rewriter_updates=100, reward_updates=60, drafts=1536,
         labels_each=128, refine_updates=80, denoise_prompts=16, denoise_updates=12)}  # fmt: skip
