@@ -11,7 +11,7 @@ their greedy accuracy on held-out problems; chance 0.01, base 0.45, careful twin
     self_rewarding  0.55    judge own, frozen           arXiv 2401.10020
     seq2seq         0.57    rule by --top, --least      arXiv 2409.00162
     refine          0.72    ORM, SORM, two refiners     arXiv 2402.10963
-    denoise         0.56    the way is paid or not      no open method section; 2504.12216
+    denoise         0.56    the way is paid or not      arXiv 2510.01544 (abstract), 2504.12216
 
 Equation numbers in comments, also (2): diffu-GRPO, on mean-field log-probs:
     (1) masked diffusion: a bound   (9)  DPO + NLL             (13) advantage estimation (GAE)
@@ -44,7 +44,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-Pair = tuple[Tensor, Tensor]
+Pair = tuple[Tensor, Tensor]  # two results of one function; the pairs of (9) are something else
 
 # ==== 1. Config =================================================================================
 # After this section you know what can be turned: each field is also a flag of train_small.py.
@@ -68,7 +68,7 @@ class Config:
     threads: int = 2  # same seed, machine and threads: same bytes. One is better on busy cores
     device: str = "auto"  # cuda, else cpu; mps if asked
     save_every: int = 5  # updates between two saved states; a kill loses at most these
-    eval_every: int = 5  # updates between two greedy evaluations on dev problems
+    eval_every: int = 5  # updates between two looks at dev; more where that makes over 8 looks
     eval_problems: int = 500  # held-out problems per evaluation; 500 give +-4 points at 95 %
     # the task
     task: str = "arithmetic"  # sudoku, gsm8k; min_ops to planted are arithmetic's
@@ -121,7 +121,7 @@ class Config:
     # rollouts
     prompts: int = 64  # N, problems per update
     samples: int = 8  # G, responses per problem; B = N * G
-    temperature: float = 1.0  # of sampling, and of every log-prob of what was sampled
+    temperature: float = 1.0  # of sampling, and of log-probs in ratios; those of pairs have 1
     # reinforcement learning
     arm: str = "gae"  # gae, grpo or rloo: which credit and which loss
     updates: int = 40
@@ -129,7 +129,7 @@ class Config:
     warmup: int = 5  # updates, beside a decay to 0; without it the first steps cost accuracy
     adam_eps: float = 1e-5  # RLHF practice; 1e-8 makes the first steps larger
     epochs: int = 1  # passes over a batch of rollouts
-    minibatch: int = 512  # rows of one optimizer step, of one call that samples judgements, traces
+    minibatch: int = 512  # rows of one optimizer step, of one call that samples traces
     clip: float = 0.2  # ratio band of (14); PPO's value
     value_clip: float = 0.2  # value band of (14); 0 = none
     value_coef: float = 0.1  # c_v of (14)
@@ -168,11 +168,11 @@ class Config:
     reward_lr: float = 1e-3
     # seq2seq: a rewriting model in place of the verifier, from the same pairs
     rewriter_updates: int = 150
-    top: int = 1  # UNKNOWN: which tokens agree: the rewriter's n likeliest; 1: its argmax
-    least: float = 0.0  # UNKNOWN: above 0: tokens with this probability; 0.1 pays for guesses: 15 %
-    c_pos: float = 0.1  # UNKNOWN: (11), for each token before the first disagreement
-    c_neg: float = 0.1  # UNKNOWN: (11), for each disagreement
-    per_token: bool = False  # UNKNOWN: (11) over the length; a refusal then pays as a solution does
+    top: int = 1  # UNKNOWN: which tokens agree; here the rewriter's n likeliest, 1: its argmax
+    least: float = 0.0  # UNKNOWN: or what it gives this probability; 0.1 pays for guesses: 15 %
+    c_pos: float = 0.1  # UNKNOWN: what a token before the first disagreement earns in (11)
+    c_neg: float = 0.1  # UNKNOWN: what a disagreement costs in (11)
+    per_token: bool = False  # UNKNOWN: (11) by the length; a refusal then pays as a solution does
     rewriter_beta: float = 0.1  # beta of seq2seq; one seed of two drifted by 5 nats without
     # refine: step labels by rollouts, then who says when, where and how
     expert_prompts: int = 128  # the student learns its own right responses to these, for
@@ -184,13 +184,13 @@ class Config:
     refine_updates: int = 150
     threshold: float = 0.5  # the first step whose SORM probability is below is the error
     # denoise: policy gradient for the diffusion LM, paid for what a stretch of denoising achieves
-    credit: str = "process"  # UNKNOWN: which credit; outcome: none for the way. See CREDITS
-    branches: int = 4  # UNKNOWN: N of V in (6), continuations of one state of a response
-    process_weight: float = 1.0  # UNKNOWN: of D in (7)
-    earliest: float = 0.0  # UNKNOWN: t lies between these two shares of the steps that a
-    latest: float = 1.0  # UNKNOWN: response took, drawn anew for each
-    hide_prompt: float = 0.0  # a share. DEVIATION: no prompt token is hidden; (2): 15 %
-    mu: int = 2  # passes over a batch, each with its own estimate
+    credit: str = "process"  # UNKNOWN: what the way earns; outcome: nothing. See CREDITS
+    branches: int = 4  # UNKNOWN: N, how many continuations V(x_t) in (6) averages
+    process_weight: float = 1.0  # UNKNOWN: what D weighs beside A in (7)
+    earliest: float = 0.0  # UNKNOWN: which state is probed; t is drawn between this share
+    latest: float = 1.0  # UNKNOWN: and this share of the steps, anew for each response
+    hide_prompt: float = 0.0  # a share. DEVIATION: no prompt token is hidden; (2) hides 15 %
+    mu: int = 2  # passes over a batch; with hidden prompt tokens each has its own estimate
     denoise_prompts: int = 32
     denoise_updates: int = 25
 
@@ -216,8 +216,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
         labels_each=128, refine_updates=80, denoise_prompts=16, denoise_updates=12)}  # fmt: skip
 
 # ==== 2. Letters ================================================================================
-# B rollouts   N prompts   G samples per prompt, B = N * G   P prompt length   R response length
-# T = P + R    V vocabulary   D width   H heads   K continuations   S key positions, or prefixes
+# B rollouts   N prompts, in (6) branches   G samples per prompt, B = N * G   P prompt length
+# R response length   T = P + R   V vocabulary   D width   H heads   S key positions, or prefixes
+# K continuations of a prefix, or pairs of a problem
 # Roles: policy (trained), reference (frozen copy it may not leave), scorer (learned reward). b
 # is a batch, c the config, u the update. A mask is 1.0 where a token counts. All that follows
 # `response_part` is response-aligned: (B, R), position k belongs to response token k.
@@ -292,14 +293,13 @@ class Cache:
         self.kv = torch.zeros(shape, dtype=dtype, device=like.device)
         self.real = torch.zeros(rows, length, dtype=torch.bool, device=like.device)
         self.used: Any = 0  # as a tensor (1,): all shapes stay as they are, a CUDA graph can replay
-    def room(self, T: int) -> tuple[Any, int]:
-        """Where the next T tokens go, and how many places are looked at."""
-        if isinstance(self.used, int):
-            self.used += T
-            return slice(self.used - T, self.used), self.used
-        at = self.used.clone()  # [gpu]
-        self.used += 1  # [gpu]
-        return at, self.real.shape[1]  # [gpu]
+    def room(self, real: Tensor) -> tuple[Any, Tensor]:
+        """Where the next tokens go, real (B, T) of them; and which of all places seen are real."""
+        fixed = isinstance(self.used, Tensor)
+        at = self.used.clone() if fixed else slice(self.used, self.used + real.shape[1])
+        self.used += real.shape[1]
+        self.real[:, at] = real
+        return at, self.real if fixed else self.real[:, : self.used]
     def keep(self, rows: Tensor) -> None:
         """These rows go on, in this order: finished ones cost nothing any more."""
         self.kv, self.real = self.kv[:, :, rows, :, :, :], self.real[rows]
@@ -345,13 +345,12 @@ class Block(nn.Module):
     def forward(self, x: Tensor, *context: Any) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), *context)
         return x + self.mlp(self.post_attention_layernorm(x))
-# A Hugging Face config.json: field of Config -> key; then what else may stand there
-HF_KEYS = {"vocab": "vocab_size", "width": "hidden_size", "layers": "num_hidden_layers",
-           "heads": "num_attention_heads", "kv_heads": "num_key_value_heads",
-           "head_dim": "head_dim", "hidden": "intermediate_size", "rope_theta": "rope_theta",
-           "norm_eps": "rms_norm_eps", "tied": "tie_word_embeddings", "pad": "pad_token_id",
-           "bos": "bos_token_id", "eos": "eos_token_id", "mask": "mask_token_id",
-           "causal": "is_causal", "qkv_bias": "qkv_bias", "qk_norm": "qk_norm"}  # fmt: skip
+# A Hugging Face config.json: field of Config -> key; families, what they add; Llama 3's rope
+HF_KEYS = dict(vocab="vocab_size", width="hidden_size", layers="num_hidden_layers",
+    heads="num_attention_heads", kv_heads="num_key_value_heads", head_dim="head_dim",
+    hidden="intermediate_size", rope_theta="rope_theta", norm_eps="rms_norm_eps",
+    tied="tie_word_embeddings", pad="pad_token_id", bos="bos_token_id", eos="eos_token_id",
+    mask="mask_token_id", causal="is_causal", qkv_bias="qkv_bias", qk_norm="qk_norm")  # fmt: skip
 HF_FAMILIES = {"llama": {}, "qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 def read_hf(folder: Path) -> Config:
@@ -375,7 +374,8 @@ def read_hf(folder: Path) -> Config:
     heads, eos = about["num_attention_heads"], about["eos_token_id"]
     eos = eos[0] if isinstance(eos, list) else eos
     usual = {"num_key_value_heads": heads, "head_dim": about["hidden_size"] // heads,
-             "mask_token_id": about["vocab_size"], "bos_token_id": eos, "pad_token_id": eos}
+             "rms_norm_eps": 1e-6, "mask_token_id": about["vocab_size"], "bos_token_id": eos,
+             "pad_token_id": eos}
     about = usual | about | {"eos_token_id": eos}
     if about["pad_token_id"] == eos:
         words = folder / "tokenizer.json"
@@ -405,13 +405,10 @@ class Transformer(nn.Module):
                 nn.init.normal_(p, std=std or p.shape[1] ** -0.5, generator=generator)
     def hidden(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
         """ids (B, T) -> (B, T, D). With a cache, ids continue what it holds."""
-        at, S = (slice(None), ids.shape[1]) if cache is None else cache.room(ids.shape[1])
         real = ids != self.config.pad
-        if cache is not None:
-            cache.real[:, at] = real
-            real = cache.real[:, :S]
+        at, real = (slice(None), real) if cache is None else cache.room(real)  # (B, S)
         position = (real.cumsum(1) - 1).clamp(min=0)[:, at]  # PAD in front does not count
-        key = torch.arange(S, device=ids.device)
+        key = torch.arange(real.shape[1], device=ids.device)
         query = key[at, None]  # (T, 1)
         mask = real[:, None, None, :]  # (B, 1, 1, S); PAD is never attended
         if self.ahead == 0:
@@ -423,9 +420,8 @@ class Transformer(nn.Module):
         again = self.config.recompute and torch.is_grad_enabled()
         with torch.autocast(ids.device.type, torch.bfloat16, self.config.bf16):
             for i, layer in enumerate(self.layers):
-                context = (cos, sin, mask, None if cache is None else cache.kv[i], at)
-                x = (checkpoint(layer, x, *context, use_reentrant=False) if again
-                     else layer(x, *context))
+                args = (x, cos, sin, mask, None if cache is None else cache.kv[i], at)
+                x = checkpoint(layer, *args, use_reentrant=False) if again else layer(*args)
         return self.norm(x)
     def forward(self, ids: Tensor) -> Tensor:
         return self.lm_head(self.hidden(ids))
@@ -438,9 +434,8 @@ class Transformer(nn.Module):
         if c.rope_scaling:
             scaling = zip(LLAMA3, map(float, c.rope_scaling.split()), strict=True)
             about["rope_scaling"] = {"rope_type": "llama3", **dict(scaling)}
-        weights = {name if name.startswith("lm_head") else "model." + name: x.contiguous()
-                   for name, x in self.state_dict().items()
-                   if not (c.tied and name == "lm_head.weight")}
+        weights = {"model." * (k != "lm_head.weight") + k: x.contiguous()
+                   for k, x in self.state_dict().items() if not (c.tied and k == "lm_head.weight")}
         write_whole(folder / "config.json", lambda p: p.write_text(json.dumps(about, indent=1)))
         write_whole(folder / "model.safetensors", lambda p: save_file(weights, p))
     @classmethod
@@ -508,7 +503,7 @@ class Rollout:
     hidden: Tensor | None = None  # (B, P) what a diffusion LM's likelihood may not see
     def __getitem__(self, rows: Tensor) -> Rollout:
         # columns of PAD alone change nothing and cost time; a diffusion LM's canvas has none
-        R = int(((self.mask > 0) | (self.order >= 0))[rows].sum(1).max())
+        R = int(((self.mask > 0) | (self.order >= 0))[rows].any(0).nonzero().max()) + 1
         return Rollout(**{k: x[rows] if k in ("prompt", "group", "hidden") else x[rows, :R]
                           for k, x in vars(self).items() if x is not None})
 def up_to_eos(response: Tensor, config: Config) -> Tensor:
@@ -525,7 +520,7 @@ def log_softmax(logits: Tensor, temperature: float, config: Config) -> Tensor:
     never[[config.pad, config.mask]] = -torch.inf
     return (logits / temperature + never[: logits.shape[-1]]).log_softmax(-1)
 def predictive_states(model: Transformer, prompt: Tensor, response: Tensor) -> Tensor:
-    """(B, P), (B, R) -> (B, R, D): the hidden state that predicts each response token."""
+    """(B, P), (B, R) -> (B, R, D): what predicts each response token; both models are shifted."""
     return response_part(model.hidden(torch.cat([prompt, response], dim=1)), prompt.shape[1])
 def gather_logprobs(model: Transformer, states: Tensor, response: Tensor,
                     temperature: float) -> Tensor:
@@ -606,17 +601,16 @@ def unmask(model: Transformer, prompt: Tensor, canvas: Tensor, c: Config, unifor
     2502.09992). canvas (B, R), MASK = open -> canvas, order, each (B, R).
     A half-open block goes on at its rung of `open_places`: the steps left share what is open."""
     R, b, n = canvas.shape[1], uniform.shape[2], c.block_steps
-    within = torch.arange(b, device=prompt.device)
     ladder = torch.tensor(open_places(b, n), device=prompt.device)
     order = torch.full_like(canvas, -1)
     while (rows := (canvas == c.mask).any(1).nonzero()).numel():  # (B', 1): full rows leave
         y = canvas[rows[:, 0]]
         first = (y == c.mask).int().argmax(1, keepdim=True)  # (B', 1)
-        place = (first // b * b).clamp(max=R - b) + within  # (B', b), the row's current block
+        place = (first // b * b).clamp(max=R - b) + torch.arange(b, device=y.device)  # (B', b)
         is_open = y.gather(1, place) == c.mask
         m = is_open.sum(1, keepdim=True)  # (B', 1), how many of its places are open
         below = ladder < m  # (B', n + 1), the rungs that are left
-        now = first // b * n + n - below.sum(1, keepdim=True)  # the step, of the whole canvas
+        now = first // b * n + n - below.sum(1, keepdim=True)  # n a block before, and rungs passed
         # equal rows are read once: at first all samples of a prompt are
         seen, which = torch.cat([prompt[rows[:, 0]], y], 1).unique(dim=0, return_inverse=True)
         states = response_part(model.hidden(seen), prompt.shape[1])[which[:, None], place]
@@ -742,7 +736,7 @@ def masked_nll(model: Transformer, prompt: Tensor, response: Tensor, hidden: Ten
     logp = gather_logprobs(model, states, response, temperature=1.0)
     return -(logp * hidden * weight).sum(1)
 def diffusion_loss(model: Transformer, prompt: Tensor, response: Tensor, generator: torch.Generator,
-                   rows: Tensor | None = None) -> Tensor:
+                   rows: Tensor | slice = slice(None)) -> Tensor:
     """(1) masked diffusion, arXiv 2502.09992: (B, P), (B, R) -> scalar, nats a place.
     The prompt is never hidden. PAD behind the end becomes EOS and is learned: so the model stops.
     rows: a micro-batch; what is hidden is drawn for all B, so the parts sum up to the whole."""
@@ -750,8 +744,7 @@ def diffusion_loss(model: Transformer, prompt: Tensor, response: Tensor, generat
     c = model.config
     response = response.masked_fill(response == c.pad, c.eos)
     hidden, weight = rate_masks(response, generator, c.t_min)
-    parts = (prompt, response, hidden, weight)
-    nll = masked_nll(model, *(x if rows is None else x[rows] for x in parts))
+    nll = masked_nll(model, prompt[rows], response[rows], hidden[rows], weight[rows])
     return nll.sum() / response.numel()
 def preference_loss(score_w: Tensor, score_l: Tensor) -> Tensor:
     """Bradley-Terry: scores (B,) of preferred and other -> scalar -log sigma(s_w - s_l)."""
@@ -827,6 +820,7 @@ def step(state: dict, loss: Loss, rows: Tensor, config: Config, share: float = 1
         optimizer.step()
         optimizer.zero_grad()
     return {name: float(x) for name, x in metrics.items()} | {"lr": groups[-1]["lr"]}
+
 def fit(state: dict, batch: Batches, updates: int, config: Config) -> Iterator[dict[str, float]]:
     """Supervised training of what state["optimizers"] holds; yields metrics after each update."""
     while (u := state["update"]) < updates:
@@ -919,7 +913,7 @@ def load_state(folder: str | Path, into: dict | None = None) -> dict:
 
 # ==== 10. Reward models =========================================================================
 # After this section "the reward" is a tensor (B, R), whoever gave it.
-Signal = Callable[[dict, Task, Rollout, Tensor, Config], Tensor]  # with the truth (B,) -> (B, R)
+# each signal: state, task, b, truth (B,) -> reward (B, R)
 def grades(task: Task, rollout: Rollout) -> Tensor:
     """The true reward of each response, (B,): always logged, learned from or not."""
     both = zip(rollout.prompt.tolist(), rollout.response.tolist(), strict=True)
@@ -941,7 +935,7 @@ def verifier(state: dict, task: Task, b: Rollout, truth: Tensor, c: Config) -> T
     return at_end(truth, b, c)
 @torch.no_grad()
 def learned(state: dict, task: Task, b: Rollout, truth: Tensor, c: Config) -> Tensor:
-    """A Bradley-Terry model's score as reward; the truth is not looked at."""
+    """A Bradley-Terry model's score (train_small.py trains it), whatever the truth."""
     return at_end(response_score(state["scorer"], state["scorer_head"], b.prompt, b.response), b, c)
 def agreement_reward(logits: Tensor, response: Tensor, mask: Tensor, top: int = 1,
                      least: float = 0.0, c_pos: float = 1.0, c_neg: float = 1.0) -> Tensor:
@@ -957,7 +951,7 @@ def agreement_reward(logits: Tensor, response: Tensor, mask: Tensor, top: int = 
     return (c_pos * (off.cumsum(1) == 0) - c_neg * off) * mask
 @torch.no_grad()
 def agreement(state: dict, task: Task, b: Rollout, truth: Tensor, c: Config) -> Tensor:
-    """(11) by the rewriter, one teacher-forced pass. DEVIATION: a missing EOS costs no_eos too."""
+    """(11) by the rewriter, one teacher-forced pass. DEVIATION: no EOS costs no_eos here too."""
     both = zip(b.prompt.tolist(), b.response.tolist(), strict=True)
     asked = left_pad([reread(task, x, y, c) for x, y in both], c.pad).to(b.prompt.device)
     reward, length = at_end(torch.zeros_like(truth), b, c), b.mask.sum(1, keepdim=True)
@@ -967,7 +961,7 @@ def agreement(state: dict, task: Task, b: Rollout, truth: Tensor, c: Config) -> 
         score = agreement_reward(logits, y, mask, c.top, c.least, c.c_pos, c.c_neg)
         reward[rows] += score / length[rows] if c.per_token else score
     return reward
-SIGNALS: dict[str, Signal] = {"verifier": verifier, "learned": learned, "seq2seq": agreement}
+SIGNALS = {"verifier": verifier, "learned": learned, "seq2seq": agreement}
 def rewriting_demos(task: Task, pairs: list[tuple[str, str, str]], config: Config) -> list:
     """(10) what the rewriter learns, in ids: (x, other) and (x, preferred) -> preferred."""
     x, w, y = (task.encode([pair[i] for pair in pairs]) for i in range(3))
@@ -1038,7 +1032,7 @@ def preference_batches(scorer: Transformer, head: Head, pairs: list, task: Task,
 @torch.no_grad()
 def normalize_head(scorer: Transformer, head: Head, rollout: Rollout) -> None:
     """Gain and bias for mean 0 and variance 1 over the reference's samples.
-    DEVIATION: normalized after training only; the original code also does it before."""
+    DEVIATION: scores are normalized after training only; the original code also does it before."""
     score = response_score(scorer, head, rollout.prompt, rollout.response)
     gain = 1 / score.std(unbiased=False).clamp(min=1e-4)
     head.linear.weight.mul_(gain)
@@ -1119,26 +1113,27 @@ def adapt_beta(beta: float, kl: float, episodes: int, config: Config) -> float:
     # beta <- beta (1 + clip(KL / target - 1, -.2, .2) n / horizon)
     error = max(-0.2, min(0.2, kl / config.kl_target - 1)) if config.kl_target else 0.0
     return beta * (1 + error * episodes / config.kl_horizon)
+
 def policy_update(state: dict, views: list[Rollout], objective: Callable, c: Config,
                   estimate: Callable = likelihood) -> dict[str, float]:
     """`epochs` passes over a batch, each over its next view: the same samples, other log-probs."""
     policy, head, u, logs = state["policy"], state["head"], state["update"], []
     share, length = schedule(u, state["updates"], c.warmup), views[0].mask.sum(1).cpu()
-    mixed = [torch.randperm(len(length), generator=rng(c.seed, "minibatch", u * c.epochs + i))
-             for i in range(c.epochs)]
-    for i, rows in [(i, rows) for i, x in enumerate(mixed) for rows in x.split(c.minibatch)]:
-        seen, rows = views[i % len(views)], rows[length[rows].argsort(stable=True)]
-        denom = seen.mask[rows].sum()
-        def loss(micro: Tensor, seen: Rollout = seen, denom: Tensor = denom) -> tuple[Tensor, dict]:
-            b = seen[micro]
-            logp, states = estimate(policy, b, c)
-            off = (((logp - b.logp).exp() - 1).abs() > c.clip) * b.mask
-            return objective(logp, head(states), b, denom, c), {"clipfrac": off.sum() / denom}
-        logs.append(step(state, loss, rows, c, share))
+    for i in range(c.epochs):
+        seen, generator = views[i % len(views)], rng(c.seed, "minibatch", u * c.epochs + i)
+        for rows in torch.randperm(len(length), generator=generator).split(c.minibatch):
+            rows = rows[length[rows].argsort(stable=True)]  # like lengths together: little PAD
+            denom = seen.mask[rows].sum()
+            def loss(micro: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+                b = seen[micro]
+                logp, states = estimate(policy, b, c)
+                off = (((logp - b.logp).exp() - 1).abs() > c.clip) * b.mask
+                return objective(logp, head(states), b, denom, c), {"clipfrac": off.sum() / denom}
+            logs.append(step(state, loss, rows, c, share))
     kl = float((k1(views[0].logp, views[0].ref_logp) * views[0].mask).sum(1).mean())
-    state["update"] += 1
     mean = {name: sum(log[name] for log in logs) / len(logs) for name in logs[0]}
     return mean | {"kl": kl, "beta": c.beta}
+
 def ppo(state: dict, task: Task, config: Config) -> Iterator[dict[str, Any]]:
     """Proximal policy optimization: sample, score the end, spread the credit, clip the update."""
     signal, (credit, objective) = SIGNALS[config.reward], ARMS[config.arm]
@@ -1157,6 +1152,7 @@ def ppo(state: dict, task: Task, config: Config) -> Iterator[dict[str, Any]]:
         b.adv, b.ret = credit(b, reward, c)
         # 4. update
         metrics = policy_update(state, [b], objective, c)
+        state["update"] += 1
         state["samples"] += len(prompt)
         state["beta"] = adapt_beta(state["beta"], metrics["kl"], len(prompt), c)
         yield metrics | rollout_metrics(b, reward, truth, c) | {"samples": state["samples"]}
@@ -1164,7 +1160,8 @@ def ppo(state: dict, task: Task, config: Config) -> Iterator[dict[str, Any]]:
 # ---- iterative_dpo: right against wrong, round after round --------------------------------------
 def pair_up(score: Tensor, group: Tensor, config: Config) -> Tensor:
     """Score (B,) 1 = right, group (B,) -> rows (n, 2): right, wrong. K pairs a prompt: walk through
-    both lists at once, the shorter one starting again. A prompt with an empty side gives none."""
+    both lists at once, the shorter one starting again. A prompt with an empty side gives none.
+    DEVIATION: the paper also counts the gold solution as a right response on GSM8K."""
     pairs = []
     for rows in group.argsort(stable=True).split(group.bincount().tolist()):
         good, bad = rows[score[rows] > 0.5].tolist(), rows[score[rows] <= 0.5].tolist()
@@ -1207,11 +1204,13 @@ def start_rounds(policy: Transformer, config: Config) -> dict[str, Any]:
     return {"policy": policy, "optimizers": optimizers([policy], config.dpo_lr, config),
             "pairs": {}, "drawn": {}, "first": first, "samples": 0, "update": 0, "updates": updates}
 def posed(state: dict, task: Task, config: Config, u: int) -> tuple[list[str], dict]:
-    """Training problems. DEVIATION: new ones each round; the paper's stay the same."""
+    """DEVIATION: new problems each round; the paper draws new responses to the same ones."""
     return task.prompts(config.prompts, rng(config.seed, "prompts", u)), {}
 def verified(state: dict, task: Task, rollout: Rollout, c: Config, u: int) -> tuple[Tensor, dict]:
     """Scores (B,): the true reward."""
-    return (truth := grades(task, rollout)), {"truth": float(truth.mean())}
+    truth = grades(task, rollout)
+    return truth, {"truth": float(truth.mean())}
+
 def iterative_dpo(state: dict, task: Task, config: Config, pose: Callable = posed,
                   judge: Callable = verified, pair: Callable = pair_up) -> Iterator[dict[str, Any]]:
     """Iterative reasoning preference optimization, arXiv 2404.19733v3: each round draws new
@@ -1220,7 +1219,7 @@ def iterative_dpo(state: dict, task: Task, config: Config, pose: Callable = pose
     while (u := state["update"]) < state["updates"]:
         if u % n == 0:
             hot = config.late_temperature if 2 * u >= state["updates"] else config.temperature
-            c = replace(config, prompts=config.round_prompts, temperature=hot)
+            c = replace(config, prompts=config.round_prompts, temperature=hot)  # of this round only
             # 1. sample
             texts, drawn = pose(state, task, c, u)
             prompt, group = (x.to(device) for x in in_groups(task, texts, c))
@@ -1255,7 +1254,7 @@ def parse_score(text: str) -> float | None:
     score = float(found[1]) if found else -1.0
     return score if 0 <= score <= 5 else None
 def propose(state: dict, task: Task, config: Config, u: int) -> tuple[list[str], dict]:
-    """New problems by the policy, shown three. DEVIATION: the paper's come from a fixed model."""
+    """Shown three, a new one. DEVIATION: the policy poses them; in the paper a fixed model does."""
     generator = rng(config.seed, "propose", u)  # two tries each, then the task fills up
     shown = [task.propose_demo(generator)[0] for _ in range(2 * config.prompts)]
     found = zip(shown, respond(state["policy"], task, shown, config, generator), strict=True)
@@ -1303,8 +1302,7 @@ def start_seq2seq(policy: Transformer, config: Config) -> dict[str, Any]:
     return start_ppo(policy, replace(config, beta=config.rewriter_beta))
 def seq2seq(state: dict, task: Task, config: Config) -> Iterator[dict[str, Any]]:
     """Sequence-to-sequence reward modelling, arXiv 2409.00162: `ppo`, another reward tensor."""
-    config = replace(config, reward="seq2seq")
-    return ppo(state, task, config)
+    return ppo(state, task, replace(config, reward="seq2seq"))
 
 # ---- refine: SORM says where, the refiners how, ORM when ----------------------------------------
 def continuations_of(student: Transformer, draft: Rollout, ends: Tensor, c: Config) -> Pair:
@@ -1331,7 +1329,7 @@ def check_traces(task: Task, draft: Rollout, ends: Tensor, which: Tensor, traces
 def step_labels(right: Tensor, ends: Tensor, which: Tensor, success: Tensor, uses: Tensor,
                 c: Config) -> dict[str, Tensor]:
     """label, keep (2, B, S): for the ORM the draft's end, for the SORM (8), equally many examples.
-    The whole draft is its own verifying trace. DEVIATION: a right one need not use its results."""
+    The whole draft is its own verifying trace. DEVIATION: a right draft counts unchecked."""
     table = torch.zeros(2, *ends.shape, c.continuations, dtype=torch.bool, device=ends.device)
     table[:, which[:, 0], which[:, 1]] = torch.stack([success, uses]).to(ends.device)
     table[:, torch.arange(len(ends)), ends.argmax(1)] = right[:, None]
@@ -1354,7 +1352,7 @@ def repair_demos(task: Task, draft: Rollout, b: dict, which: Tensor, traces: Ten
         trace = [i for i in several[ok.index(True)] if i != c.pad]
         if s == 0:
             whole.append((reread(task, x, y, c), trace))
-        if s + 1 == first_error(b["label"][1, row], 0.5):
+        if s + 1 == first_error(b["label"][1, row], 0.5):  # prefix 0 counts: s is the last good
             end = int(b["ends"][row, s])
             rest.append((reread(task, x, y, c, end), trace[end:]))
     return whole, rest
@@ -1370,8 +1368,9 @@ def start_refine(policy: Transformer, config: Config) -> dict[str, Any]:
         fits[name] = {"optimizers": optimizers(learns, c.base_lr, c, c.muon_lr), "update": 0}
     return {"policy": policy, **parts, **heads, "fits": fits, "data": {}, "seen": {},
             "samples": 0, "update": 0, "updates": c.refine_updates}  # fmt: skip
+
 def refine(state: dict, task: Task, config: Config) -> Iterator[dict[str, Any]]:
-    """GLoRe, arXiv 2402.10963: the student's drafts and continuations teach four models at once."""
+    """GLoRe, arXiv 2402.10963: drafts and continuations teach two heads and two refiners."""
     student, c, device = state["policy"], config, state["policy"].lm_head.weight.device
     if not state["data"]:
         # 1. sample: a draft a problem; from each prefix of a wrong one, K ways to go on
@@ -1432,7 +1431,7 @@ def refined(state: dict, task: Task, prompts: list[str], config: Config,
 
 # ---- denoise: a diffusion LM, paid for what a stretch of denoising achieves ---------------------
 def some_step(b: Rollout, c: Config, generator: torch.Generator) -> Tensor:
-    """t (B,): one of the steps up to a response's EOS, but the first; 1 if there is no other."""
+    """t (B,): a step up to EOS but the first, 1 if there is no other; share 1: behind the last."""
     last = (b.order * b.mask).amax(1)
     share = c.earliest + (c.latest - c.earliest) * torch.rand(len(last), generator=generator)
     return 1 + (share.to(last.device) * last).long()
@@ -1464,16 +1463,17 @@ def outcome(state: dict, task: Task, b: Rollout, reward: Tensor, c: Config) -> T
     """(2) diffu-GRPO, arXiv 2504.12216: the end alone, against the mean of the group."""
     return group_advantage(reward, b.group, "mean")[:, None] * b.mask
 def process(state: dict, task: Task, b: Rollout, reward: Tensor, c: Config) -> Tensor:
-    """(7): a right answer is worth more where the state before made it likelier."""
+    """(7): what beats its group is worth more where the state before made that likelier."""
     _, value = probe(state, task, b, group_advantage(reward, b.group, "mean") > 0, c)
     return denoise_advantage(reward, value, b.group, c.process_weight)[:, None] * b.mask
 CREDITS = {"outcome": outcome, "process": process}
 def start_denoise(policy: Transformer, config: Config) -> dict[str, Any]:
     """As `ppo`, but beta stays; the policy is a diffusion LM, and the value head idle."""
     return start_ppo(policy, replace(config, updates=config.denoise_updates))
+
 def denoise(state: dict, task: Task, config: Config, estimate: Callable = likelihood,
             roll: Callable = sample) -> Iterator[dict[str, Any]]:
-    """Denoising process reward: policy gradient for the masked-diffusion LM, with (7) as credit.
+    """Denoising process reward, arXiv 2510.01544: policy gradient for a diffusion LM, credit (7).
     Reconstructed from abstracts and reviews; what is not known is a field tagged UNKNOWN."""
     c = replace(config, prompts=config.denoise_prompts, epochs=config.mu)
     policy, device = state["policy"], state["policy"].lm_head.weight.device
@@ -1491,10 +1491,10 @@ def denoise(state: dict, task: Task, config: Config, estimate: Callable = likeli
         hidden = [hide(b, c, rng(c.seed, "hidden", u * c.mu + i)) for i in range(c.mu)]
         views = [annotate(state, replace(b, hidden=x), c, estimate) for x in hidden]
         metrics = policy_update(state, views, grpo_objective, c, estimate)
+        state["update"] += 1
         state["samples"] += len(prompt)
         yield metrics | rollout_metrics(views[0], reward, truth, c) | {"samples": state["samples"]}
 
 LOOPS = {"ppo": (start_ppo, ppo), "iterative_dpo": (start_rounds, iterative_dpo),
-         "self_rewarding": (start_self_rewarding, self_rewarding),
-         "seq2seq": (start_seq2seq, seq2seq), "refine": (start_refine, refine),
-         "denoise": (start_denoise, denoise)}
+    "self_rewarding": (start_self_rewarding, self_rewarding), "seq2seq": (start_seq2seq, seq2seq),
+    "refine": (start_refine, refine), "denoise": (start_denoise, denoise)}  # fmt: skip

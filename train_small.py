@@ -466,17 +466,17 @@ def interval(values: list[float]) -> str:
     return f"{mean(values):.3f} ± {T95[len(values) - 2] * stdev(values) / len(values) ** 0.5:.3f}"
 def table(results: list[dict[str, Any]]) -> str:
     """The table at the end: greedy and sampled accuracy on held-out test problems."""
-    first = list({r["seed"]: r for r in reversed(results)}.values())
+    one = list({r["seed"]: r for r in reversed(results)}.values())
     over = lambda rs, key: interval([r[key] for r in rs])  # noqa: E731
-    rows = [("", "greedy", "sampled", "gain (paired)", "samples to 80 %", "seconds")]
-    rows += [("chance", f"{results[0]['chance']:.3f}"), ("base", over(first, "base"), over(first, "base_sampled"))]
+    rows = [("", "start", "greedy", "sampled", "gain (paired)", "samples", "to 80 %", "seconds"),
+            ("chance", "", f"{one[0]['chance']:.3f}"), ("base", "", over(one, "base"), over(one, "base_sampled"))]
     for name in dict.fromkeys(r["loop"] for r in results):
-        mine = [r for r in results if r["loop"] == name]
-        gain = interval([r["final"] - r.get("start", r["base"]) for r in mine])
-        reached, seconds = ([r[key] for r in mine] for key in ("samples_to_80", "seconds"))
-        to_80 = "not reached" if None in reached else f"{mean(reached):.0f}"
-        rows += [(name, over(mine, "final"), over(mine, "final_sampled"), gain, to_80, f"{mean(seconds):.0f}")]
-    rows += [("careful twin", over(first, "ceiling"))] if "ceiling" in first[0] else []
+        mine = [{"start": r["base"]} | r for r in results if r["loop"] == name]
+        drawn, reached, seconds = ([r[key] for r in mine] for key in ("samples", "samples_to_80", "seconds"))
+        rows += [(name, *(over(mine, key) for key in ("start", "final", "final_sampled")),
+                  interval([r["final"] - r["start"] for r in mine]), f"{mean(drawn):.0f}",
+                  "never" if None in reached else f"{mean(reached):.0f}", f"{mean(seconds):.0f}")]  # fmt: skip
+    rows += [("careful twin", "", over(one, "ceiling"))] if "ceiling" in one[0] else []
     widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(rows[0]))]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 def picture(runs: list[Path], path: Path) -> None:

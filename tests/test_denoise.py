@@ -111,6 +111,9 @@ def test_a_canvas_is_never_cut_behind_its_end():
     assert b.mask.sum(1).min() < 12  # some end early, and what follows is still read as MASK
     few = b[b.mask.sum(1).argsort()[:2]]
     assert few.response.shape[1] == 12
+    more = nr.go_on(model, few, torch.full((2,), 6), 1, FULL, nr.rng(0, "more"))  # written last: not the first places
+    written = int((more.order >= 0).any(0).nonzero().max()) + 1
+    assert more[torch.arange(2)].response.shape[1] >= written
 
 
 # ---- states and continuations ------------------------------------------------------------------

@@ -101,11 +101,12 @@ def test_the_old_spelling_of_rope_shards_and_bf16(tmp_path):
     about = json.loads((tmp_path / "config.json").read_text())
     rope = about.pop("rope_parameters")
     about |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope, "torch_dtype": about.pop("dtype")}
+    del about["rms_norm_eps"]  # then transformers' own default holds
     (tmp_path / "config.json").write_text(json.dumps(about))
     ids, ours = questions(), nr.Transformer.load(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     assert torch.allclose(ours(ids)[ids != 0], logits_of(model, ids)[ids != 0], atol=1e-4)
-    assert ours.config.rope_scaling == "8 1 4 32"
+    assert ours.config.rope_scaling == "8 1 4 32" and ours.config.norm_eps == model.config.rms_norm_eps == 1e-6
 
 
 def test_tied_weights_are_one_and_stay_one(tmp_path):
