@@ -10,6 +10,7 @@ notebooks/results/claims.json. Needs the extra `notebooks`.
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -452,11 +453,13 @@ def collect() -> list[dict]:
 
 
 def table(lines: list[dict]) -> str:
-    """All claims as Markdown."""
+    """All claims as Markdown, and why those do not hold that do not."""
     rows = ["| id | claim | the paper | here | effect | verdict |", "|---|---|---|---|---|---|"]
     rows += [f"| {x['id']} | {x['claim']} | {x['paper_numbers']} | {x['metric']} | "
              f"{x['effect']:.3f} [{x['low']:.3f}, {x['high']:.3f}] | {x['verdict']} |" for x in lines]  # fmt: skip
-    return "\n".join(rows)
+    counted = Counter(x["verdict"] for x in lines)
+    whys = [f"- **{x['id']}**, {x['verdict']}. {x['why']}" for x in lines if x["verdict"] != "reproduced"]
+    return "\n".join([", ".join(f"{n} {verdict}" for verdict, n in counted.most_common()), "", *rows, "", *whys])
 
 
 def main() -> None:

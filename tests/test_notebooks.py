@@ -93,7 +93,10 @@ def test_every_claim_compares_arms_that_there_are_by_a_rule_of_its_own():
 def test_the_committed_verdicts_are_those_of_the_rule():
     if not claims.OUT.exists():
         pytest.skip("claims.json is not there yet")
-    kept = {x["id"]: x for x in json.loads(claims.OUT.read_text())}
+    lines = json.loads(claims.OUT.read_text())
+    kept = {x["id"]: x for x in lines}
+    told = (ROOT / "notebooks" / "results" / "README.md").read_text()
+    assert claims.table(lines) in told and list(kept) == [claim.id for claim in claims.CLAIMS]
     for claim in claims.CLAIMS:
         x = kept[claim.id]
         assert x["verdict"] == claim.verdict(x["low"], x["high"]) and x["low"] <= x["effect"] <= x["high"]
