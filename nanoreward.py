@@ -110,7 +110,7 @@ class Config:
     bf16: bool = False  # products of the layers; weights, norms, logits and losses stay float32
     compile: bool = False  # the layers, by torch.compile
     clip_grad: float = 1.0  # largest gradient norm
-    # the masked-diffusion LM: starts from the GPT's weights, reads and writes blocks in any order
+    # the masked-diffusion LM: from the GPT's weights; blocks left to right, any order within one
     diffusion_updates: int = 500
     look_ahead: float = 0.7  # share of them until all ahead is seen; 0: at once, from scratch
     diffusion_lr: float = 0.002  # AdamW; as fast as the GPT's, the facts are lost
