@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 import nanoreward as nr  # noqa: E402
 import train_small as front  # noqa: E402
 from notebooks.jobs import run  # noqa: E402
+from notebooks.preferences import band  # noqa: E402
 
 JOBS = ROOT / "runs" / "denoise"
 OUT = ROOT / "notebooks" / "results" / "denoise.json"
@@ -257,22 +258,23 @@ def picture(kept: dict) -> None:
     """Accuracy over samples, what is right half way, and a reward that flows along one denoising."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 4), layout="constrained")
-    grid = figure.add_gridspec(2, 3, width_ratios=(1, 1, 1.7), height_ratios=(1, 1.3))
-    left, middle = (figure.add_subplot(grid[:, i]) for i in (0, 1))
-    top, low = (figure.add_subplot(grid[i, 2]) for i in (0, 1))
+    figure = Figure(figsize=(10, 6.8), layout="constrained")
+    (left, top), (middle, low) = figure.subplots(2, 2, width_ratios=(1, 1.2))
     for i, arm in enumerate(arm for arm in MAIN if arm in kept):
         curves = numbers(kept, arm, "curve").values()
         looked = [[x for x in curve if x[2] is not None] for curve in curves]
-        by_update = list(zip(*looked, strict=True))
-        x, y = ([mean(look[k] for look in looks) for looks in by_update] for k in (0, 2))
-        left.plot([n / 1000 for n in x], y, color=f"C{i}", label=TITLES[arm])
+        drawn = [mean(x[0] for x in looks) / 1000 for looks in zip(*looked, strict=True)]
+        band(left, drawn, [[x[2] for x in looks] for looks in looked], f"C{i}", TITLES[arm])
         shares = list(numbers(kept, arm, "answer after").values())
-        points = [(float(k), mean(s[k] for s in shares)) for k in shares[0]]
-        middle.plot(*zip(*points, strict=True), color=f"C{i}", marker="o")
-    left.set(xlabel="thousand samples drawn", ylabel="greedy accuracy, dev", title="learning")
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower left", ncols=2, frameon=False, fontsize=8)
-    middle.set(xlabel="share of the steps", ylabel="right if read now", title="intermediate answers")
+        band(middle, [float(k) for k in shares[0]], [list(s.values()) for s in shares], f"C{i}", arm, marker="o")
+    base = mean(numbers(kept, "outcome", "base").values())
+    left.axhline(base, color="0.4", ls="--", lw=1)
+    left.text(0.99, base - 0.015, "base, test", transform=left.get_yaxis_transform(), ha="right", va="top")
+    left.set(xlabel="thousand samples drawn", ylabel="greedy accuracy, dev", xlim=(0, None), ylim=(0, 0.8),
+             title="learning, bands: 95 % over seeds")  # fmt: skip
+    middle.set(xlabel="share of the steps taken", ylabel="right if read now, test", xticks=(0, 0.25, 0.5, 0.75),
+               ylim=(0, 0.4), title="intermediate answers")  # fmt: skip
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     # one response: V(x_t), filled where what would be written now is right; which token when, how surely
     shown = max(kept["process"]["transcripts"], key=lambda t: max(t["value"]) - min(t["value"]))
     task = front.make_task(nr.Config())
@@ -283,13 +285,18 @@ def picture(kept: dict) -> None:
     top.plot(range(last), shown["value"][:last], color="C2")
     colors = ["C2" if x else "white" for x in right]
     top.scatter(range(last), shown["value"][:last], c=colors, edgecolors="C2", zorder=3)
-    top.set(ylabel="V(x_t)", ylim=(-0.1, 1.1), xticklabels=[], title=f"{shown['prompt']}  {shown['response']}")
-    dots = low.scatter(order, range(len(tokens)), c=sure, cmap="viridis", s=90, vmin=0, vmax=1)
+    ends = "right" if task.grade(shown["prompt"], shown["response"]) == 1 else "wrong"
+    top.set(ylabel="V(x_t), mean of 16 branches", xlabel="step", ylim=(-0.05, 1.05),
+            title=f"{shown['prompt']}  answered {shown['response'].removesuffix('<eos>')} ({ends})")  # fmt: skip
+    says = "what would be written now:\nfilled if right, white if wrong"
+    top.text(0.98, 0.95, says, transform=top.transAxes, ha="right", va="top")
+    dots = low.scatter(order, range(len(tokens)), c=sure, cmap="viridis", s=150, vmin=0, vmax=1)
     for place, (step, token, p) in enumerate(zip(order, tokens, sure, strict=True)):
-        low.text(step, place, token.strip("<>")[:3], ha="center", va="center", fontsize=6, color="wk"[p > 0.6])
-    low.set(xlabel="step", ylabel="place", xlim=top.get_xlim(), ylim=(len(tokens), -1))
-    figure.colorbar(dots, ax=low, label="how surely")
-    nr.write_whole(OUT.with_suffix(".png"), lambda p: figure.savefig(p, format="png", dpi=100))
+        low.text(step, place, token.strip("<>")[:3], ha="center", va="center", fontsize=7, color="wk"[p > 0.6])
+    low.set(xlabel="step", ylabel="place in the response", xlim=top.get_xlim(), ylim=(len(tokens), -1),
+            title="which token at which step")  # fmt: skip
+    figure.colorbar(dots, ax=low, label="probability of the token")
+    nr.write_whole(OUT.with_suffix(".png"), lambda p: figure.savefig(p, format="png", dpi=110))
 
 
 def main() -> None:

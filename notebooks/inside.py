@@ -31,6 +31,7 @@ import nanoreward as nr  # noqa: E402
 import train_small as front  # noqa: E402
 from data.arithmetic import REFUSAL  # noqa: E402
 from notebooks.jobs import run  # noqa: E402
+from notebooks.preferences import band  # noqa: E402
 
 JOBS = ROOT / "runs" / "inside"
 OUT = ROOT / "notebooks" / "results" / "inside.json"
@@ -458,30 +459,33 @@ def picture(kept: dict) -> None:
     """Who says when, where and how; and what each reward pays for."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 3.4), layout="tight")
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
-    bars = {"draft": ("greedy",), "best of 3": ("best of 3",), "local": ("local alone",), "global": ("global alone",),
-            "ORM\nchooses": ("global + local + ORM",)}  # fmt: skip
+    bars = {"draft": ("greedy",), "best\nof 3": ("best of 3",), "local": ("local alone",),
+            "global": ("global alone",), "ORM\nchooses": ("global + local + ORM",)}  # fmt: skip
     height = [mean(numbers(kept, "refine", *path)) for path in bars.values()]
     half = [float((front.interval(numbers(kept, "refine", *p)) + " ± 0").split("±")[1]) for p in bars.values()]
-    left.bar(range(len(bars)), height, yerr=half, color=["0.7", "0.7", "C0", "C0", "C1"])
-    left.set(xticks=range(len(bars)), ylim=(0, 1), ylabel="greedy accuracy", title="refine")
-    left.set_xticklabels(list(bars), fontsize=8)
-    for i, name in enumerate(("ORM", "SORM")):
-        points = list(zip(*numbers(kept, "refine", name, "calibration"), strict=True))
-        said = [mean(p[0] for p in point) for point in points]
-        middle.plot((1, 2, 3), said, color=f"C{i}", marker="o", label=f"{name} says")
-    true = [mean(p[1] for p in point) for point in points]
-    middle.plot((1, 2, 3), true, color="0.3", ls="--", label="right steps")
-    middle.set(xticks=(1, 2, 3), ylim=(0, 1), xlabel="step", title="a prefix is good")
-    for i, name in enumerate(("ppo, seq2seq", "ppo, scalar")):
-        for arm, style in (("none", "-"), ("round", "--")):
-            if arm in kept:
-                truth = [u[1] for u in kept[arm][name]]
-                right.plot(truth, color=f"C{i}", ls=style, label=f"{name[5:]}, labeller: {arm}")
-    right.set(ylim=(0, 1), xlabel="update", ylabel="true reward", title="ppo paid by a learned reward")
+    left.bar(range(len(bars)), height, yerr=half, color=["0.75", "0.75", "C4", "C4", "C1"], ecolor="0.2", capsize=3)
+    left.axhline(height[0], color="0.4", ls="--", lw=1)
+    left.set(xticks=range(len(bars)), xticklabels=list(bars), ylim=(0, 1), ylabel="greedy accuracy, test",
+             title="refine")  # fmt: skip
+    for name, color in (("ORM", "C1"), ("SORM", "C2")):
+        seeds = numbers(kept, "refine", name, "calibration")
+        band(middle, (1, 2, 3), [[p[0] for p in points] for points in seeds], color, f"{name} says", marker="o")
+    true = [[p[1] for p in points] for points in seeds]
+    band(middle, (1, 2, 3), true, "0.3", "truly right so far", ls="--")
+    middle.set(xticks=(1, 2, 3), ylim=(0, 1), xlabel="step of the draft", ylabel="probability or share",
+               title="right up to this step?")  # fmt: skip
+    who = {"none": ("-", "labeller without a weakness"), "round": ("--", "labeller likes round answers")}
+    for name, color in (("ppo, seq2seq", "C0"), ("ppo, scalar", "C3")):
+        for arm, (style, labeller) in who.items():
+            truth = [u[1] for u in kept[arm][name]]
+            right.plot(truth, color=color, ls=style, label=f"{name[5:]}, {labeller}")
+    right.axhline(truth[0], color="0.4", ls=":", lw=1, label="base")
+    right.set(ylim=(0, 1), xlabel="ppo update (mean over seeds)", ylabel="right responses, sampled (share)",
+              title="ppo paid by a learned reward")  # fmt: skip
     for axes in (middle, right):
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     nr.write_whole(OUT.with_suffix(".png"), lambda p: figure.savefig(p, format="png", dpi=110))
 
 

@@ -241,31 +241,53 @@ def tables(kept: dict) -> str:
     return "\n".join(lines)
 
 
+def band(axes: Any, x: Any, seeds: list[list[float]], color: str, label: str, **style: Any) -> None:
+    """A curve: mean over seeds, and its 95 % interval as a band. seeds: each seed's values at x."""
+    points = list(zip(*seeds, strict=True))
+    half = [front.T95[len(y) - 2] * stdev(y) / len(y) ** 0.5 for y in points]
+    low, high = ([mean(y) + sign * h for y, h in zip(points, half, strict=True)] for sign in (-1, 1))
+    axes.plot(x, [mean(y) for y in points], color=color, label=label, **style)
+    axes.fill_between(x, low, high, color=color, alpha=0.15, lw=0)
+
+
 def picture(kept: dict) -> None:
-    """Accuracy by round with a band over seeds, what happens to the chosen responses, the judge."""
+    """Above the rounds paid by the verifier, below those with an own judge; bands where the JSON has seeds."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 3.4), layout="tight")
-    left, middle, right = figure.subplots(1, 3)
+    figure = Figure(figsize=(9, 6.6), layout="constrained")
+    above, below = figure.subfigures(2, 1)
+    (left, right), (own, judge) = (part.subplots(1, 2) for part in (above, below))
 
-    def rounds(axes, arm: str, label: str, color: str, of) -> None:
-        points = list(zip(*([of(r) for r in job["rounds"]] for job in kept[arm]["seeds"]), strict=True))
-        half = [front.T95[len(x) - 2] * stdev(x) / len(x) ** 0.5 for x in points]
-        low, high = ([mean(x) + sign * h for x, h in zip(points, half, strict=True)] for sign in (-1, 1))
-        axes.plot(range(len(points)), [mean(x) for x in points], color=color, label=label)
-        axes.fill_between(range(len(points)), low, high, color=color, alpha=0.15, lw=0)
+    def rounds(axes, arm: str, label: str, color: str, of, **style) -> None:
+        each = [[of(r) for r in job["rounds"]] for job in kept[arm]["seeds"]]
+        band(axes, range(len(each[0])), each, color, label, **style)
 
-    for i, (arm, label) in enumerate((("dpo_nll", "DPO + NLL"), ("sft", "SFT on chosen"), ("dpo", "DPO alone"))):
-        rounds(left, arm, label, f"C{i}", lambda r: r["greedy"])
-        middle.plot(kept[arm]["curves"]["chosen_per_token"], color=f"C{i}", label=label)
-    for i, (arm, label) in enumerate((("self_rewarding", "own judge"), ("frozen_judge", "judge frozen at M1"))):
-        rounds(right, arm, f"greedy, {label}", f"C{i}", lambda r: r["greedy"])
-    rounds(right, "self_rewarding", "the judge's pairs in order", "C2", lambda r: r["judge"]["pairwise"])
-    left.set(xlabel="round", ylabel="greedy accuracy", ylim=(0, 1), xticks=range(5), title="iterative_dpo")
-    middle.set(xlabel="update", ylabel="log-prob of the chosen, a token", ylim=(-0.4, 0), title="chosen responses")
-    right.set(ylim=(0, 1), xticks=range(3), xticklabels=["M1", "M2", "M3"], title="self_rewarding")
-    for axes in (left, middle, right):
-        axes.legend(frameon=False, fontsize=8, loc="lower right")
+    def at(axes, y: float, words: str) -> None:
+        axes.axhline(y, color="0.4", ls="--", lw=1)
+        axes.text(0.99, y - 0.015, words, transform=axes.get_yaxis_transform(), ha="right", va="top", fontsize=9)
+
+    for arm, label, color in (("dpo_nll", "DPO + NLL", "C0"), ("sft", "SFT on the chosen", "C1"),
+                              ("dpo", "DPO alone", "C2")):  # fmt: skip
+        rounds(left, arm, label, color, lambda r: r["greedy"])
+        right.plot(kept[arm]["curves"]["chosen_per_token"], color=color)
+    for arm, label, color, ls in (("self_rewarding", "own judge", "C3", "-"),
+                                  ("frozen_judge", "judge frozen at M1", "C4", (0, (4, 4)))):  # fmt: skip
+        rounds(own, arm, label, color, lambda r: r["greedy"], ls=ls, lw=2)
+        rounds(judge, arm, label, color, lambda r: r["judge"]["pairwise"], ls=ls, lw=2)
+    at(left, mean(over_seeds(kept, "dpo_nll", lambda r: r[0]["greedy"]).values()), "base")
+    at(own, mean(over_seeds(kept, "self_rewarding", lambda r: r[0]["greedy"]).values()), "M1")
+    at(judge, 0.5, "chance")
+    for update in (30, 60, 90):
+        right.axvline(update, color="0.8", lw=1, zorder=0)
+    left.set(xlabel="round", ylabel="greedy accuracy, test", ylim=(0, 1), xticks=range(5), title="iterative_dpo")
+    right.set(xlabel="update (a line where a round starts)", ylabel="log-prob, nats a token",
+              ylim=(-0.35, 0.01), title="the chosen responses, mean over seeds")  # fmt: skip
+    own.set(ylabel="greedy accuracy, test", title="self_rewarding: the policy")
+    judge.set(ylabel="share of pairs in the true order", title="self_rewarding: the policy as a judge")
+    for axes in (own, judge):
+        axes.set(ylim=(0, 1), xlim=(-0.15, 2.15), xticks=range(3), xticklabels=["M1", "M2", "M3"])
+    for part, axes in ((above, left), (below, own)):
+        part.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
     nr.write_whole(OUT.with_suffix(".png"), lambda p: figure.savefig(p, format="png", dpi=110))
 
 
