@@ -506,7 +506,7 @@ def picture(runs: list[Path], path: Path) -> None:
             axes.axhline(level, color="0.5", lw=0.8, ls="--")
             axes.text(0.02 + 0.2 * i, level, what, transform=axes.get_yaxis_transform(), va="bottom", color="0.4")
         axes.set(title=loop, xlabel="update", ylabel="greedy accuracy (dev)", ylim=(0, 1.12))
-        axes.legend(frameon=False, loc="lower right")
+        axes.legend(frameon=False, loc="lower right").set_visible(len(runs) > 1)  # one run needs no name
     nr.write_whole(path, lambda p: figure.savefig(p, format="png", dpi=150))
     print(f"picture: {path}")
 
