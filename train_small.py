@@ -501,10 +501,10 @@ def picture(runs: list[Path], path: Path) -> None:
             axes.fill_between(x, low, high, color=f"C{i}", alpha=0.25, lw=0)
             axes.plot(x, middle, color=f"C{i}", lw=2, label=folder)
         mine = [r for r in results if r["loop"] == loop]
-        for i, what in enumerate(what for what in ("chance", "base", "start", "ceiling") if mine and what in mine[0]):
-            level = mean(r[what] for r in mine)
+        for what in (what for what in ("chance", "base", "start", "ceiling") if mine and what in mine[0]):
+            level, side = mean(r[what] for r in mine), "top" if what == "start" else "bottom"
             axes.axhline(level, color="0.5", lw=0.8, ls="--")
-            axes.text(0.02 + 0.2 * i, level, what, transform=axes.get_yaxis_transform(), va="bottom", color="0.4")
+            axes.text(0.98, level, what, transform=axes.get_yaxis_transform(), ha="right", va=side, color="0.4")
         axes.set(title=loop, xlabel="update", ylabel="greedy accuracy (dev)", ylim=(0, 1.12))
         axes.legend(frameon=False, loc="lower right").set_visible(len(runs) > 1)  # one run needs no name
     nr.write_whole(path, lambda p: figure.savefig(p, format="png", dpi=150))
