@@ -412,8 +412,6 @@ def run_job(run: Run, name: str, seed: int) -> dict[str, Any]:
     base, base_sampled = (nr.accuracy(policy, task, test, c, T) for T in (0.0, c.temperature))
     result = {"loop": name, "seed": seed, "chance": task.chance(), "base": base, "base_sampled": base_sampled}
     print("{loop}/{seed}: base {base:.3f} greedy, {base_sampled:.3f} sampled".format(**result), flush=True)
-    if not c.model:
-        result["ceiling"] = nr.accuracy(base_model(c, run.cache, careful=True), task, test, c)
     if name in STARTS:
         policy = STARTS[name](c, run.cache)
         result["start"] = nr.accuracy(policy, task, test, c)  # M1 or the student, not the base
@@ -455,8 +453,10 @@ def run_job(run: Run, name: str, seed: int) -> dict[str, Any]:
     mine = [m for m in read_lines(out / "metrics.jsonl") if (m["loop"], m["seed"]) == (name, seed)]
     enough = [m["samples"] for m in mine if m.get("dev_greedy", 0) >= 0.8]
     result |= {"final": right(test), "final_sampled": right(test, c.temperature)}
-    result |= {"samples": state["samples"], "samples_to_80": enough[0] if enough else None}
-    return result | {"updates": state["updates"], "seconds": round(offset + time.time() - began, 1)}
+    result |= {"samples": state["samples"], "samples_to_80": enough[0] if enough else None, "updates": state["updates"]}
+    result["seconds"] = round(offset + time.time() - began, 1)
+    twin = {} if c.model else {"ceiling": nr.accuracy(base_model(c, run.cache, careful=True), task, test, c)}
+    return result | twin
 
 # ---- what a person sees at the end -------------------------------------------------------------
 def interval(values: list[float]) -> str:

@@ -438,8 +438,11 @@ WHY: dict[str, str] = {
           "where one pass ends at 0.81 to 0.88, and seeds differ by twenty points. P1w lowers the rate.",
     "P2": "Advantages are whitened and Adam divides by the size of gradients, so the scale reaches the critic "
           "alone. P2w: there is little to repair.",
-    "P6": "An update has 256 episodes: with a horizon of 500 beta moves by a tenth an update at most, and it falls "
-          "first, while the KL is still below its target. P6w takes a horizon of 100.",
+    "P6": "The KL starts at 0, so beta falls first, by a tenth an update, and has no time to come back within 20 "
+          "updates. P6w takes a faster controller.",
+    "P6w": "Faster is worse: beta halves in each update until the KL has passed its target, and is then too small "
+           "to hold it. The controller winds up; it was made for runs of thousands of updates, and a fixed beta is "
+           "the better choice for 20.",
     "P8": "The noise of seeds is as wide as the margin; at laptop size it holds.",
     "P10": "The sign is the paper's, the size is not: gradients are far above either eps. P10w takes one that is "
            "not.",

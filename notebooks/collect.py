@@ -27,7 +27,7 @@ def transcripts(folder: Path) -> dict:
     c = replace(run.config, temperature=0.0)
     task = front.make_task(c)
     dev = task.prompts(c.eval_problems, nr.rng(0, "dev"), "dev")
-    models = (front.base_model(c, run.cache), nr.Transformer.load(folder / "models" / f"ppo-{c.seed}"))
+    models = (front.base_model(run.config, run.cache), nr.Transformer.load(folder / "models" / f"ppo-{c.seed}"))
     both = list(zip(dev, *(nr.respond(model, task, dev, c) for model in models), strict=True))
     changed = [x for x in both if task.grade(x[0], x[1]) != task.grade(x[0], x[2])]
     mended, broken = ([x for x in changed if task.grade(x[0], x[2]) == after] for after in (1, 0))
