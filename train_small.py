@@ -453,7 +453,7 @@ def run_job(run: Run, name: str, seed: int) -> dict[str, Any]:
     mine = [m for m in read_lines(out / "metrics.jsonl") if (m["loop"], m["seed"]) == (name, seed)]
     enough = [m["samples"] for m in mine if m.get("dev_greedy", 0) >= 0.8]
     result |= {"final": right(test), "final_sampled": right(test, c.temperature)}
-    result |= {"samples": state["samples"], "samples_to_80": enough[0] if enough else None, "updates": state["updates"]}
+    result |= {"samples": state["samples"], "samples_to_80": next(iter(enough), None), "updates": state["updates"]}
     result["seconds"] = round(offset + time.time() - began, 1)
     twin = {} if c.model else {"ceiling": nr.accuracy(base_model(c, run.cache, careful=True), task, test, c)}
     return result | twin
