@@ -14,11 +14,13 @@ import pytest
 
 import nanoreward as nr
 import train_small
+from data.arithmetic import Arithmetic
 from notebooks import denoise, inside, preferences
 from tests.conftest import ROOT
 
 MAIN = (ROOT / "nanoreward.py").read_text()
 README = (ROOT / "README.md").read_text()
+TASK = Arithmetic(1, 3)
 RESULTS = (ROOT / "notebooks" / "results" / "README.md").read_text()
 
 
@@ -137,6 +139,28 @@ def test_readme_numbers_come_from_committed_results():
         assert command.strip("`") in ("", kept["command"]), row
 
 
+def test_the_readmes_transcripts_are_what_they_say():
+    """Before wrong and after right, the last one the other way; all of them from the committed run."""
+    kept = json.loads((ROOT / "notebooks" / "results" / "main.json").read_text())["transcripts"]
+    shown = re.findall(r"^(\S+=) +base +(\S+) +ppo +(\S+)", README, re.M)
+    assert len(shown) >= 3
+    for text in shown:
+        assert [x.removesuffix("<eos>") for x in text] in [[y.removesuffix("<eos>") for y in x] for x in kept["texts"]]
+    grades = [[TASK.grade(x, y + "<eos>") for y in both] for x, *both in shown]
+    assert grades == [[0.0, 1.0]] * (len(shown) - 1) + [[1.0, 0.0]]
+    assert f"{kept['broken']} of {kept['problems']}" in README and f"{kept['mended']} right" in README
+
+
+def test_every_decimal_of_the_readme_stands_in_a_committed_result():
+    kept = (json.loads(path.read_text()) for path in (ROOT / "notebooks" / "results").glob("*.json"))
+    runs = (k["results"] for k in kept if isinstance(k, dict) and "results" in k)
+    tables = [train_small.table(results) for results in runs if "loop" in results[0]]
+    known, told = RESULTS + "\n".join(tables), re.sub(r"```.*?```", "", README, flags=re.S)
+    numbers = re.findall(r"-?\b\d\.\d{3}\b(?: ± \d\.\d{3})?", told)
+    assert len(tables) >= 5 and len(numbers) >= 50
+    assert [x for x in numbers if x not in known] == []
+
+
 def table_below(words):
     """The cells of the table that follows these words in the full results, header left out."""
     lines = RESULTS[RESULTS.index(words) :].splitlines()
@@ -173,6 +197,7 @@ def test_the_readmes_last_lines_are_those_of_the_main_job():
     seconds = kept["whole command"]
     assert f"{seconds['seconds from an empty cache']:.0f} s" in README
     assert f"{seconds['seconds to the first trained result']:.0f} s" in README
+    assert f"{seconds['seconds from an empty cache']:.0f} s from nothing" in MAIN
 
 
 @pytest.mark.parametrize("path", [".ci/run", "pyproject.toml", "LICENSE", "data/README.md", "tests/mutations.md"])
