@@ -522,7 +522,7 @@ def effects(claim: Claim, found: dict[str, dict[int, dict]]) -> dict[int, float]
     return told
 
 
-def verdict(claim: Claim, told: dict[int, float]) -> dict | None:
+def weigh(claim: Claim, told: dict[int, float]) -> dict | None:
     """Mean and 95 % interval over the seeds, and the verdict; None of fewer than three."""
     if len(told) < 3:
         return None
@@ -535,7 +535,7 @@ def verdict(claim: Claim, told: dict[int, float]) -> dict | None:
 
 def judge(claim: Claim, found: dict[str, dict[int, dict]]) -> dict | None:
     """A line of claims.json; None while fewer than three seeds have all arms."""
-    said = verdict(claim, effects(claim, found))
+    said = weigh(claim, effects(claim, found))
     if not said:
         return None
     runs = [found[arm][seed] for arm in claim.arms for seed in said["seeds"]]
@@ -570,7 +570,7 @@ def collect() -> list[dict]:
     for claim in CLAIMS:
         if line := judge(claim, found) or before.get(claim.id):
             try:
-                line["laptop"] = verdict(claim, effects(claim, large))
+                line["laptop"] = weigh(claim, effects(claim, large))
             except KeyError:  # what was not kept there
                 line["laptop"] = None
             lines.append(line)
