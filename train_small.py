@@ -455,15 +455,15 @@ def run_job(run: Run, name: str, seed: int) -> dict[str, Any]:
     result |= {"final": right(test), "final_sampled": right(test, c.temperature)}
     result |= {"samples": state["samples"], "samples_to_80": next(iter(enough), None), "updates": state["updates"]}
     result["seconds"] = round(offset + time.time() - began, 1)
-    twin = {} if c.model else {"ceiling": nr.accuracy(base_model(c, run.cache, careful=True), task, test, c)}
-    return result | twin
+    return result | ({} if c.model else {"ceiling": nr.accuracy(base_model(c, run.cache, True), task, test, c)})
 
 # ---- what a person sees at the end -------------------------------------------------------------
+def half_width(values: list[float]) -> float:
+    """Of the 95 % interval of a mean over seeds (Student's t); at least two."""
+    return T95[len(values) - 2] * stdev(values) / len(values) ** 0.5
 def interval(values: list[float]) -> str:
-    """Mean and 95 % interval (Student's t) over seeds; one seed: the number alone."""
-    if len(values) == 1:
-        return f"{values[0]:.3f}"
-    return f"{mean(values):.3f} ± {T95[len(values) - 2] * stdev(values) / len(values) ** 0.5:.3f}"
+    """Mean and 95 % interval over seeds; one seed: the number alone."""
+    return f"{mean(values):.3f}" + (f" ± {half_width(values):.3f}" if len(values) > 1 else "")
 def table(results: list[dict[str, Any]]) -> str:
     """The table at the end: greedy and sampled accuracy on held-out test problems."""
     one = list({r["seed"]: r for r in reversed(results)}.values())

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import StatisticsError, mean, stdev
+from statistics import StatisticsError, mean
 
 import torch
 from torch import Tensor
@@ -527,8 +527,7 @@ def weigh(claim: Claim, told: dict[int, float]) -> dict | None:
     if len(told) < 3:
         return None
     values = list(told.values())
-    half = front.T95[len(values) - 2] * stdev(values) / len(values) ** 0.5
-    low, high = mean(values) - half, mean(values) + half
+    low, high = (mean(values) + sign * front.half_width(values) for sign in (-1, 1))
     return {"effect": round(mean(values), 4), "low": round(low, 4), "high": round(high, 4), "seeds": list(told),
             "by_seed": [round(x, 4) for x in values], "verdict": claim.verdict(low, high)}  # fmt: skip
 

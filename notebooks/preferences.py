@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import torch
@@ -244,7 +244,7 @@ def tables(kept: dict) -> str:
 def band(axes: Any, x: Any, seeds: list[list[float]], color: str, label: str, **style: Any) -> None:
     """A curve: mean over seeds, and its 95 % interval as a band. seeds: each seed's values at x."""
     points = list(zip(*seeds, strict=True))
-    half = [front.T95[len(y) - 2] * stdev(y) / len(y) ** 0.5 for y in points]
+    half = list(map(front.half_width, points))
     low, high = ([mean(y) + sign * h for y, h in zip(points, half, strict=True)] for sign in (-1, 1))
     axes.plot(x, [mean(y) for y in points], color=color, label=label, **style)
     axes.fill_between(x, low, high, color=color, alpha=0.15, lw=0)
