@@ -195,12 +195,13 @@ class Config:
     denoise_updates: int = 25
 
 CONFIGS: dict[str, dict[str, Any]] = {
-    "smoke": dict(threads=1, max_ops=1, response=12, width=32, layers=1, heads=1, kv_heads=1,
-        head_dim=32, hidden=64, demos=1000, base_updates=40, base_batch=32, diffusion_updates=40,
-        prompts=8, samples=4, minibatch=16, epochs=2, updates=4, save_every=1, eval_every=2,
-        rounds=3, round_updates=2, round_prompts=8, pair_batch=16, seed_demos=200, seed_updates=20,
-        eval_problems=50, pairs=200, reward_updates=5, rewriter_updates=5, expert_prompts=16,
-        drafts=40, continuations=2, labels_each=16, refine_updates=4, denoise_updates=4),
+    "smoke": dict(threads=1, max_ops=1, answers=4, response=12, width=32, layers=1, heads=1,
+        kv_heads=1, head_dim=32, hidden=64, demos=1000, base_updates=150, base_batch=32,
+        diffusion_updates=40, prompts=8, samples=4, minibatch=16, epochs=2, updates=4, save_every=1,
+        eval_every=2, rounds=3, round_updates=2, round_prompts=8, pair_batch=16, seed_demos=200,
+        seed_updates=20, eval_problems=50, pairs=200, reward_updates=5, rewriter_updates=5,
+        expert_prompts=16, drafts=40, continuations=2, labels_each=16, refine_updates=4,
+        denoise_updates=4),
     "laptop": {},
     "sudoku": dict(task="sudoku", response=17, block=17, block_steps=17, t_min=0.4, look_ahead=0.0,
         diffusion_lr=0.01, diffusion_muon_lr=0.02),  # t_min 0.05: 83 % where 0.4 has 97 to 99

@@ -1,4 +1,4 @@
-"""The limits of the design, as numbers; the README as a user meets it."""
+"""What the design promises of the source; the README as a user meets it."""
 
 import ast
 import itertools
@@ -8,7 +8,6 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
-from statistics import median
 
 import pytest
 
@@ -28,24 +27,6 @@ def functions(source):
     return [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef)]
 
 
-def length(node):
-    return node.end_lineno - node.lineno + 1
-
-
-def test_nanoreward_is_one_readable_file():
-    lines = MAIN.splitlines()
-    assert len(lines) <= 1500 and max(map(len, lines)) <= 100
-    assert max(map(length, functions(MAIN))) <= 60
-    assert median(map(length, functions(MAIN))) <= 12
-    top = [n for n in ast.parse(MAIN).body if not isinstance(n, ast.FunctionDef | ast.ClassDef | ast.Import | ast.ImportFrom)]
-    assert len(top) <= 15
-
-
-def test_the_front_door_stays_small():
-    source = (ROOT / "train_small.py").read_text()
-    assert len(source.splitlines()) <= 600 and max(map(length, functions(source))) <= 60
-
-
 def test_imports_point_one_way():
     def imported(path):
         nodes = ast.walk(ast.parse(path.read_text()))
@@ -57,17 +38,6 @@ def test_imports_point_one_way():
     assert imported(ROOT / "nanoreward.py") <= allowed
     for path in (ROOT / "data").glob("*.py"):
         assert imported(path) <= allowed, path
-
-
-def test_nothing_is_used_before_it_is_defined():
-    """A reader never jumps forward: every name a function uses stands above it."""
-    tree = ast.parse(MAIN)
-    where = {n.name: n.lineno for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
-    for node in tree.body:
-        local = {a.arg for a in ast.walk(node) if isinstance(a, ast.arg)}
-        for name in ast.walk(node):
-            if isinstance(name, ast.Name) and name.id in where and name.id not in local:
-                assert where[name.id] <= node.lineno, (name.id, name.lineno)
 
 
 def test_no_code_is_run_from_text_and_no_bare_except():
@@ -235,11 +205,6 @@ def test_the_tables_of_inside_rewards_and_of_denoise_are_those_of_the_committed_
     assert len(lines) >= 20 and all(line in RESULTS for line in lines)
     for arm in kept.values():
         assert arm["command"] and all(job["commit"] and job["found"] for job in arm["seeds"])
-
-
-def test_the_readme_fits_the_reader():
-    assert README.count("\n") <= 250
-    assert all(len(line) <= 190 for line in README.splitlines() if not line.startswith(("|", "python3", "-e")))
 
 
 def test_every_relative_link_leads_to_a_file():
