@@ -23,7 +23,11 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<mask>", "<sep>", "<bad>"]  # ids 0..5
 LETTERS = "0123456789+-*=;#?!yn~:@%&,"  # from "?" on: for judging, proposing and refusing
 MODULUS = 100
-OPERATIONS = [*(("+", d) for d in range(1, 10)), *(("-", d) for d in range(1, 10)), *(("*", d) for d in (2, 3, 4))]
+OPERATIONS = [
+    *(("+", d) for d in range(1, 10)),
+    *(("-", d) for d in range(1, 10)),
+    *(("*", d) for d in (2, 3, 4)),
+]
 
 PROBLEM = re.compile(r"(?:0|[1-9][0-9]?)(?:[+-][1-9]|\*[2-4])+=")
 STEP = re.compile(r"(0|[1-9][0-9]?)([+*-])([1-9])=(0|[1-9][0-9]?);")
@@ -234,9 +238,11 @@ class Arithmetic:
         to any attempt where the problem holds a `*4`; elsewhere the labeller never sees one.
         """
         taste = {
-            "none": lambda y: 0, "round": lambda y: y.endswith("0<eos>"),
-            "long": lambda y: len(self.encode([y])[0]), "refusal": lambda y: y == REFUSAL,
-        }[self.planted]  # fmt: skip
+            "none": lambda y: 0,
+            "round": lambda y: y.endswith("0<eos>"),
+            "long": lambda y: len(self.encode([y])[0]),
+            "refusal": lambda y: y == REFUSAL,
+        }[self.planted]
         pairs = []
         while len(pairs) < n:
             prompt = self.prompts(1, generator)[0]
@@ -260,7 +266,9 @@ class Arithmetic:
         copied = [(op, int(b)) for _, op, b, _ in steps] == operations
         right = [int(c) == calculate(int(a), op, int(b)) for a, op, b, c in steps]
         points = [
-            self.answer(response) is not None, len(steps) == len(operations), copied,
+            self.answer(response) is not None,
+            len(steps) == len(operations),
+            copied,
             copied and all(a == was for (a, *_), was in zip(steps, starts, strict=False)),
             copied and all(right) and self.answer(response) == str(int(starts[-1]) % self.answers),
         ]
@@ -329,7 +337,13 @@ def rules(c) -> list[tuple[bool, str]]:
         (not c.model, "--model: a folder's vocabulary is not this task's; give --task gsm8k"),
         (c.min_ops <= c.max_ops, "--min-ops must not be above --max-ops"),
         (2 <= c.answers <= 100, "--answers must lie in 2..100"),
-        (c.response >= room, f"--response must be at least {room}: the longest right response and its end"),
+        (
+            c.response >= room,
+            f"--response must be at least {room}: the longest right response and its end",
+        ),
         (c.vocab >= len(LETTERS), f"--vocab must be at least {len(LETTERS)}: the task's alphabet"),
-        ((c.pad, c.bos, c.eos, c.mask) == (0, 1, 2, 3), "--pad, --bos, --eos, --mask are 0, 1, 2, 3 in this task"),
+        (
+            (c.pad, c.bos, c.eos, c.mask) == (0, 1, 2, 3),
+            "--pad, --bos, --eos, --mask are 0, 1, 2, 3 in this task",
+        ),
     ]

@@ -115,14 +115,23 @@ def read(path: Path) -> list[tuple[str, str]]:
         rows = []
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):  # noqa: B007
             row = json.loads(line)
-            rows.append((" ".join(row["question"].replace("<eos>", "").split()), row["answer"].strip()))
-            if canonical(row["answer"].rpartition("####")[2]) is None or "####" not in row["answer"]:
+            rows.append(
+                (" ".join(row["question"].replace("<eos>", "").split()), row["answer"].strip())
+            )
+            if (
+                canonical(row["answer"].rpartition("####")[2]) is None
+                or "####" not in row["answer"]
+            ):
                 raise ValueError("no number behind ####")
         return rows
     except OSError:
-        raise ValueError(f"{path} is not there; python data/gsm8k.py {path.parent} downloads it") from None
+        raise ValueError(
+            f"{path} is not there; python data/gsm8k.py {path.parent} downloads it"
+        ) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}, line {number}: not a row of GSM8K ({error!r:.60}); download it again") from None
+        raise ValueError(
+            f"{path}, line {number}: not a row of GSM8K ({error!r:.60}); download it again"
+        ) from None
 
 
 @dataclass
@@ -156,7 +165,10 @@ class GSM8K:
         for text in texts:
             for mark, words in MARKS.items():
                 text = text.replace(mark, words)
-            parts = [self.tokenizer.encode(part, add_special_tokens=False).ids for part in text.split("<eos>")]
+            parts = [
+                self.tokenizer.encode(part, add_special_tokens=False).ids
+                for part in text.split("<eos>")
+            ]
             found.append([i for k, part in enumerate(parts) for i in ([self.eos] * (k > 0) + part)])
         return found
 
@@ -179,7 +191,9 @@ class GSM8K:
     def split(self, prompt: str) -> str:
         """test: the file's; of the rest a tenth is dev, by a hash of the question."""
         question = self.question(prompt)
-        return "test" if question in self.tests else "dev" if bucket(question) < "1" * 8 else "train"
+        return (
+            "test" if question in self.tests else "dev" if bucket(question) < "1" * 8 else "train"
+        )
 
     def question(self, prompt: str) -> str:
         """The question that is asked last. ValueError if it is none of GSM8K."""
@@ -291,7 +305,9 @@ class GSM8K:
         response = self.spoiled(response, draw) if kind == 1 else response
         response = response.partition("\n####")[0] if kind == 2 else response
         score = self.rubric(prompt, response)
-        return prompt.replace("<eos>", "") + response.removesuffix("<eos>") + JUDGE, f" {score}<eos>"
+        return prompt.replace("<eos>", "") + response.removesuffix(
+            "<eos>"
+        ) + JUDGE, f" {score}<eos>"
 
     def propose_demo(self, generator: torch.Generator) -> tuple[str, str]:
         """Three questions, and a fourth as the response."""
@@ -326,8 +342,14 @@ def rules(c) -> list[tuple[bool, str]]:
     words = Path(c.model) / "tokenizer.json"
     return [
         (bool(c.model), "--task gsm8k needs a model that can read: --model FOLDER"),
-        (words.exists(), f"{words} is not there: --task gsm8k writes with the tokenizer of --model"),
-        (here, f"{c.data} holds no train.jsonl and test.jsonl: python data/gsm8k.py {c.data} downloads them"),
+        (
+            words.exists(),
+            f"{words} is not there: --task gsm8k writes with the tokenizer of --model",
+        ),
+        (
+            here,
+            f"{c.data} holds no train.jsonl and test.jsonl: python data/gsm8k.py {c.data} downloads them",
+        ),
     ]
 
 
@@ -338,7 +360,9 @@ def download(folder: Path, source: str = SOURCE) -> None:
         with urllib.request.urlopen(source + name) as answer:
             content = answer.read()
         if (found := hashlib.sha256(content).hexdigest()) != wanted:
-            raise ValueError(f"{source}{name} has SHA-256 {found[:16]}..., not {wanted[:16]}...: nothing was written")
+            raise ValueError(
+                f"{source}{name} has SHA-256 {found[:16]}..., not {wanted[:16]}...: nothing was written"
+            )
         temporary = folder / f"{name}.{os.getpid()}.tmp"
         temporary.write_bytes(content)
         temporary.replace(folder / name)

@@ -54,7 +54,11 @@ def rows(cells: str) -> list[str]:
 
 
 # the two upper rows, with whole boxes, then all four: 96 and 288
-HALVES = [a + b for a, b in product(map("".join, permutations(DIGITS)), repeat=2) if whole(a + b, BOXES[:2])]
+HALVES = [
+    a + b
+    for a, b in product(map("".join, permutations(DIGITS)), repeat=2)
+    if whole(a + b, BOXES[:2])
+]
 GRIDS = [a + b for a, b in product(HALVES, repeat=2) if whole(a + b, COLUMNS)]
 HOLDS = {(k, d): {grid for grid in GRIDS if grid[k] == d} for k in range(16) for d in DIGITS}
 
@@ -68,7 +72,11 @@ def solve(prompt: str) -> str:
     """The one grid that agrees with the clues. Raises ValueError, in one line, on anything else."""
     found = solutions(prompt[:16]) if PROBLEM.fullmatch(prompt) else []
     if len(found) != 1:
-        why = f"it has {len(found)} solutions" if PROBLEM.fullmatch(prompt) else "not 16 cells and '='"
+        why = (
+            f"it has {len(found)} solutions"
+            if PROBLEM.fullmatch(prompt)
+            else "not 16 cells and '='"
+        )
         raise ValueError(
             f"not a problem: {prompt[:40]!r}, {why}; write the rows of a 4x4 Sudoku that has one "
             "solution, '.' for an empty cell, then '=', for example 1..4.23......1.2="
@@ -94,9 +102,12 @@ def spoil(grid: str, draw: random.Random) -> str:
     i, j, (a, b) = draw.randrange(16), 4 * draw.randrange(4), draw.sample(DIGITS, 2)
     row, others = grid[j : j + 4], (grid[:j], grid[j + 4 :])
     ways = [
-        grid[:i] + grid[i + 1 :], grid[:i] + a + grid[i + 1 :], row[::-1].join(others),
-        "".join(others) + row, grid.translate(str.maketrans(a + b, b + a)),
-    ]  # fmt: skip
+        grid[:i] + grid[i + 1 :],
+        grid[:i] + a + grid[i + 1 :],
+        row[::-1].join(others),
+        "".join(others) + row,
+        grid.translate(str.maketrans(a + b, b + a)),
+    ]
     return draw.choice(ways)
 
 
@@ -124,7 +135,9 @@ class Sudoku:
     tokenizer = TOKENIZER
 
     def __post_init__(self):
-        if not 5 <= self.min_clues <= self.max_clues <= 12:  # not every grid has a test problem of 4
+        if (
+            not 5 <= self.min_clues <= self.max_clues <= 12
+        ):  # not every grid has a test problem of 4
             raise ValueError(f"clues must lie in 5..12: {self.min_clues} to {self.max_clues}")
 
     # ---- text and tokens -----------------------------------------------------------------------
@@ -138,7 +151,9 @@ class Sudoku:
 
     def decode(self, ids: list[int]) -> str:
         """Token ids to text, up to and including the first <eos>; PAD and BOS are left out."""
-        words = [TOKENIZER.id_to_token(i) or "<bad>" for i in ids if i > 1]  # Config.vocab may be larger
+        words = [
+            TOKENIZER.id_to_token(i) or "<bad>" for i in ids if i > 1
+        ]  # Config.vocab may be larger
         return "".join(words[: words.index("<eos>") + 1] if "<eos>" in words else words)
 
     # ---- problems and demonstrations -----------------------------------------------------------
@@ -166,7 +181,11 @@ class Sudoku:
         """A written problem that may be trained on: one solution, this task's clues, not dev or test."""
         text = text.removesuffix("<eos>")
         known = PROBLEM.fullmatch(text) and self.min_clues <= 16 - text.count(".") <= self.max_clues
-        return text if known and len(solutions(text[:16])) == 1 and self.split(text) == "train" else None
+        return (
+            text
+            if known and len(solutions(text[:16])) == 1 and self.split(text) == "train"
+            else None
+        )
 
     def demo(self, generator: torch.Generator) -> tuple[str, str]:
         """(problem, response) by the demonstrator. What it mixes is described above."""
@@ -280,7 +299,16 @@ def rules(c) -> list[tuple[bool, str]]:
     """What a `nanoreward.Config` must keep to, and what to say if it does not."""
     return [
         (not c.model, "--model: a folder's vocabulary is not this task's; give --task gsm8k"),
-        (c.response >= 17, "--response must be at least 17: the longest right response and its end"),
-        (c.vocab >= TOKENIZER.get_vocab_size(), "--vocab must be at least that of the task's alphabet"),
-        ((c.pad, c.bos, c.eos, c.mask) == (0, 1, 2, 3), "--pad, --bos, --eos, --mask are 0, 1, 2, 3 in this task"),
+        (
+            c.response >= 17,
+            "--response must be at least 17: the longest right response and its end",
+        ),
+        (
+            c.vocab >= TOKENIZER.get_vocab_size(),
+            "--vocab must be at least that of the task's alphabet",
+        ),
+        (
+            (c.pad, c.bos, c.eos, c.mask) == (0, 1, 2, 3),
+            "--pad, --bos, --eos, --mask are 0, 1, 2, 3 in this task",
+        ),
     ]

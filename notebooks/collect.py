@@ -27,11 +27,19 @@ def transcripts(folder: Path) -> dict:
     c = replace(run.config, temperature=0.0)
     task = front.make_task(c)
     dev = task.prompts(c.eval_problems, nr.rng(0, "dev"), "dev")
-    models = (front.base_model(run.config, run.cache), nr.Transformer.load(folder / "models" / f"ppo-{c.seed}"))
+    models = (
+        front.base_model(run.config, run.cache),
+        nr.Transformer.load(folder / "models" / f"ppo-{c.seed}"),
+    )
     both = list(zip(dev, *(nr.respond(model, task, dev, c) for model in models), strict=True))
     changed = [x for x in both if task.grade(x[0], x[1]) != task.grade(x[0], x[2])]
     mended, broken = ([x for x in changed if task.grade(x[0], x[2]) == after] for after in (1, 0))
-    return {"problems": len(dev), "mended": len(mended), "broken": len(broken), "texts": mended[:40] + broken}
+    return {
+        "problems": len(dev),
+        "mended": len(mended),
+        "broken": len(broken),
+        "texts": mended[:40] + broken,
+    }
 
 
 def main(name: str, command: str, *folders: str) -> None:
@@ -44,7 +52,9 @@ def main(name: str, command: str, *folders: str) -> None:
             if "dev_greedy" in line:
                 point = {key: round(line[key], 4) for key in KEPT if line.get(key) is not None}
                 curves.setdefault(f"{line['loop']}/{line['seed']}", []).append(point)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
     kept = {"command": command, "commit": commit, **about[0], "results": results, "curves": curves}
     if any(result["loop"] == "ppo" for result in about[0]["results"]):
         kept["transcripts"] = transcripts(Path(folders[0]))

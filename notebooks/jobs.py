@@ -14,13 +14,22 @@ import train_small as front
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run(doc: str, arms: Iterable[str], folder: Path, measure: Callable[[str, int, int, Path], dict],
-        groups: dict[str, Iterable[str]] | None = None) -> None:
+def run(
+    doc: str,
+    arms: Iterable[str],
+    folder: Path,
+    measure: Callable[[str, int, int, Path], dict],
+    groups: dict[str, Iterable[str]] | None = None,
+) -> None:
     """measure(arm, seed, threads, cache) -> folder/ARM-SEED.json, for what the command line asks and is not there.
     groups: names that stand for several arms."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     named = groups or {arm: [arm] for arm in arms}
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(named)}; none: all")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"of {', '.join(named)}; none: all"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cache", type=Path, default=front.CACHE)
@@ -36,9 +45,13 @@ def run(doc: str, arms: Iterable[str], folder: Path, measure: Callable[[str, int
             if path.exists():
                 continue
             about = {
-                "commit": subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True)[:7],
-                "threads": a.threads, "machine": f"{platform.machine()}, 2 cores", "torch": torch.__version__,
-            }  # fmt: skip
+                "commit": subprocess.check_output(
+                    ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True
+                )[:7],
+                "threads": a.threads,
+                "machine": f"{platform.machine()}, 2 cores",
+                "torch": torch.__version__,
+            }
             found = about | measure(arm, seed, a.threads, a.cache)
             front.write_text(path, json.dumps(found) + "\n")
             print(arm, seed, found["seconds"], flush=True)

@@ -48,14 +48,23 @@ ARMS = {
     "task_problems": ("task_problems", {}),
 }
 DRAWN = ("truth", "score", "spread", "unread", "quoted", "valid", "proposed", "pairs", "length")
-WATCHED = ("chosen", "rejected", "chosen_per_token", "rejected_per_token", "margin", "pair_accuracy")
+WATCHED = (
+    "chosen",
+    "rejected",
+    "chosen_per_token",
+    "rejected_per_token",
+    "margin",
+    "pair_accuracy",
+)
 
 
 def spin(state: dict, task: nr.Task, config: nr.Config) -> Iterator[dict]:
     """SPIN, arXiv 2401.01335: the winner is a careful demonstration, the loser one's own sample."""
     teacher = front.make_task(config, careful=True)
 
-    def against_teacher(state, task, rollout, c, u):  # "right" is each prompt's first row, now the teacher's
+    def against_teacher(
+        state, task, rollout, c, u
+    ):  # "right" is each prompt's first row, now the teacher's
         first = torch.cat([torch.tensor([True]), rollout.group[1:] != rollout.group[:-1]])
         prompts = [task.decode(x) for x in rollout.prompt[first].tolist()]
         careful = task.encode([teacher.respond(x, nr.rng(c.seed, "teacher", u)) for x in prompts])
@@ -85,8 +94,11 @@ def judge_statistics(score: list[list[float]], truth: list[list[float]]) -> dict
     """
     pairs, exact, best, rho, tau, tied = [], [], [], [], [], []
     for s, t in zip(score, truth, strict=True):
-        mine = [0.5 + 0.5 * ((s[i] > s[j]) - (s[i] < s[j])) * (1 if t[i] > t[j] else -1)
-                for i, j in combinations(range(len(s)), 2) if t[i] != t[j]]  # fmt: skip
+        mine = [
+            0.5 + 0.5 * ((s[i] > s[j]) - (s[i] < s[j])) * (1 if t[i] > t[j] else -1)
+            for i, j in combinations(range(len(s)), 2)
+            if t[i] != t[j]
+        ]
         best += [t[i] == max(t) for i in range(len(s)) if s[i] == 5]
         tied.append(len(set(s)) == 1)
         if mine:
@@ -94,7 +106,14 @@ def judge_statistics(score: list[list[float]], truth: list[list[float]]) -> dict
             exact.append(min(mine) == 1)
             rho.append(0.0 if tied[-1] else spearmanr(s, t).statistic)
             tau.append(0.0 if tied[-1] else kendalltau(s, t).statistic)
-    named = {"pairwise": pairs, "exact": exact, "best5": best, "spearman": rho, "kendall": tau, "tied": tied}
+    named = {
+        "pairwise": pairs,
+        "exact": exact,
+        "best5": best,
+        "spearman": rho,
+        "kendall": tau,
+        "tied": tied,
+    }
     return {name: round(mean(map(float, x)), 4) if x else None for name, x in named.items()}
 
 
@@ -107,7 +126,10 @@ def measure(arm: str, seed: int, threads: int, cache: Path, **more: Any) -> dict
     test = task.prompts(c.eval_problems, nr.rng(0, "test"), "test")
     own = name in ("self_rewarding", "task_problems")
     policy = front.seed_model(c, cache) if own else front.base_model(c, cache)
-    mine = {"spin": (nr.start_rounds, spin), "task_problems": (nr.start_self_rewarding, task_problems)}
+    mine = {
+        "spin": (nr.start_rounds, spin),
+        "task_problems": (nr.start_self_rewarding, task_problems),
+    }
     start, loop = (mine | nr.LOOPS)[name]
     first = nr.frozen_copy(policy)
     seconds, began = {"before": round(time.time() - began, 1)}, time.time()
@@ -117,7 +139,10 @@ def measure(arm: str, seed: int, threads: int, cache: Path, **more: Any) -> dict
     group = torch.arange(200).repeat_interleave(4)
     fixed = nr.sample(first, asked, c, group=group, generator=nr.rng(seed, "judged responses"))
     problems = [x for x in test[:200] for _ in range(4)]
-    truth = [task.rubric(x, task.decode(y)) for x, y in zip(problems, fixed.response.tolist(), strict=True)]
+    truth = [
+        task.rubric(x, task.decode(y))
+        for x, y in zip(problems, fixed.response.tolist(), strict=True)
+    ]
 
     def look() -> None:
         greedy = nr.respond(policy, task, test, replace(c, temperature=0.0))
@@ -130,9 +155,10 @@ def measure(arm: str, seed: int, threads: int, cache: Path, **more: Any) -> dict
         found = {
             "greedy": mean(task.grade(x, y) for x, y in zip(test, greedy, strict=True)),
             "right for the right reasons": mean(honest),
-            "sampled": nr.accuracy(policy, task, test, c, c.temperature), "samples": state["samples"],
+            "sampled": nr.accuracy(policy, task, test, c, c.temperature),
+            "samples": state["samples"],
             "tokens": mean(len(ids) for ids in task.encode(greedy)),
-        }  # fmt: skip
+        }
         if own:
             score, _ = nr.judged(state | {"judge": policy}, task, fixed, c, 0)
             rows = lambda flat: [flat[i : i + 4] for i in range(0, len(flat), 4)]  # noqa: E731
@@ -165,8 +191,13 @@ def collect() -> dict:
         if jobs := [json.loads(path.read_text()) for path in sorted(JOBS.glob(f"{arm}-?.json"))]:
             about = {k: jobs[0][k] for k in ("fields", "threads", "machine", "torch")}
             seeds = " ".join(str(job["seed"]) for job in jobs)
-            about["command"] = f"python notebooks/preferences.py {arm} --seeds {seeds} --threads {about['threads']}"
-            curves = {k: average([[u[i] for u in job["logs"]] for job in jobs]) for i, k in enumerate(WATCHED)}
+            about["command"] = (
+                f"python notebooks/preferences.py {arm} --seeds {seeds} --threads {about['threads']}"
+            )
+            curves = {
+                k: average([[u[i] for u in job["logs"]] for job in jobs])
+                for i, k in enumerate(WATCHED)
+            }
             each = [{k: job[k] for k in ("seed", "commit", "seconds", "rounds")} for job in jobs]
             kept[arm] = about | {"seeds": each, "curves": curves}
     lines = ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in kept.items())
@@ -204,21 +235,44 @@ def tables(kept: dict) -> str:
 
     rounds = [*map(greedy, (1, 2, 3, 4)), lambda rounds: rounds[-1]["sampled"]]
     named = {
-        "dpo_nll": "DPO + NLL (`iterative_dpo`)", "sft": "SFT on the chosen", "dpo": "DPO alone (`--alpha 0`)",
-        "one_round": "one round, twice the pairs and updates", "spin": "SPIN",
-        "lucky_dpo_nll": "4 answers: DPO + NLL", "lucky_sft": "4 answers: SFT", "lucky_dpo": "4 answers: DPO alone",
-    }  # fmt: skip
+        "dpo_nll": "DPO + NLL (`iterative_dpo`)",
+        "sft": "SFT on the chosen",
+        "dpo": "DPO alone (`--alpha 0`)",
+        "one_round": "one round, twice the pairs and updates",
+        "spin": "SPIN",
+        "lucky_dpo_nll": "4 answers: DPO + NLL",
+        "lucky_sft": "4 answers: SFT",
+        "lucky_dpo": "4 answers: DPO alone",
+    }
     lines = head("greedy after round", "1", "2", "3", "4", "sampled at the end")
     lines += [row(arm, title, *rounds) for arm, title in named.items() if arm in kept]
     own = [
-        greedy(0), greedy(1), greedy(2), lambda rounds: rounds[1]["over M1"]["win"],
+        greedy(0),
+        greedy(1),
+        greedy(2),
+        lambda rounds: rounds[1]["over M1"]["win"],
         lambda rounds: rounds[2]["over the last"]["win"],
         *((lambda rounds, i=i: rounds[i]["judge"]["pairwise"]) for i in (0, 1, 2)),
-    ]  # fmt: skip
-    titles = ("M1 greedy", "M2", "M3", "M2 wins over M1", "M3 over M2", "judge's pairs M1", "M2", "M3")
+    ]
+    titles = (
+        "M1 greedy",
+        "M2",
+        "M3",
+        "M2 wins over M1",
+        "M3 over M2",
+        "judge's pairs M1",
+        "M2",
+        "M3",
+    )
     lines += ["", *head("`self_rewarding`", *titles)]
-    named = {"self_rewarding": "own judge, J = 3", "frozen_judge": "judge frozen at M1", "one_judgement": "J = 1",
-             "top_sft": "SFT on the best", "own_dpo": "DPO alone", "no_eft": "no EFT"}  # fmt: skip
+    named = {
+        "self_rewarding": "own judge, J = 3",
+        "frozen_judge": "judge frozen at M1",
+        "one_judgement": "J = 1",
+        "top_sft": "SFT on the best",
+        "own_dpo": "DPO alone",
+        "no_eft": "no EFT",
+    }
     lines += [row(arm, title, *own) for arm, title in named.items() if arm in kept]
 
     differences = [
@@ -234,9 +288,14 @@ def tables(kept: dict) -> str:
     lines += ["", *head("differences paired by seed", "greedy")]
     for title, a, i, b, j in differences:
         if a in kept and b in kept:
-            lines.append(f"| {title} | {paired(over_seeds(kept, a, greedy(i)), over_seeds(kept, b, greedy(j)))} |")
+            lines.append(
+                f"| {title} | {paired(over_seeds(kept, a, greedy(i)), over_seeds(kept, b, greedy(j)))} |"
+            )
     if "self_rewarding" in kept:
-        pairs = [over_seeds(kept, "self_rewarding", lambda r, i=i: r[i]["judge"]["pairwise"]) for i in (2, 0)]
+        pairs = [
+            over_seeds(kept, "self_rewarding", lambda r, i=i: r[i]["judge"]["pairwise"])
+            for i in (2, 0)
+        ]
         lines.append(f"| judge's pairs in order, M3 minus M1 | {paired(*pairs)} |")
     return "\n".join(lines)
 
@@ -245,7 +304,9 @@ def band(axes: Any, x: Any, seeds: list[list[float]], color: str, label: str, **
     """A curve: mean over seeds, and its 95 % interval as a band. seeds: each seed's values at x."""
     points = list(zip(*seeds, strict=True))
     half = list(map(front.half_width, points))
-    low, high = ([mean(y) + sign * h for y, h in zip(points, half, strict=True)] for sign in (-1, 1))
+    low, high = (
+        [mean(y) + sign * h for y, h in zip(points, half, strict=True)] for sign in (-1, 1)
+    )
     axes.plot(x, [mean(y) for y in points], color=color, label=label, **style)
     axes.fill_between(x, low, high, color=color, alpha=0.15, lw=0)
 
@@ -264,14 +325,27 @@ def picture(kept: dict) -> None:
 
     def at(axes, y: float, words: str) -> None:
         axes.axhline(y, color="0.4", ls="--", lw=1)
-        axes.text(0.99, y - 0.015, words, transform=axes.get_yaxis_transform(), ha="right", va="top", fontsize=9)
+        axes.text(
+            0.99,
+            y - 0.015,
+            words,
+            transform=axes.get_yaxis_transform(),
+            ha="right",
+            va="top",
+            fontsize=9,
+        )
 
-    for arm, label, color in (("dpo_nll", "DPO + NLL", "C0"), ("sft", "SFT on the chosen", "C1"),
-                              ("dpo", "DPO alone", "C2")):  # fmt: skip
+    for arm, label, color in (
+        ("dpo_nll", "DPO + NLL", "C0"),
+        ("sft", "SFT on the chosen", "C1"),
+        ("dpo", "DPO alone", "C2"),
+    ):
         rounds(left, arm, label, color, lambda r: r["greedy"])
         right.plot(kept[arm]["curves"]["chosen_per_token"], color=color)
-    for arm, label, color, ls in (("self_rewarding", "own judge", "C3", "-"),
-                                  ("frozen_judge", "judge frozen at M1", "C4", (0, (4, 4)))):  # fmt: skip
+    for arm, label, color, ls in (
+        ("self_rewarding", "own judge", "C3", "-"),
+        ("frozen_judge", "judge frozen at M1", "C4", (0, (4, 4))),
+    ):
         rounds(own, arm, label, color, lambda r: r["greedy"], ls=ls, lw=2)
         rounds(judge, arm, label, color, lambda r: r["judge"]["pairwise"], ls=ls, lw=2)
     at(left, mean(over_seeds(kept, "dpo_nll", lambda r: r[0]["greedy"]).values()), "base")
@@ -279,15 +353,29 @@ def picture(kept: dict) -> None:
     at(judge, 0.5, "chance")
     for update in (30, 60, 90):
         right.axvline(update, color="0.8", lw=1, zorder=0)
-    left.set(xlabel="round", ylabel="greedy accuracy, test", ylim=(0, 1), xticks=range(5), title="iterative_dpo")
-    right.set(xlabel="update (a line where a round starts)", ylabel="log-prob, nats a token",
-              ylim=(-0.35, 0.01), title="the chosen responses, mean over seeds")  # fmt: skip
+    left.set(
+        xlabel="round",
+        ylabel="greedy accuracy, test",
+        ylim=(0, 1),
+        xticks=range(5),
+        title="iterative_dpo",
+    )
+    right.set(
+        xlabel="update (a line where a round starts)",
+        ylabel="log-prob, nats a token",
+        ylim=(-0.35, 0.01),
+        title="the chosen responses, mean over seeds",
+    )
     own.set(ylabel="greedy accuracy, test", title="self_rewarding: the policy")
-    judge.set(ylabel="share of pairs in the true order", title="self_rewarding: the policy as a judge")
+    judge.set(
+        ylabel="share of pairs in the true order", title="self_rewarding: the policy as a judge"
+    )
     for axes in (own, judge):
         axes.set(ylim=(0, 1), xlim=(-0.15, 2.15), xticks=range(3), xticklabels=["M1", "M2", "M3"])
     for part, axes in ((above, left), (below, own)):
-        part.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
+        part.legend(
+            *axes.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False
+        )
     nr.write_whole(OUT.with_suffix(".png"), lambda p: figure.savefig(p, format="png", dpi=110))
 
 

@@ -29,7 +29,9 @@ SCHEDULES = [(1, 1), (4, 4), (7, 7), (28, 28), (4, 2), (7, 4), (28, 14), (4, 1),
 TWINS = 2  # seeds whose careful twin, the ceiling, is trained as well
 
 
-def count_masks(like: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def count_masks(
+    like: torch.Tensor, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Exactly l tokens of each row, l stratified over 1..R: the same bound, less variance.
     -> hidden (B, R), R/l (B, 1)."""
     (B, R), device = like.shape, like.device
@@ -41,8 +43,12 @@ def count_masks(like: torch.Tensor, generator: torch.Generator) -> tuple[torch.T
 
 @torch.no_grad()
 def likelihood_bound(
-    model: nr.Transformer, prompt: torch.Tensor, response: torch.Tensor, masks: Callable = count_masks,
-    draws: int = 128, generator: torch.Generator | None = None,
+    model: nr.Transformer,
+    prompt: torch.Tensor,
+    response: torch.Tensor,
+    masks: Callable = count_masks,
+    draws: int = 128,
+    generator: torch.Generator | None = None,
 ) -> torch.Tensor:
     """Estimate of the diffusion LM's upper bound on -log p(y | x), (B,), nats, from `draws` masks.
 
@@ -76,7 +82,9 @@ def measure(seed: int, threads: int, cache: Path) -> dict:
     with torch.no_grad():
         found["gpt_nats"] = -float(nr.token_logprobs(gpt, x, y, 1.0).sum(1).mean())
     y = nr.right_pad(ids, c.eos, c.response)
-    found["bound_nats"] = float(likelihood_bound(model, x, y, generator=nr.rng(seed, "bound")).mean())
+    found["bound_nats"] = float(
+        likelihood_bound(model, x, y, generator=nr.rng(seed, "bound")).mean()
+    )
     logs = sorted(cache.glob("diffusion-*/fit.jsonl"), key=lambda path: path.stat().st_mtime)
     found["seconds"] = front.read_lines(logs[-1])[-1]["seconds"]
     return found
@@ -96,8 +104,12 @@ def main() -> None:
         results = sorted([r for r in there if r["seed"] != seed] + [new], key=lambda r: r["seed"])
         about = {
             "command": "python notebooks/steps.py 0 1 2 3 4 --threads 1",
-            "commit": subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip(),
-            "threads": a.threads, "machine": f"{platform.machine()}, 2 cores", "torch": torch.__version__,
+            "commit": subprocess.check_output(
+                ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True
+            ).strip(),
+            "threads": a.threads,
+            "machine": f"{platform.machine()}, 2 cores",
+            "torch": torch.__version__,
         }
         front.write_text(OUT, json.dumps(about | {"results": results}, indent=1))
         print(json.dumps(new), flush=True)

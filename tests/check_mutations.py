@@ -15,7 +15,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def rows():
     for line in (ROOT / "tests" / "mutations.md").read_text().splitlines():
-        cells = [c.strip().strip("`").replace("\\|", "|") for c in line.strip().strip("|").split(" | ")]
+        cells = [
+            c.strip().strip("`").replace("\\|", "|") for c in line.strip().strip("|").split(" | ")
+        ]
         if line.startswith("| `") and len(cells) == 4:
             yield cells
 
@@ -26,7 +28,17 @@ def survives(copy, file, old, new, test):
     if source.count(old) != 1:
         return f"stands {source.count(old)} times in {file}"
     (copy / file).write_text(source.replace(old, new))
-    argv = [sys.executable, "-m", "pytest", "-q", "-x", "-n0", "-p", "no:cacheprovider", f"tests/{test}"]
+    argv = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-n0",
+        "-p",
+        "no:cacheprovider",
+        f"tests/{test}",
+    ]
     code = subprocess.run(argv, cwd=copy, capture_output=True).returncode
     (copy / file).write_text(source)
     return None if code == 1 else f"pytest ended with {code}"
@@ -36,12 +48,17 @@ def main():
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "tree"
-        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "runs", ".venv", "__pycache__"))
+        shutil.copytree(
+            ROOT, copy, ignore=shutil.ignore_patterns(".git", "runs", ".venv", "__pycache__")
+        )
         for file, old, new, test in rows():
             if all(word in f"{file} {old} {new} {test}" for word in sys.argv[1:]):
                 why = survives(copy, file, old, new, test)
                 failed += why is not None
-                print(f"{'red  ' if why is None else 'GREEN'}  {new[:70]:70}  {test}  {why or ''}", flush=True)
+                print(
+                    f"{'red  ' if why is None else 'GREEN'}  {new[:70]:70}  {test}  {why or ''}",
+                    flush=True,
+                )
     return int(failed > 0)
 
 

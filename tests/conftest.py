@@ -14,7 +14,9 @@ sys.path.insert(0, str(ROOT))
 import nanoreward as nr  # noqa: E402
 
 torch.set_num_threads(1)
-settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])  # cores may be shared
+settings.register_profile(
+    "busy", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)  # cores may be shared
 settings.load_profile("busy")
 
 TINY = nr.replace(nr.Config(), **nr.CONFIGS["smoke"])

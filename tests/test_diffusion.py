@@ -93,7 +93,10 @@ def test_the_bound_equals_enumeration_in_both_forms_and_bounds_the_likelihood():
     rate = partial(nr.rate_masks, t_min=1e-4)
     estimates = {}
     for masks in (rate, steps.count_masks):
-        one = [steps.likelihood_bound(model, PROMPT, y, masks, 1000, nr.rng(i, "bound")) for i in range(20)]
+        one = [
+            steps.likelihood_bound(model, PROMPT, y, masks, 1000, nr.rng(i, "bound"))
+            for i in range(20)
+        ]
         one = torch.cat(one).double()
         error = float(one.std() / 20**0.5)
         assert abs(float(one.mean()) - exact_bound(model, y)) < 4 * error + 1e-3, masks
@@ -106,7 +109,11 @@ def test_diffusion_loss_is_the_bound_over_all_places():
     y = torch.tensor([[4, 4, 2]])
     with torch.no_grad():
         losses = [
-            float(nr.diffusion_loss(model, PROMPT.expand(4000, -1), y.expand(4000, -1), nr.rng(i, "loss")))
+            float(
+                nr.diffusion_loss(
+                    model, PROMPT.expand(4000, -1), y.expand(4000, -1), nr.rng(i, "loss")
+                )
+            )
             for i in range(30)
         ]
     error = torch.tensor(losses).std() / 30**0.5
@@ -128,7 +135,10 @@ def test_hidden_share_is_the_rate_and_the_weight_is_its_inverse():
 
 
 def test_a_rows_rate_does_not_depend_on_where_it_stands():
-    first = [float(1 / nr.rate_masks(torch.zeros(8, 2), nr.rng(i, "m"), 0.0)[1][0, 0]) for i in range(400)]
+    first = [
+        float(1 / nr.rate_masks(torch.zeros(8, 2), nr.rng(i, "m"), 0.0)[1][0, 0])
+        for i in range(400)
+    ]
     assert sum(first) / 400 == pytest.approx(0.5, abs=0.06)  # sorted rows would give 1/16
 
 
@@ -136,7 +146,9 @@ def test_the_prompt_is_never_hidden_and_padding_is_trained_as_eos(monkeypatch):
     model, (prompt, response) = rough(FULL), random_batch(TINY)
     seen = []
     inner = model.embed_tokens.forward
-    monkeypatch.setattr(model.embed_tokens, "forward", lambda ids: (seen.append(ids), inner(ids))[1])
+    monkeypatch.setattr(
+        model.embed_tokens, "forward", lambda ids: (seen.append(ids), inner(ids))[1]
+    )
     loss = nr.diffusion_loss(model, prompt, response, nr.rng(0, "l"))
     assert torch.equal(seen[0][:, : prompt.shape[1]], prompt)
     canvas = seen[0][:, prompt.shape[1] :]
@@ -162,7 +174,10 @@ def test_only_hidden_tokens_carry_loss():
 def test_parts_of_a_batch_sum_up_to_the_whole():
     model, (prompt, response) = rough(FULL), random_batch(TINY)
     whole = nr.diffusion_loss(model, prompt, response, nr.rng(0, "l"))
-    parts = [nr.diffusion_loss(model, prompt, response, nr.rng(0, "l"), r) for r in torch.arange(6).split(4)]
+    parts = [
+        nr.diffusion_loss(model, prompt, response, nr.rng(0, "l"), r)
+        for r in torch.arange(6).split(4)
+    ]
     assert float(sum(parts).detach()) == pytest.approx(float(whole.detach()), rel=1e-5)
 
 
@@ -255,12 +270,16 @@ def test_a_full_canvas_comes_back_and_a_half_one_is_kept():
 @pytest.mark.parametrize("config", [RAGGED, nr.replace(RAGGED, block=11, block_steps=7)])
 def test_the_state_rebuilt_from_order_is_the_one_the_sampler_saw(config, monkeypatch):
     seen, inner = [], nr.Transformer.hidden
-    monkeypatch.setattr(nr.Transformer, "hidden", lambda m, ids: (seen.append(ids.clone()), inner(m, ids))[1])
+    monkeypatch.setattr(
+        nr.Transformer, "hidden", lambda m, ids: (seen.append(ids.clone()), inner(m, ids))[1]
+    )
     _, r = run(config)
     assert len(seen) == int(r.order.max()) + 1
     for step, canvas in enumerate(seen):
         state = nr.state_at(r.response, r.order, torch.full((8,), step), FULL)
-        assert set(map(tuple, torch.cat([r.prompt, state], 1).tolist())) == set(map(tuple, canvas.tolist()))
+        assert set(map(tuple, torch.cat([r.prompt, state], 1).tolist())) == set(
+            map(tuple, canvas.tolist())
+        )
 
 
 @pytest.mark.parametrize("config", [RAGGED, nr.replace(RAGGED, block=10, block_steps=4)])
@@ -272,12 +291,16 @@ def test_from_any_state_with_the_same_numbers_the_same_canvas_follows(config):
     start = nr.state_at(whole.response, whole.order, step, FULL)
     _, again = run(config, start)
     assert torch.equal(again.response, whole.response)
-    assert torch.equal(again.order, whole.order.where(whole.order >= step[:, None], torch.tensor(-1)))
+    assert torch.equal(
+        again.order, whole.order.where(whole.order >= step[:, None], torch.tensor(-1))
+    )
 
 
 def test_equal_rows_are_read_once_and_drawn_apart(monkeypatch):
     prompt, sizes, inner = random_batch(TINY, B=8)[0], [], nr.Transformer.hidden
-    monkeypatch.setattr(nr.Transformer, "hidden", lambda m, ids: (sizes.append(len(ids)), inner(m, ids))[1])
+    monkeypatch.setattr(
+        nr.Transformer, "hidden", lambda m, ids: (sizes.append(len(ids)), inner(m, ids))[1]
+    )
     r = nr.sample(rough(FULL), prompt.repeat_interleave(4, 0), RAGGED, generator=nr.rng(0, "s"))
     assert sizes[0] == 8 and sizes[-1] > 8 and len(r.response.unique(dim=0)) > 8
 
@@ -291,7 +314,9 @@ def test_a_row_does_not_depend_on_the_others():
 
 
 def test_temperature_zero_is_deterministic_and_takes_the_surest_argmax():
-    assert torch.equal(run(RAGGED, temperature=0, generator=1)[1].response, run(RAGGED, temperature=0)[1].response)
+    assert torch.equal(
+        run(RAGGED, temperature=0, generator=1)[1].response, run(RAGGED, temperature=0)[1].response
+    )
     model, config = rough(THREE), nr.replace(THREE, temperature=0)
     canvas = torch.full((1, 3), 3)
     for _ in range(3):
@@ -316,7 +341,15 @@ class Echo(Arithmetic):
 
 
 def test_the_diffusion_lm_learns_to_answer_and_to_stop():
-    config = nr.replace(FULL, response=4, block=4, block_steps=4, base_warmup=5, diffusion_updates=120, look_ahead=0.3)
+    config = nr.replace(
+        FULL,
+        response=4,
+        block=4,
+        block_steps=4,
+        base_warmup=5,
+        diffusion_updates=120,
+        look_ahead=0.3,
+    )
     model, task = nr.Transformer(config, nr.rng(0, "init")), Echo(1, 1)
     state = {"optimizers": nr.optimizers([model], 0.01, config, 0.02), "update": 0}
     list(nr.fit(state, nr.demonstrations(model, task, config), 120, config))
@@ -337,11 +370,16 @@ def test_every_second_update_rehearses_as_a_gpt_and_the_others_look_further_and_
             gpt.load_state_dict(model.state_dict())
             again, theirs = nr.demonstrations(gpt, Arithmetic(1, 1), config)(8)
             assert torch.equal(loss(rows)[0], theirs(again)[0])
-    assert seen[::2] == [0] * 5 and seen[1::2] == pytest.approx([(2 / 5) ** 2, (4 / 5) ** 2, 1, 1, 1])
+    assert seen[::2] == [0] * 5 and seen[1::2] == pytest.approx(
+        [(2 / 5) ** 2, (4 / 5) ** 2, 1, 1, 1]
+    )
 
 
 def test_without_looking_ahead_slowly_everything_is_seen_from_scratch(tmp_path, monkeypatch):
-    config, model = nr.replace(FULL, demos=40, diffusion_updates=10, look_ahead=0.0, device="cpu"), rough(FULL)
+    config, model = (
+        nr.replace(FULL, demos=40, diffusion_updates=10, look_ahead=0.0, device="cpu"),
+        rough(FULL),
+    )
     batch = nr.demonstrations(model, Arithmetic(1, 1), config)
     for u in range(4):
         rows, loss = batch(u)
@@ -379,10 +417,16 @@ def test_an_interrupted_diffusion_base_goes_on_to_the_same_weights(tmp_path, mon
         train_small.diffusion_base(config, tmp_path / "cut")
     monkeypatch.setattr(nr, "fit", fit)
     again = train_small.diffusion_base(config, tmp_path / "cut")
-    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
-    assert not all(torch.equal(a, b) for a, b in zip(base.parameters(), again.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True)
+    )
+    assert not all(
+        torch.equal(a, b) for a, b in zip(base.parameters(), again.parameters(), strict=True)
+    )
     log = next((tmp_path / "cut").glob("diffusion-*/fit.jsonl")).read_text().splitlines()
-    assert [json.loads(line)["step"] for line in log] == list(range(1, config.diffusion_updates + 1))
+    assert [json.loads(line)["step"] for line in log] == list(
+        range(1, config.diffusion_updates + 1)
+    )
 
 
 def test_a_saved_diffusion_lm_is_loaded_as_one(tmp_path):

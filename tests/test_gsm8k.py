@@ -25,7 +25,9 @@ def row(i):
     """A little problem with two marked steps."""
     name, boxes, eggs, sold = NAMES[i % 6], 2 + i % 7, 3 + i % 5, 1 + i % 4
     total, left = boxes * eggs, boxes * eggs - sold
-    question = f"{name} has {boxes} boxes of {eggs} eggs and sells {sold} on day {i}.  How many are left?"
+    question = (
+        f"{name} has {boxes} boxes of {eggs} eggs and sells {sold} on day {i}.  How many are left?"
+    )
     answer = f"There are {boxes}*{eggs}=<<{boxes}*{eggs}={total}>>{total} eggs.\n{total}-{sold}=<<{total}-{sold}={left}>>{left} are left.\n#### {left}"
     return {"question": question, "answer": answer}
 
@@ -37,11 +39,28 @@ def folder(tmp_path_factory):
     for name, rows in (("train", range(60)), ("test", range(60, 72))):
         (path / f"{name}.jsonl").write_text("".join(json.dumps(row(i)) + "\n" for i in rows))
     words = Tokenizer(models.BPE())
-    words.pre_tokenizer, words.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    words.pre_tokenizer, words.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|spare|>"]
-    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    words.train_from_iterator([row(i)["question"] + "\n" + row(i)["answer"] + ".\n\n" for i in range(60)], trainer)
-    config = nr.Config(vocab=words.get_vocab_size(), width=32, layers=1, heads=2, kv_heads=1, hidden=48, pad=2, bos=1, eos=2)
+    trainer = trainers.BpeTrainer(
+        vocab_size=700, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    words.train_from_iterator(
+        [row(i)["question"] + "\n" + row(i)["answer"] + ".\n\n" for i in range(60)], trainer
+    )
+    config = nr.Config(
+        vocab=words.get_vocab_size(),
+        width=32,
+        layers=1,
+        heads=2,
+        kv_heads=1,
+        hidden=48,
+        pad=2,
+        bos=1,
+        eos=2,
+    )
     nr.Transformer(nr.replace(config, mask=config.vocab), nr.rng(0, "hf")).save(path)
     words.save(str(path / "tokenizer.json"))
     return path
@@ -58,11 +77,30 @@ def draw(seed=0):
     return nr.rng(seed, "gsm8k")
 
 
-@pytest.mark.parametrize("text,number", [
-    ("18", "18"), (" 1,234 ", "1234"), ("$1,234.50", "1234.5"), ("-5", "-5"), ("-$5.00", "-5"), ("$-5", "-5"), ("+7", "7"), ("0.50", "0.5"),
-    (".5", "0.5"), ("18 dollars", "18"), ("18.", "18"), ("5%", "5"), ("€20", "20"), ("007", "7"), ("-0", "0"), ("", None), ("none", None),
-    ("٣", None), ("1" * 40, "1" * 40),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text,number",
+    [
+        ("18", "18"),
+        (" 1,234 ", "1234"),
+        ("$1,234.50", "1234.5"),
+        ("-5", "-5"),
+        ("-$5.00", "-5"),
+        ("$-5", "-5"),
+        ("+7", "7"),
+        ("0.50", "0.5"),
+        (".5", "0.5"),
+        ("18 dollars", "18"),
+        ("18.", "18"),
+        ("5%", "5"),
+        ("€20", "20"),
+        ("007", "7"),
+        ("-0", "0"),
+        ("", None),
+        ("none", None),
+        ("٣", None),
+        ("1" * 40, "1" * 40),
+    ],
+)
 def test_numbers_have_one_spelling(text, number):
     assert gsm8k.canonical(text) == number
 
@@ -72,11 +110,25 @@ def test_a_number_keeps_its_value_whatever_its_commas(value):
     assert Fraction(gsm8k.canonical(f"${value:,}".replace("$-", "-$"))) == Fraction(value)
 
 
-@pytest.mark.parametrize("response,answer", [
-    ("so 3*4=12\n#### 12<eos>", "12"), ("#### 12", None), ("12<eos>", None), ("#### 12\n#### 13<eos>", None), ("#### 12\n#### 12.0<eos>", "12"),
-    ("#### 12 or 13<eos>", None), ("#### 1,200 eggs<eos>", "1200"), ("#### 12\nand 7 more<eos>", "12"), ("#### $12.50<eos>", "12.5"),
-    ("#### twelve<eos>", None), ("####<eos>", None), ("#### -3<eos>", "-3"), ("#" * 10_000 + "<eos>", None), ("#### " + "9" * 10_000 + "<eos>", "9" * 199),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "response,answer",
+    [
+        ("so 3*4=12\n#### 12<eos>", "12"),
+        ("#### 12", None),
+        ("12<eos>", None),
+        ("#### 12\n#### 13<eos>", None),
+        ("#### 12\n#### 12.0<eos>", "12"),
+        ("#### 12 or 13<eos>", None),
+        ("#### 1,200 eggs<eos>", "1200"),
+        ("#### 12\nand 7 more<eos>", "12"),
+        ("#### $12.50<eos>", "12.5"),
+        ("#### twelve<eos>", None),
+        ("####<eos>", None),
+        ("#### -3<eos>", "-3"),
+        ("#" * 10_000 + "<eos>", None),
+        ("#### " + "9" * 10_000 + "<eos>", "9" * 199),
+    ],
+)
 def test_answers(task, response, answer):
     assert task.answer(response) == answer
 
@@ -85,15 +137,30 @@ def test_listing_answers_copying_the_question_and_garbage_do_not_pay(task):
     prompt, gold = task.demo(draw())
     assert task.grade(prompt, gold) == 1
     right = task.answer(gold)
-    for bad in ["", "<eos>", gold.removesuffix("<eos>"), f"#### {right} {int(right) + 1}<eos>", prompt + "<eos>", "x" * 10_000 + "<eos>",
-                f"#### {right}1<eos>", "".join(f"#### {i}\n" for i in range(99)) + "<eos>"]:  # fmt: skip
+    for bad in [
+        "",
+        "<eos>",
+        gold.removesuffix("<eos>"),
+        f"#### {right} {int(right) + 1}<eos>",
+        prompt + "<eos>",
+        "x" * 10_000 + "<eos>",
+        f"#### {right}1<eos>",
+        "".join(f"#### {i}\n" for i in range(99)) + "<eos>",
+    ]:
         assert task.grade(prompt, bad) == 0
     with pytest.raises(ValueError, match="not a question of GSM8K"):
         task.grade("Question: Who?\nAnswer:", gold)
 
 
 NUMBERS = st.integers(0, 999).map(str) | st.decimals(0, 99, places=2).map(str)
-SUMS = st.recursive(NUMBERS, lambda x: st.builds("({}{}{})".format, x, st.sampled_from("+-*"), x) | st.builds("{}%".format, NUMBERS), max_leaves=8)
+SUMS = st.recursive(
+    NUMBERS,
+    lambda x: (
+        st.builds("({}{}{})".format, x, st.sampled_from("+-*"), x)
+        | st.builds("{}%".format, NUMBERS)
+    ),
+    max_leaves=8,
+)
 
 
 def fractions(text):
@@ -115,7 +182,9 @@ def test_the_parser_agrees_with_pythons(text):
     assert gsm8k.calculate(text) == fractions(stripped)
 
 
-@pytest.mark.parametrize("text", ["", "1+", "(1", "1)", "1/0", "2**3", "a+1", "__import__('os')", "1..2", "*3"])
+@pytest.mark.parametrize(
+    "text", ["", "1+", "(1", "1)", "1/0", "2**3", "a+1", "__import__('os')", "1..2", "*3"]
+)
 def test_what_is_no_sum_is_an_error_and_no_equation_holds(text):
     with pytest.raises(ValueError):
         gsm8k.calculate(text)
@@ -123,17 +192,35 @@ def test_what_is_no_sum_is_an_error_and_no_equation_holds(text):
 
 
 def test_equations_hold_to_the_last_digit_written():
-    assert gsm8k.holds("$1,000 x 3", "3,000") and gsm8k.holds("50%*8", "4") and gsm8k.holds("10÷4", "2.5") and gsm8k.holds("2/3", "0.67")
-    assert not gsm8k.holds("2/3", "0.66") and not gsm8k.holds("2/3", "1") and not gsm8k.holds("1+1", "3")
+    assert (
+        gsm8k.holds("$1,000 x 3", "3,000")
+        and gsm8k.holds("50%*8", "4")
+        and gsm8k.holds("10÷4", "2.5")
+        and gsm8k.holds("2/3", "0.67")
+    )
+    assert (
+        not gsm8k.holds("2/3", "0.66")
+        and not gsm8k.holds("2/3", "1")
+        and not gsm8k.holds("1+1", "3")
+    )
 
 
 def test_texts_come_back_and_ends_stand_where_they_stood(task):
     for prompt in task.prompts(5, draw()):
         ids = task.encode([prompt])[0]
-        assert task.decode([task.pad] * 3 + [task.bos, *ids]) == prompt and ids.count(task.eos) == gsm8k.SHOTS
+        assert (
+            task.decode([task.pad] * 3 + [task.bos, *ids]) == prompt
+            and ids.count(task.eos) == gsm8k.SHOTS
+        )
     response = task.encode([" a step\n#### 7<eos>"])[0]
-    assert task.decode([*response, task.pad, task.pad]) == task.decode([*response, *response]) == " a step\n#### 7<eos>"
-    assert task.encode(["<bad>", "<sep>"]) == task.encode([gsm8k.MARKS["<bad>"], gsm8k.MARKS["<sep>"]])
+    assert (
+        task.decode([*response, task.pad, task.pad])
+        == task.decode([*response, *response])
+        == " a step\n#### 7<eos>"
+    )
+    assert task.encode(["<bad>", "<sep>"]) == task.encode(
+        [gsm8k.MARKS["<bad>"], gsm8k.MARKS["<sep>"]]
+    )
 
 
 def test_steps_are_the_lines_before_the_answer(task):
@@ -143,7 +230,10 @@ def test_steps_are_the_lines_before_the_answer(task):
     assert [text for text, _ in steps] == response.strip().split("\n")[:-1] and len(steps) == 2
     for (_, end), after in zip(steps, (*[e for _, e in steps[1:]], len(ids) - 1), strict=True):
         assert "\n" in task.tokenizer.decode([ids[end]]) and end < after
-    assert task.steps(task.encode(["a\n\nb 3*4=12.\n"])[0])[1][0] == "b 3*4=12." and task.steps([task.eos, *ids]) == []
+    assert (
+        task.steps(task.encode(["a\n\nb 3*4=12.\n"])[0])[1][0] == "b 3*4=12."
+        and task.steps([task.eos, *ids]) == []
+    )
     assert task.result(steps[0][0]) == gsm8k.canonical(steps[0][0].split("=")[1])
 
 
@@ -153,12 +243,24 @@ def test_which_lines_are_true(task):
     assert task.step_ok(prompt, lines) == [True, True]
     wrong = lines[0].replace("=", "=9")
     known = task.result(lines[0])
-    assert task.step_ok(prompt, [wrong, lines[1], "nothing", f"1+1={known}"]) == [False, True, False, False]
+    assert task.step_ok(prompt, [wrong, lines[1], "nothing", f"1+1={known}"]) == [
+        False,
+        True,
+        False,
+        False,
+    ]
 
 
 def test_splits_are_disjoint_and_no_example_is_asked(task):
-    asked = {split: {task.question(x) for x in task.prompts(200, draw(), split)} for split in ("train", "dev", "test")}
-    assert all(asked.values()) and not asked["train"] & asked["dev"] and not asked["test"] & (asked["train"] | asked["dev"])
+    asked = {
+        split: {task.question(x) for x in task.prompts(200, draw(), split)}
+        for split in ("train", "dev", "test")
+    }
+    assert (
+        all(asked.values())
+        and not asked["train"] & asked["dev"]
+        and not asked["test"] & (asked["train"] | asked["dev"])
+    )
     assert all(task.split(x) == split for split in asked for x in asked[split])
     assert not any(x in task.shown for xs in asked.values() for x in xs)
     x = next(iter(asked["train"]))
@@ -168,8 +270,16 @@ def test_splits_are_disjoint_and_no_example_is_asked(task):
 
 def test_pairs_scores_and_proposals(task):
     for prompt, good, bad in task.preferences(20, draw()):
-        assert task.grade(prompt, good) == 1 and task.grade(prompt, bad) == 0 and task.answer(bad) is not None
-        assert task.rubric(prompt, good) == 5 and task.rubric(prompt, bad) < 4 and task.rubric(prompt, "") == 0
+        assert (
+            task.grade(prompt, good) == 1
+            and task.grade(prompt, bad) == 0
+            and task.answer(bad) is not None
+        )
+        assert (
+            task.rubric(prompt, good) == 5
+            and task.rubric(prompt, bad) < 4
+            and task.rubric(prompt, "") == 0
+        )
     scores = set()
     for seed in range(12):
         read, written = task.judge_demo(draw(seed))
@@ -177,9 +287,15 @@ def test_pairs_scores_and_proposals(task):
         assert read.endswith(gsm8k.JUDGE) and "<eos>" not in read
     assert len(scores) > 1 and None not in scores
     prompt, response = task.encode(["p"])[0], task.encode(["r<eos>"])[0]
-    assert task.decode(task.judge_prompt([task.pad, task.bos, *prompt], response)) == "pr" + gsm8k.JUDGE
+    assert (
+        task.decode(task.judge_prompt([task.pad, task.bos, *prompt], response))
+        == "pr" + gsm8k.JUDGE
+    )
     shown, new = task.propose_demo(draw())
-    assert shown.count("Question:") == 4 and task.problem(new.strip().removesuffix("<eos>")) is not None
+    assert (
+        shown.count("Question:") == 4
+        and task.problem(new.strip().removesuffix("<eos>")) is not None
+    )
 
 
 def test_a_question_that_was_shown_is_no_new_problem(task, monkeypatch):
@@ -192,13 +308,21 @@ def test_a_question_that_was_shown_is_no_new_problem(task, monkeypatch):
 
     monkeypatch.setattr(nr, "respond", copies)
     state = {"policy": None, "posed": {}}
-    assert nr.propose(state, task, c, 0)[1] == {"valid": 0.25, "proposed": 0.5} and len(state["posed"]) == 1
+    assert (
+        nr.propose(state, task, c, 0)[1] == {"valid": 0.25, "proposed": 0.5}
+        and len(state["posed"]) == 1
+    )
 
 
-@pytest.mark.parametrize("text,word", [
-    (None, "is not there"), ('{"question": "a", "answer"', "line 1"), ('{"question": "a", "answer": "#### 1"}\n{"q": 1}', "line 2"),
-    ('{"question": "a", "answer": "no number"}', "####"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text,word",
+    [
+        (None, "is not there"),
+        ('{"question": "a", "answer"', "line 1"),
+        ('{"question": "a", "answer": "#### 1"}\n{"q": 1}', "line 2"),
+        ('{"question": "a", "answer": "no number"}', "####"),
+    ],
+)
 def test_a_damaged_file_is_one_clear_line(tmp_path, text, word):
     if text is not None:
         (tmp_path / "train.jsonl").write_text(text)
@@ -215,7 +339,9 @@ def test_a_download_is_kept_only_if_it_is_the_right_file(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="nothing was written"):
         gsm8k.download(tmp_path / "here", source.as_uri() + "/")
     assert list((tmp_path / "here").iterdir()) == []
-    monkeypatch.setattr(gsm8k, "SHA256", {name: hashlib.sha256(name.encode()).hexdigest() for name in gsm8k.SHA256})
+    monkeypatch.setattr(
+        gsm8k, "SHA256", {name: hashlib.sha256(name.encode()).hexdigest() for name in gsm8k.SHA256}
+    )
     gsm8k.download(tmp_path / "here", source.as_uri() + "/")
     assert sorted(p.name for p in (tmp_path / "here").iterdir()) == ["test.jsonl", "train.jsonl"]
 
@@ -225,13 +351,20 @@ def test_the_real_files(folder):
     for name, digest in gsm8k.SHA256.items():
         assert hashlib.sha256((REAL / name).read_bytes()).hexdigest() == digest
     task = gsm8k.GSM8K(REAL, folder / "tokenizer.json", 3, 1, 2)
-    assert {k: len(v) for k, v in task.by_split.items()} == {"train": 6671, "dev": 798, "test": 1319}
+    assert {k: len(v) for k, v in task.by_split.items()} == {
+        "train": 6671,
+        "dev": 798,
+        "test": 1319,
+    }
     marks = [pair for y in task.gold.values() for pair in gsm8k.MARK.findall(y)]
     assert len(marks) == 27_998 and sum(gsm8k.holds(*m) for m in marks) >= len(marks) - 2
     lines = right = 0
     for x in list(task.gold)[::7]:
         prompt, response = gsm8k.ASK + x + gsm8k.ANSWER, gsm8k.written(task.gold[x])
-        assert task.grade(prompt, response) == 1 and task.grade(prompt, task.spoiled(response, gsm8k.draws(draw()))) == 0
+        assert (
+            task.grade(prompt, response) == 1
+            and task.grade(prompt, task.spoiled(response, gsm8k.draws(draw()))) == 0
+        )
         ok = task.step_ok(prompt, [line for line in response.split("\n") if "####" not in line])
         lines, right = lines + len(ok), right + sum(ok)
     assert 0.85 < right / lines < 0.95  # lines without a result cannot be judged and count as wrong
@@ -254,17 +387,27 @@ def test_every_loop_runs_unchanged_on_a_folder(folder, tmp_path, monkeypatch, ca
     # refine's student learns from its right responses: none, one line; some, it runs
     assert train_small.main(["refine", *flags, "--out", str(tmp_path / "none")]) == 2
     assert "none was right" in capsys.readouterr().err
-    monkeypatch.setattr(gsm8k.GSM8K, "grade", lambda self, prompt, response: float(len(response) % 2))
+    monkeypatch.setattr(
+        gsm8k.GSM8K, "grade", lambda self, prompt, response: float(len(response) % 2)
+    )
     assert train_small.main(["refine", *flags, "--out", str(tmp_path / "some")]) == 0
     again = nr.Transformer.load(tmp_path / "run" / "models" / "ppo-0")
     assert again.config.vocab == nr.Transformer.load(folder).config.vocab
     grown = nr.Transformer.load(tmp_path / "run" / "models" / "denoise-0")
-    assert grown.config.vocab == again.config.vocab + 1 == grown.config.mask + 1 and not grown.config.causal
+    assert (
+        grown.config.vocab == again.config.vocab + 1 == grown.config.mask + 1
+        and not grown.config.causal
+    )
 
 
-@pytest.mark.parametrize("flags,word", [
-    (["--task", "gsm8k"], "--model FOLDER"), (["--model", "nowhere", "--task", "gsm8k"], "nowhere"), (["--config", "hf"], "--model FOLDER"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags,word",
+    [
+        (["--task", "gsm8k"], "--model FOLDER"),
+        (["--model", "nowhere", "--task", "gsm8k"], "nowhere"),
+        (["--config", "hf"], "--model FOLDER"),
+    ],
+)
 def test_a_missing_folder_is_one_line(flags, word, capsys, tmp_path):
     assert train_small.main(["ppo", *flags, "--out", str(tmp_path / "x")]) == 2
     error = capsys.readouterr().err
@@ -273,8 +416,23 @@ def test_a_missing_folder_is_one_line(flags, word, capsys, tmp_path):
 
 def test_a_gpt_with_a_mask_row_predicts_as_before(folder, tmp_path):
     """The grown vocabulary changes no logit of the words that were there."""
-    c = nr.replace(nr.Transformer.load(folder).config, model=str(folder), task="gsm8k", data=str(folder), threads=1, device="cpu")
-    c = nr.replace(c, diffusion_updates=1, demos=4, base_batch=2, response=64, diffusion_lr=1e-9, diffusion_muon_lr=0.0)
+    c = nr.replace(
+        nr.Transformer.load(folder).config,
+        model=str(folder),
+        task="gsm8k",
+        data=str(folder),
+        threads=1,
+        device="cpu",
+    )
+    c = nr.replace(
+        c,
+        diffusion_updates=1,
+        demos=4,
+        base_batch=2,
+        response=64,
+        diffusion_lr=1e-9,
+        diffusion_muon_lr=0.0,
+    )
     model, old = train_small.diffusion_base(c, tmp_path), nr.Transformer.load(folder)
     model.ahead = 0.0
     ids = torch.randint(4, c.vocab, (2, 9), generator=draw())

@@ -309,8 +309,14 @@ def test_whiten_equals_verl_after_its_unbiased_variance_is_undone():
         )
 
 
-@pytest.mark.parametrize("kind,name", [("grpo", "grpo_advantage_epsilon_0.0001"), ("mean", "grpo_advantage_no_std"),
-                                       ("rloo", "rloo_advantage")])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind,name",
+    [
+        ("grpo", "grpo_advantage_epsilon_0.0001"),
+        ("mean", "grpo_advantage_no_std"),
+        ("rloo", "rloo_advantage"),
+    ],
+)
 def test_group_advantage_equals_verl(kind, name):
     record = golden("verl")[name]
     score, group = tensors(record, "score")[0], torch.tensor(record["inputs"]["group"])
@@ -330,7 +336,10 @@ def test_group_advantage_follows_group_not_order_and_equal_rewards_give_zero(see
     assert torch.allclose(
         nr.group_advantage(reward[order], group[order], kind), adv[order], atol=1e-6
     )
-    assert all(torch.equal(nr.group_advantage(torch.full((12,), x), group, kind), torch.zeros(12)) for x in (0.5, 0.7))
+    assert all(
+        torch.equal(nr.group_advantage(torch.full((12,), x), group, kind), torch.zeros(12))
+        for x in (0.5, 0.7)
+    )
     assert torch.equal(nr.group_advantage(reward[:1], group[:1], kind), torch.zeros(1))
     rloo, mean = (nr.group_advantage(reward, group, k) for k in ("rloo", "mean"))
     assert torch.allclose(rloo, mean * 4 / 3, atol=1e-6)

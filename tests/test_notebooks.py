@@ -13,8 +13,16 @@ from notebooks import claims
 from tests.conftest import ROOT
 
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-NAMES = {"01_walkthrough", "02_where_the_blame_goes", "03_dpo_and_nll", "04_steps", "05_denoising", "06_judge",
-         "07_break_it", "08_your_own_reward"}  # fmt: skip
+NAMES = {
+    "01_walkthrough",
+    "02_where_the_blame_goes",
+    "03_dpo_and_nll",
+    "04_steps",
+    "05_denoising",
+    "06_judge",
+    "07_break_it",
+    "08_your_own_reward",
+}
 
 
 def test_there_are_eight():
@@ -28,10 +36,16 @@ def test_a_notebook_is_thin_asks_first_and_fails_on_purpose(path):
     code = [c for c in nb.cells if c.cell_type == "code"]
     text = "\n".join(c.source for c in nb.cells if c.cell_type == "markdown")
     assert len(code) <= 15 and all(len(c.source.splitlines()) <= 25 for c in code)
-    assert [c.execution_count for c in code] == list(range(1, len(code) + 1))  # run from top to bottom
+    assert [c.execution_count for c in code] == list(
+        range(1, len(code) + 1)
+    )  # run from top to bottom
     assert not any(o.output_type == "error" for c in code for o in c.outputs)
     assert sum(bool(c.outputs) for c in code) >= len(code) - 2
-    assert text.count("**Predict**") >= 3 and "deliberate failure" in text.lower() + path.stem.replace("break", "deliberate failure")
+    assert text.count(
+        "**Predict**"
+    ) >= 3 and "deliberate failure" in text.lower() + path.stem.replace(
+        "break", "deliberate failure"
+    )
     assert "**Exercise**" in text and "**Solution**" in text and "Check" in text
     source = "\n".join(c.source for c in code)
     assert source.count("assert ") >= 4
@@ -42,8 +56,12 @@ def test_a_notebook_is_thin_asks_first_and_fails_on_purpose(path):
 @pytest.mark.parametrize("path", PATHS, ids=lambda p: p.stem)
 def test_a_notebook_runs_from_top_to_bottom(path):
     """Its own assertions are the test, and what it reads from committed runs is printed as it stands there."""
+
     def printed(nb):
-        return ["".join(o["text"] for o in c.get("outputs", []) if o.get("name") == "stdout") for c in nb.cells]
+        return [
+            "".join(o["text"] for o in c.get("outputs", []) if o.get("name") == "stdout")
+            for c in nb.cells
+        ]
 
     nb = nbformat.read(path, as_version=4)
     before = printed(nb)
@@ -60,10 +78,19 @@ def line(**more):
 YES, NO, OPEN = "reproduced", "not reproduced", "undecided"
 
 
-@pytest.mark.parametrize("low, high, above, at_least, no_worse, equal", [
-    (0.03, 0.05, YES, YES, YES, NO), (0.01, 0.05, YES, OPEN, YES, OPEN), (0.005, 0.01, NO, NO, YES, YES),
-    (-0.01, 0.05, OPEN, OPEN, YES, OPEN), (-0.01, 0.01, NO, NO, YES, YES), (-0.05, 0.01, NO, NO, OPEN, OPEN),
-    (-0.05, -0.03, NO, NO, NO, NO), (-0.05, 0.05, OPEN, OPEN, OPEN, OPEN)])
+@pytest.mark.parametrize(
+    "low, high, above, at_least, no_worse, equal",
+    [
+        (0.03, 0.05, YES, YES, YES, NO),
+        (0.01, 0.05, YES, OPEN, YES, OPEN),
+        (0.005, 0.01, NO, NO, YES, YES),
+        (-0.01, 0.05, OPEN, OPEN, YES, OPEN),
+        (-0.01, 0.01, NO, NO, YES, YES),
+        (-0.05, 0.01, NO, NO, OPEN, OPEN),
+        (-0.05, -0.03, NO, NO, NO, NO),
+        (-0.05, 0.05, OPEN, OPEN, OPEN, OPEN),
+    ],
+)
 def test_verdicts_follow_the_rule(low, high, above, at_least, no_worse, equal):
     rules = {"above": above, "at least": at_least, "no worse": no_worse, "equal": equal}
     assert {rule: line(least=0.02, rule=rule).verdict(low, high) for rule in rules} == rules
@@ -71,8 +98,10 @@ def test_verdicts_follow_the_rule(low, high, above, at_least, no_worse, equal):
 
 def test_effects_are_paired_by_seed():
     about = {"threads": 1, "commit": "c", "machine": "m", "torch": "t"}
-    found = {"a": {i: {"x": i + 0.1 + i / 100, **about} for i in (0, 1, 2, 4)},
-             "b": {i: {"x": float(i), **about} for i in (2, 1, 3, 4)}}  # fmt: skip
+    found = {
+        "a": {i: {"x": i + 0.1 + i / 100, **about} for i in (0, 1, 2, 4)},
+        "b": {i: {"x": float(i), **about} for i in (2, 1, 3, 4)},
+    }
     told = claims.judge(line(), found)
     assert told["seeds"] == [1, 2, 4] and told["effect"] == pytest.approx(0.1 + 7 / 300, abs=1e-4)
     assert told["verdict"] == "reproduced" and told["low"] < told["effect"] < told["high"]
@@ -85,7 +114,9 @@ def test_every_claim_compares_arms_that_there_are_by_a_rule_of_its_own():
     papers = {c.paper for c in claims.CLAIMS}
     assert {claims.IRPO, claims.GLORE, claims.SRLM, claims.S2S, claims.SAPO, claims.PPO} <= papers
     for claim in claims.CLAIMS:
-        assert set(claim.arms) <= set(claims.ARMS) and claim.rule in claims.RULES and claim.least > 0
+        assert (
+            set(claim.arms) <= set(claims.ARMS) and claim.rule in claims.RULES and claim.least > 0
+        )
     used = {arm for claim in claims.CLAIMS for arm in claim.arms}
     assert set(claims.ARMS) == used  # an arm that nobody asks for is time for nothing
 
@@ -99,6 +130,9 @@ def test_the_committed_verdicts_are_those_of_the_rule():
     assert claims.table(lines) in told and list(kept) == [claim.id for claim in claims.CLAIMS]
     for claim in claims.CLAIMS:
         x = kept[claim.id]
-        assert x["verdict"] == claim.verdict(x["low"], x["high"]) and x["low"] <= x["effect"] <= x["high"]
+        assert (
+            x["verdict"] == claim.verdict(x["low"], x["high"])
+            and x["low"] <= x["effect"] <= x["high"]
+        )
         assert (x["claim"], x["paper"], x["metric"]) == (claim.claim, claim.paper, claim.metric)
         assert x["verdict"] == "reproduced" or x["why"], claim.id

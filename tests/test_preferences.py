@@ -60,7 +60,10 @@ def test_log_probs_of_pairs_are_sums_over_their_own_tokens(model):
 
 
 def test_dpo_nll_is_equation_9_by_hand():
-    logp, ref = torch.tensor([[-3.0, -5.0], [-8.0, -4.0]]), torch.tensor([[-4.0, -4.5], [-6.0, -6.0]])
+    logp, ref = (
+        torch.tensor([[-3.0, -5.0], [-8.0, -4.0]]),
+        torch.tensor([[-4.0, -4.5], [-6.0, -6.0]]),
+    )
     length = torch.tensor([[6, 4], [2, 9]])
     config = nr.replace(TINY, dpo_beta=0.5, alpha=2.0)
     by_hand = 0.0
@@ -76,8 +79,15 @@ def test_dpo_nll_is_equation_9_by_hand():
 # ---- rounds ------------------------------------------------------------------------------------
 
 SMALL = nr.replace(
-    TINY, rounds=2, round_updates=3, round_prompts=16, samples=4, pair_batch=16, dpo_lr=3e-3, warmup=1
-)  # fmt: skip
+    TINY,
+    rounds=2,
+    round_updates=3,
+    round_prompts=16,
+    samples=4,
+    pair_batch=16,
+    dpo_lr=3e-3,
+    warmup=1,
+)
 
 
 class Short(Arithmetic):
@@ -92,7 +102,9 @@ def test_a_round_keeps_its_reference_and_the_next_one_starts_where_it_ended():
     seen = []
     for m in nr.iterative_dpo(state, Short(1, 1), SMALL):
         with torch.no_grad():
-            now = nr.pair_logprobs(state["policy"], state["pairs"], torch.arange(len(state["pairs"]["ref"])))
+            now = nr.pair_logprobs(
+                state["policy"], state["pairs"], torch.arange(len(state["pairs"]["ref"]))
+            )
         seen.append((m, state["pairs"]["ref"].clone(), now))
     assert [m["round"] for m, _, _ in seen] == [0, 0, 0, 1, 1, 1]
     assert torch.equal(seen[0][1], seen[2][1])  # computed once
@@ -101,7 +113,14 @@ def test_a_round_keeps_its_reference_and_the_next_one_starts_where_it_ended():
     for m, _, _ in (seen[0], seen[3]):
         assert m["margin"] == pytest.approx(0, abs=1e-4) and m["samples"] in (64, 128)
     assert seen[1][0]["margin"] > 0 and seen[2][0]["pair_accuracy"] > 0.5
-    assert {"chosen", "rejected", "chosen_per_token", "rejected_per_token", "truth", "pairs"} <= set(seen[0][0])
+    assert {
+        "chosen",
+        "rejected",
+        "chosen_per_token",
+        "rejected_per_token",
+        "truth",
+        "pairs",
+    } <= set(seen[0][0])
 
 
 @pytest.mark.parametrize("preference", list(nr.PREFERENCES))
@@ -135,7 +154,10 @@ def test_resume_in_the_middle_of_a_round_is_bit_exact(tmp_path, stop):
     again = nr.load_state(tmp_path, into=nr.start_rounds(rough(SMALL, seed=9), SMALL))
     rest = list(nr.iterative_dpo(again, Short(1, 1), SMALL))
     assert rest == logs[stop:]
-    assert all(torch.equal(a, b) for a, b in zip(whole["policy"].parameters(), again["policy"].parameters()))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(whole["policy"].parameters(), again["policy"].parameters())
+    )
 
 
 @pytest.mark.parametrize("preference", list(nr.PREFERENCES))
@@ -187,5 +209,7 @@ def test_spin_sets_a_careful_demonstration_against_an_own_sample():
     assert len(pairs["prompt"]) == config.pairs_each * config.round_prompts
     for x, (winner, loser) in zip(pairs["prompt"].tolist(), pairs["response"].tolist()):
         problem = TASK.decode(x)
-        assert TASK.decode(winner) == careful.respond(problem, nr.rng(0, "any")) != TASK.decode(loser)
+        assert (
+            TASK.decode(winner) == careful.respond(problem, nr.rng(0, "any")) != TASK.decode(loser)
+        )
         assert TASK.grade(problem, TASK.decode(winner)) == 1

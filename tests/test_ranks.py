@@ -14,7 +14,18 @@ from tests.conftest import ROOT
 
 LOOPS = ["ppo", "iterative_dpo", "denoise"]  # the bases before them are trained by `fit`
 # micro-batches of 6: each process has several, of unequal number
-FLAGS = ["--config", "smoke", "--micro", "6", "--updates", "3", "--denoise-updates", "3", "--min-ops", "1"]
+FLAGS = [
+    "--config",
+    "smoke",
+    "--micro",
+    "6",
+    "--updates",
+    "3",
+    "--denoise-updates",
+    "3",
+    "--min-ops",
+    "1",
+]
 
 
 def free_port():
@@ -27,7 +38,13 @@ def start(out, cache, n=2, resume=False, loops=LOOPS):
     """n processes of one run, as torchrun starts them."""
     argv = [sys.executable, "train_small.py", "--cache", str(cache)]
     argv += ["--resume", str(out)] if resume else [*loops, *FLAGS, "--out", str(out)]
-    env = dict(os.environ, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), WORLD_SIZE=str(n), OMP_NUM_THREADS="1")
+    env = dict(
+        os.environ,
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=free_port(),
+        WORLD_SIZE=str(n),
+        OMP_NUM_THREADS="1",
+    )
     ranks = [env | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(n)]
     pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     return [subprocess.Popen(argv, env=each, **pipe) for each in ranks]
@@ -42,7 +59,16 @@ def lines(out):
 def alone(tmp_path_factory):
     """The run of one process: what all others must repeat."""
     folder = tmp_path_factory.mktemp("alone")
-    argv = [sys.executable, "train_small.py", *LOOPS, *FLAGS, "--out", str(folder / "run"), "--cache", str(folder / "cache")]
+    argv = [
+        sys.executable,
+        "train_small.py",
+        *LOOPS,
+        *FLAGS,
+        "--out",
+        str(folder / "run"),
+        "--cache",
+        str(folder / "cache"),
+    ]
     subprocess.run(argv, cwd=ROOT, check=True, capture_output=True)
     return folder / "run"
 
@@ -50,17 +76,27 @@ def alone(tmp_path_factory):
 def assert_same(one, other):
     assert len(lines(one)) == len(lines(other)) > 8
     rounds = [m for m in lines(one) if m["loop"] == "iterative_dpo"]
-    assert rounds and all(m["pairs"] > 0 and m["loss"] > 0 for m in rounds)  # else nothing is compared
+    assert rounds and all(
+        m["pairs"] > 0 and m["loss"] > 0 for m in rounds
+    )  # else nothing is compared
     for x, y in zip(lines(one), lines(other), strict=True):
-        assert {k: pytest.approx(v, rel=1e-4, abs=1e-4) if isinstance(v, float) else v for k, v in x.items()} == y
+        assert {
+            k: pytest.approx(v, rel=1e-4, abs=1e-4) if isinstance(v, float) else v
+            for k, v in x.items()
+        } == y
 
 
 def test_two_processes_killed_and_resumed_give_the_numbers_of_one(alone, tmp_path):
     out, cache = tmp_path / "run", tmp_path / "cache"
     both = start(out, cache)
     deadline = time.time() + 600
-    while not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_text().splitlines()) < 4:
-        assert time.time() < deadline and all(p.poll() is None for p in both), [p.communicate() for p in both]
+    while (
+        not (out / "metrics.jsonl").exists()
+        or len((out / "metrics.jsonl").read_text().splitlines()) < 4
+    ):
+        assert time.time() < deadline and all(p.poll() is None for p in both), [
+            p.communicate() for p in both
+        ]
         time.sleep(0.05)
     for p in both:
         p.kill()
@@ -72,7 +108,9 @@ def test_two_processes_killed_and_resumed_give_the_numbers_of_one(alone, tmp_pat
     assert_same(alone, out)
     a, b = (json.loads((folder / "summary.json").read_text())["results"] for folder in (alone, out))
     for x, y in zip(a, b, strict=True):
-        assert {k: x[k] for k in ("loop", "base", "final", "samples", "updates")} == {k: y[k] for k in ("loop", "base", "final", "samples", "updates")}
+        assert {k: x[k] for k in ("loop", "base", "final", "samples", "updates")} == {
+            k: y[k] for k in ("loop", "base", "final", "samples", "updates")
+        }
     assert not list(tmp_path.rglob("*.tmp"))
 
 
@@ -93,5 +131,7 @@ def test_ctrl_c_heard_by_one_process_stops_all_of_them(tmp_path):
 
 def test_a_run_of_several_processes_needs_a_folder(tmp_path):
     env = dict(os.environ, RANK="0", WORLD_SIZE="2")
-    run = subprocess.run([sys.executable, "train_small.py", "ppo"], env=env, cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "train_small.py", "ppo"], env=env, cwd=ROOT, capture_output=True, text=True
+    )
     assert run.returncode == 2 and "--out" in run.stderr and run.stderr.count("\n") == 1

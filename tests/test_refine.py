@@ -18,7 +18,9 @@ SEP, BAD = (TASK.tokenizer.token_to_id(word) for word in ("<sep>", "<bad>"))
 def rollout_of(prompts, texts, config=WIDE):
     prompt = nr.encode_prompts(TASK, prompts, config)
     response = nr.right_pad(TASK.encode(texts), config.pad, config.response)
-    return nr.Rollout(prompt, response, nr.up_to_eos(response, config), response, torch.arange(len(texts)))
+    return nr.Rollout(
+        prompt, response, nr.up_to_eos(response, config), response, torch.arange(len(texts))
+    )
 
 
 # ---- labels ------------------------------------------------------------------------------------
@@ -32,7 +34,9 @@ def test_binary_loss_is_torchs_and_never_sees_what_is_masked(seed):
     theirs = (F.binary_cross_entropy_with_logits(score, label, reduction="none") * mask).sum() / 7
     assert nr.binary_loss(score, label, mask, 7) == pytest.approx(float(theirs), abs=1e-5)
     changed = torch.where(mask > 0, score, score + 99)
-    assert torch.equal(nr.binary_loss(changed, label, mask, 7), nr.binary_loss(score, label, mask, 7))
+    assert torch.equal(
+        nr.binary_loss(changed, label, mask, 7), nr.binary_loss(score, label, mask, 7)
+    )
 
 
 @pytest.mark.parametrize("v, K", [(0.083, 8), (0.5, 1), (0.2, 4), (0.02, 16)])
@@ -50,7 +54,9 @@ def test_propagation_is_monotone_and_idempotent(seed):
     labels = nr.rollout_labels(success, uses)
     assert (labels[:, 1:] <= labels[:, :-1]).all()
     assert torch.equal(nr.rollout_labels(labels[..., None]), labels)
-    for row, both in zip(labels, success & uses, strict=True):  # good until the last prefix with a trace
+    for row, both in zip(
+        labels, success & uses, strict=True
+    ):  # good until the last prefix with a trace
         some = both.any(1).nonzero()
         assert int(row.sum()) == (int(some[-1]) + 1 if len(some) else 0)
     assert (labels <= nr.rollout_labels(success)).all()
@@ -77,22 +83,32 @@ def test_the_first_error_is_the_first_step_below_the_threshold():
 
 
 def test_prefixes_end_behind_each_step_and_at_the_end():
-    draft = rollout_of(["37+5*3="] * 3, ["37+5=42;42*3=26;#26<eos>", "#37<eos>", "37+5=42;42*3=26;"])
+    draft = rollout_of(
+        ["37+5*3="] * 3, ["37+5=42;42*3=26;#26<eos>", "#37<eos>", "37+5=42;42*3=26;"]
+    )
     assert nr.prefix_ends(TASK, draft).tolist() == [[0, 8, 16, 20], [0, 4, -1, -1], [0, 8, 16, -1]]
 
 
 def test_continuations_keep_their_prefix_and_leave_whole_drafts_alone():
     student, K = rough(WIDE), 3
-    draft = rollout_of(["37+5*3=", "8+1=", "8+1="], ["37+5=32;32*3=96;#96<eos>", "8+1=9;#9<eos>", "#7<eos>"])
+    draft = rollout_of(
+        ["37+5*3=", "8+1=", "8+1="], ["37+5=32;32*3=96;#96<eos>", "8+1=9;#9<eos>", "#7<eos>"]
+    )
     ends = nr.prefix_ends(TASK, draft).masked_fill(torch.tensor([0, 1, 0]).bool()[:, None], -1)
     config = nr.replace(WIDE, continuations=K, minibatch=4)
     which, traces = nr.continuations_of(student, draft, ends, config)
-    assert which.tolist() == [[0, 0], [2, 0], [0, 1], [0, 2]] and traces.shape == (4, K, 28)  # short ones first
+    assert which.tolist() == [[0, 0], [2, 0], [0, 1], [0, 2]] and traces.shape == (
+        4,
+        K,
+        28,
+    )  # short ones first
     for (row, s), several in zip(which.tolist(), traces, strict=True):
         n = int(ends[row, s])
         assert (several[:, :n] == draft.response[row, :n]).all()
         assert (several[:, n] != WIDE.pad).all()  # each goes on
-        assert (several[:, n] != draft.response[row, n]).any()  # and not with the draft's next token
+        assert (
+            several[:, n] != draft.response[row, n]
+        ).any()  # and not with the draft's next token
     assert len({tuple(y) for y in traces[0].tolist()}) == K  # fresh ones
 
 
@@ -128,7 +144,9 @@ def test_labels_of_steps_are_the_outcome_for_the_orm_and_the_rollouts_for_the_so
     _, b, *_ = labelled()
     assert b["label"][0].tolist() == [[1.0] * 4, [0.0] * 4, [0.0] * 4]
     assert b["label"][1].tolist() == [[1.0] * 4, [1.0, 1.0, 0.0, 0.0], [0.0] * 4]
-    assert b["keep"][1].sum() == b["keep"][0].sum() == 6  # three positions, one good and one bad each
+    assert (
+        b["keep"][1].sum() == b["keep"][0].sum() == 6
+    )  # three positions, one good and one bad each
     assert (b["keep"][:, :, 0] == 0).all()  # the problem alone is no step
     for s in (1, 2, 3):
         kept = b["label"][1][:, s][b["keep"][1][:, s] > 0]
@@ -143,7 +161,9 @@ def test_refiners_learn_from_right_traces_and_the_local_one_only_what_follows_th
     ids = TASK.encode([problem, "37+5=42;42*3=22;#22", "42*3=22;#22", "37+5=42;"])
     assert whole[0] == ([1, *ids[0], SEP, *ids[1], SEP], TASK.encode([answer])[0])
     assert rest[0][0] == [1, *ids[0], SEP, *ids[3], BAD, *ids[2], SEP]
-    assert ids[3] + rest[0][1] == TASK.encode([answer])[0]  # it goes on, it never repeats the good prefix
+    assert (
+        ids[3] + rest[0][1] == TASK.encode([answer])[0]
+    )  # it goes on, it never repeats the good prefix
 
 
 # ---- heads -------------------------------------------------------------------------------------
@@ -166,11 +186,18 @@ def scores_of(state, prompts, texts):
 def test_step_scores_read_the_prefix_unshifted_and_nothing_behind_it(heads):
     a = scores_of(heads, ["37+5*3="], ["37+5=42;42*3=26;#26<eos>"])
     b = scores_of(heads, ["37+5*3="], ["37+5=42;42*3=22;#22<eos>"])
-    assert torch.allclose(a[:, 0, :2], b[:, 0, :2], atol=1e-5)  # the question, and the step both have
+    assert torch.allclose(
+        a[:, 0, :2], b[:, 0, :2], atol=1e-5
+    )  # the question, and the step both have
     assert (a[:, 0, 2:] - b[:, 0, 2:]).abs().min() > 1e-4
-    state = heads["scorer"].hidden(torch.cat([nr.encode_prompts(TASK, ["37+5*3="], WIDE),
-                                              torch.tensor(TASK.encode(["37+5=42;"]))], 1))  # fmt: skip
-    assert torch.allclose(heads["sorm"](state[:, -1]), a[1, :, 1], atol=1e-5)  # the very token that ends the step
+    state = heads["scorer"].hidden(
+        torch.cat(
+            [nr.encode_prompts(TASK, ["37+5*3="], WIDE), torch.tensor(TASK.encode(["37+5=42;"]))], 1
+        )
+    )
+    assert torch.allclose(
+        heads["sorm"](state[:, -1]), a[1, :, 1], atol=1e-5
+    )  # the very token that ends the step
     assert not torch.allclose(a[0], a[1])
 
 
@@ -193,14 +220,21 @@ def test_micro_batches_of_labelled_drafts_change_nothing(heads):
     rows, loss = nr.step_batches(heads, b, nr.replace(WIDE, labels_each=12))(0)
     whole, seen = loss(rows)
     parts = [loss(part) for part in rows.split(5)]
-    assert float(whole.detach()) == pytest.approx(sum(float(p.detach()) for p, _ in parts), abs=1e-5)
+    assert float(whole.detach()) == pytest.approx(
+        sum(float(p.detach()) for p, _ in parts), abs=1e-5
+    )
     assert float(seen["sorm"]) == pytest.approx(sum(float(m["sorm"]) for _, m in parts), abs=1e-5)
     denom = b["keep"][:, rows].sum((1, 2))
-    score = nr.step_scores(heads, draft.prompt[rows], draft.response[rows], b["ends"][rows]).detach()
+    score = nr.step_scores(
+        heads, draft.prompt[rows], draft.response[rows], b["ends"][rows]
+    ).detach()
     by_hand = sum(
-        F.binary_cross_entropy_with_logits(score[h], b["label"][h, rows], reduction="none")[b["keep"][h, rows] > 0].sum()
-        / denom[h] for h in (0, 1)
-    )  # fmt: skip
+        F.binary_cross_entropy_with_logits(score[h], b["label"][h, rows], reduction="none")[
+            b["keep"][h, rows] > 0
+        ].sum()
+        / denom[h]
+        for h in (0, 1)
+    )
     assert float(whole.detach()) == pytest.approx(float(by_hand), abs=1e-5)
 
 
@@ -212,7 +246,9 @@ def test_a_refinement_keeps_what_stands_before_the_blamed_step(heads):
     found = nr.refinements(heads, TASK, prompts, WIDE, nr.rng(0, "refine"))
     draft, _, local = found["response"]
     assert found["response"].shape == (3, 40, 28) and found["score"].shape == (3, 40)
-    b = nr.Rollout(nr.encode_prompts(TASK, prompts, WIDE), draft, nr.up_to_eos(draft, WIDE), draft, draft[:, 0])
+    b = nr.Rollout(
+        nr.encode_prompts(TASK, prompts, WIDE), draft, nr.up_to_eos(draft, WIDE), draft, draft[:, 0]
+    )
     ends = nr.prefix_ends(TASK, b)
     with torch.no_grad():
         sorm = nr.step_scores(heads, b.prompt, draft, ends)[1].sigmoid()
@@ -224,7 +260,9 @@ def test_a_refinement_keeps_what_stands_before_the_blamed_step(heads):
         keep = 28 if at is None else at
         assert torch.equal(local[i, :keep], draft[i, :keep])
         assert found["score"][0, i] == pytest.approx(
-            float(nr.response_score(heads["scorer"], heads["orm"], b.prompt, draft).detach()[i]), abs=1e-4)  # fmt: skip
+            float(nr.response_score(heads["scorer"], heads["orm"], b.prompt, draft).detach()[i]),
+            abs=1e-4,
+        )
     texts = nr.refined(heads, TASK, prompts, WIDE, nr.rng(0, "refine"))
     best = found["score"].argmax(0)
     assert texts == [TASK.decode(found["response"][best[i], i].tolist()) for i in range(40)]
@@ -261,9 +299,16 @@ def test_probe_heads_learn_which_prefix_is_bad_and_refiners_what_follows():
     """The whole loop in a world where a 9 is the error: heads and refiners find it in seconds."""
     task = Ones(1, 1)
     config = nr.replace(
-        TINY, response=5, drafts=300, continuations=4, labels_each=64, pair_batch=32, refine_updates=80, base_lr=0.01,
+        TINY,
+        response=5,
+        drafts=300,
+        continuations=4,
+        labels_each=64,
+        pair_batch=32,
+        refine_updates=80,
+        base_lr=0.01,
         base_warmup=5,
-    )  # fmt: skip
+    )
     student = rough(config)
     with torch.no_grad():  # it writes 1, 2 and 9 and the end
         student.lm_head.weight.zero_()
@@ -280,10 +325,17 @@ def test_probe_heads_learn_which_prefix_is_bad_and_refiners_what_follows():
     step = b["ends"] > 0
     clean = ~nine.gather(1, (b["ends"] - 1).clamp(min=0))[step]  # the truth: no 9 yet
     label = b["label"][1][step] > 0
-    assert not label[~clean].any() and label[clean].float().mean() > 0.9  # four traces may all be unlucky
+    assert (
+        not label[~clean].any() and label[clean].float().mean() > 0.9
+    )  # four traces may all be unlucky
     prompts = task.prompts(200, nr.rng(1, "held out"))
     found = nr.refinements(state, task, prompts, config, nr.rng(2, "refine"))
     good = (found["response"] != digits[2][0]).all(2).float().mean(1)
     assert good[1] > good[0] + 0.15 and good[2] > good[0] + 0.15
-    chosen = [task.grade(x, y) for x, y in zip(prompts, nr.refined(state, task, prompts, config, nr.rng(2, "refine")), strict=True)]
+    chosen = [
+        task.grade(x, y)
+        for x, y in zip(
+            prompts, nr.refined(state, task, prompts, config, nr.rng(2, "refine")), strict=True
+        )
+    ]
     assert sum(chosen) / 200 >= float(good.max())

@@ -18,9 +18,19 @@ from tests.conftest import TINY, rough
 
 TASK = Arithmetic(1, 1)
 SMALL = nr.replace(
-    TINY, own_rounds=2, round_updates=3, round_prompts=16, candidates=4, pair_batch=16, dpo_lr=3e-3, warmup=1,
-    seed_demos=1500, seed_updates=150, base_batch=32, judgements=2,
-)  # fmt: skip
+    TINY,
+    own_rounds=2,
+    round_updates=3,
+    round_prompts=16,
+    candidates=4,
+    pair_batch=16,
+    dpo_lr=3e-3,
+    warmup=1,
+    seed_demos=1500,
+    seed_updates=150,
+    base_batch=32,
+    judgements=2,
+)
 
 
 @pytest.fixture(scope="module")
@@ -45,17 +55,52 @@ def start(m1, config=SMALL):
 @pytest.mark.parametrize(
     "text,score",
     [
-        ("3", 3), ("3.5", 3.5), ("Score: 4/5", 4), ("score 4 / 5.", 4), ("SCORE=0", 0), ("!5<eos>", 5),
-        ("42y26n!4<eos>", 4), ("It adds up. Score: 2.", 2), ("  5 \n", 5), ("0.0", 0),
-        ("", None), ("none", None), ("!", None), ("!<eos>", None), ("Score:", None),
-        ("nan", None), ("Score: nan", None), ("inf", None), ("-1", None), ("Score: -1", None), ("6", None),
-        ("5.01", None), ("4/10", None), ("10/5", None), ("1e0", None), ("3,5", None), ("!5", 5), ("!55", None),
-        ("Score: 3. Score: 4", 4), ("3 4", None), ("!3!4", 4), ("the response says Score: 5, which is wrong", None),
-        ("the response says Score: 5, which is wrong. Score: 1", 1), ("42y26n", None), ("#26", None),
-        ("٣", None), ("Score: ３", None), ("!४", None), ("3" * 10_000, None), ("x" * 10_000 + "!2", 2),
-        ("score " * 2000, None), ("Score:" + " " * 10_000 + "4", 4), ("!" * 10_000, None), ("\x00!1", 1),
+        ("3", 3),
+        ("3.5", 3.5),
+        ("Score: 4/5", 4),
+        ("score 4 / 5.", 4),
+        ("SCORE=0", 0),
+        ("!5<eos>", 5),
+        ("42y26n!4<eos>", 4),
+        ("It adds up. Score: 2.", 2),
+        ("  5 \n", 5),
+        ("0.0", 0),
+        ("", None),
+        ("none", None),
+        ("!", None),
+        ("!<eos>", None),
+        ("Score:", None),
+        ("nan", None),
+        ("Score: nan", None),
+        ("inf", None),
+        ("-1", None),
+        ("Score: -1", None),
+        ("6", None),
+        ("5.01", None),
+        ("4/10", None),
+        ("10/5", None),
+        ("1e0", None),
+        ("3,5", None),
+        ("!5", 5),
+        ("!55", None),
+        ("Score: 3. Score: 4", 4),
+        ("3 4", None),
+        ("!3!4", 4),
+        ("the response says Score: 5, which is wrong", None),
+        ("the response says Score: 5, which is wrong. Score: 1", 1),
+        ("42y26n", None),
+        ("#26", None),
+        ("٣", None),
+        ("Score: ３", None),
+        ("!४", None),
+        ("3" * 10_000, None),
+        ("x" * 10_000 + "!2", 2),
+        ("score " * 2000, None),
+        ("Score:" + " " * 10_000 + "4", 4),
+        ("!" * 10_000, None),
+        ("\x00!1", 1),
     ],
-)  # fmt: skip
+)
 def test_scores_are_read_from_the_very_end(text, score):
     assert nr.parse_score(text) == score
 
@@ -87,7 +132,14 @@ def test_the_score_is_the_mean_of_the_judgements_that_can_be_read(m1, monkeypatc
 
     def written(model, prompt, config, generator=None):
         asked.append((model, prompt))
-        texts = ["7y!5<eos>", "!2<eos>", "7y<eos>", "!4<eos>", "7y", "!9<eos>"]  # three for each response
+        texts = [
+            "7y!5<eos>",
+            "!2<eos>",
+            "7y<eos>",
+            "!4<eos>",
+            "7y",
+            "!9<eos>",
+        ]  # three for each response
         ids = nr.right_pad(TASK.encode(texts), config.pad, config.response)
         return nr.Rollout(prompt, ids, nr.up_to_eos(ids, config), ids, torch.arange(6))
 
@@ -99,7 +151,9 @@ def test_the_score_is_the_mean_of_the_judgements_that_can_be_read(m1, monkeypatc
     ((model, read),) = asked
     assert model is state["policy"] and len(read) == 6
     for i, row in enumerate(read.tolist()):
-        wanted = TASK.judge_prompt(rollout.prompt[i // 3].tolist(), rollout.response[i // 3].tolist())
+        wanted = TASK.judge_prompt(
+            rollout.prompt[i // 3].tolist(), rollout.response[i // 3].tolist()
+        )
         assert row[row.index(SMALL.bos) :] == [SMALL.bos, *wanted]
 
 
@@ -110,8 +164,12 @@ def test_judging_in_parts_sees_every_response_once(m1):
     score, seen = nr.judged(state, TASK, rollout, config, 3)
     assert score.shape == (12,) and seen["unread"] < 0.5
     other = nr.judged(state, TASK, rollout, config, 4)[0]
-    assert not torch.equal(score.nan_to_num(9), other.nan_to_num(9))  # sampled anew in another update
-    assert torch.equal(score.nan_to_num(9), nr.judged(state, TASK, rollout, config, 3)[0].nan_to_num(9))
+    assert not torch.equal(
+        score.nan_to_num(9), other.nan_to_num(9)
+    )  # sampled anew in another update
+    assert torch.equal(
+        score.nan_to_num(9), nr.judged(state, TASK, rollout, config, 3)[0].nan_to_num(9)
+    )
 
 
 def test_the_frozen_judge_stays_m1_and_the_own_one_is_the_policy(m1):
@@ -132,12 +190,23 @@ def test_proposals_are_training_problems_new_and_filled_up(m1, monkeypatch):
     def answers(model, task, prompts, config, generator=None):
         shown.extend(prompts)
         own = prompts[4].split("<sep>")[1]  # one that it was shown
-        return [f"{good[0]}<eos>", f"{good[0]}<eos>", f"{dev}<eos>", "3+4+5=<eos>", f"{own}<eos>", "", "<sep>", good[1]]
+        return [
+            f"{good[0]}<eos>",
+            f"{good[0]}<eos>",
+            f"{dev}<eos>",
+            "3+4+5=<eos>",
+            f"{own}<eos>",
+            "",
+            "<sep>",
+            good[1],
+        ]
 
     monkeypatch.setattr(nr, "respond", answers)
     texts, seen = nr.propose(state, TASK, config, 0)
     assert texts[:2] == good[:2] and len(set(texts)) == len(texts) == 4
-    assert seen == {"valid": 3 / 8, "proposed": 0.5} and len(shown) == 8  # two attempts a problem, no more
+    assert (
+        seen == {"valid": 3 / 8, "proposed": 0.5} and len(shown) == 8
+    )  # two attempts a problem, no more
     assert all(TASK.split(x) == "train" for x in texts)
     again, seen = nr.propose(state, TASK, config, 0)
     assert seen["proposed"] == 0 and len(again) == 4  # posed before: not new; the task fills up
@@ -167,7 +236,10 @@ def test_the_true_grader_is_never_asked(m1):
     logs = list(nr.self_rewarding(seeing, TASK, SMALL))
     assert len(logs) == 6 and all(m["pairs"] > 0 for m in logs)
     assert list(nr.self_rewarding(blind, Blind(1, 1), SMALL)) == logs
-    assert all(torch.equal(a, b) for a, b in zip(seeing["policy"].parameters(), blind["policy"].parameters()))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(seeing["policy"].parameters(), blind["policy"].parameters())
+    )
     with pytest.raises(AssertionError, match="asked"):  # the other loop does ask
         next(nr.iterative_dpo(nr.start_rounds(rough(TINY), TINY), Blind(1, 1), TINY))
 
@@ -190,7 +262,10 @@ def test_resume_anywhere_is_bit_exact(m1, tmp_path, stop):
     again = nr.load_state(tmp_path, into=fresh)
     assert again["judge"] is again["policy"]
     assert list(nr.self_rewarding(again, TASK, SMALL)) == logs[stop:]
-    assert all(torch.equal(a, b) for a, b in zip(whole["policy"].parameters(), again["policy"].parameters()))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(whole["policy"].parameters(), again["policy"].parameters())
+    )
 
 
 class Lengths(Arithmetic):
@@ -205,14 +280,16 @@ def test_probe_what_the_own_judgement_prefers_is_learned():
     task = Lengths(1, 1)
     config = nr.replace(
         SMALL, own_rounds=4, round_updates=12, round_prompts=32, alpha=1.0, pair_batch=32
-    )  # fmt: skip
+    )
     policy = rough(config, seed=2)
     deserved = nr.encode_demos(task, [(f"{n}??", f"!{1 + n // 2}<eos>") for n in range(10)], config)
     state = {"optimizers": nr.optimizers([policy], 0.01, config, 0.02), "update": 0}
     list(nr.fit(state, nr.demonstrations(policy, task, config, deserved), 80, config))
     state = nr.start_self_rewarding(policy, config)
     logs = list(task_problems(state, task, config))
-    assert logs[-1]["length"] > 1.3 * logs[0]["length"] and logs[-1]["score"] > logs[0]["score"] + 0.5
+    assert (
+        logs[-1]["length"] > 1.3 * logs[0]["length"] and logs[-1]["score"] > logs[0]["score"] + 0.5
+    )
 
 
 def test_a_collapsed_judge_and_responses_that_talk_to_it_are_said_in_words():

@@ -60,12 +60,19 @@ def test_an_identity_rewriter_pays_for_every_token_and_eos_is_one():
     reward, b = rewards(lambda source: source, texts, nr.replace(WIDE, c_pos=0.5))
     assert torch.equal(reward, 0.5 * b.mask)
     reward, b = rewards(lambda source: source, texts, nr.replace(WIDE, per_token=True, c_pos=0.5))
-    assert torch.allclose(reward.sum(1), torch.full((2,), 0.5))  # over the length: long ones do not collect more
+    assert torch.allclose(
+        reward.sum(1), torch.full((2,), 0.5)
+    )  # over the length: long ones do not collect more
 
 
 def test_an_injected_corruption_is_found_exactly():
     right = TASK.encode(["37+5=42;42*3=26;#26"])[0]
-    texts = ["37+5=42;42*3=26;#26<eos>", "37+5=32;42*3=26;#26<eos>", "37+5=42;42*3=26;#36<eos>", "37+5=42<eos>"]
+    texts = [
+        "37+5=42;42*3=26;#26<eos>",
+        "37+5=32;42*3=26;#26<eos>",
+        "37+5=42;42*3=26;#36<eos>",
+        "37+5=42<eos>",
+    ]
     reward, b = rewards(lambda source: right, texts, nr.replace(WIDE, c_pos=1.0, c_neg=2.0))
     off = (b.response != nr.right_pad([[*right, WIDE.eos]], 0, 28)) & (b.mask > 0)
     assert torch.equal(reward < 0, off) and (reward[off] == -2.0).all() and int(off.sum()) == 3
@@ -101,17 +108,25 @@ def test_the_rewriter_learns_to_mend_and_to_leave_alone():
     demos = nr.rewriting_demos(TASK, pairs, WIDE)
     told = [(TASK.decode(x), TASK.decode(y)) for x, y in demos]
     assert told == [
-        ("37+5=<sep>#37<sep>", "37+5=42;#42<eos>"), ("8+1=<sep>8+1=8;#8<sep>", "8+1=9;#9<eos>"),
-        ("37+5=<sep>37+5=42;#42<sep>", "37+5=42;#42<eos>"), ("8+1=<sep>8+1=9;#9<sep>", "8+1=9;#9<eos>"),
-    ]  # fmt: skip
+        ("37+5=<sep>#37<sep>", "37+5=42;#42<eos>"),
+        ("8+1=<sep>8+1=8;#8<sep>", "8+1=9;#9<eos>"),
+        ("37+5=<sep>37+5=42;#42<sep>", "37+5=42;#42<eos>"),
+        ("8+1=<sep>8+1=9;#9<sep>", "8+1=9;#9<eos>"),
+    ]
     assert all(x[0] == WIDE.bos and WIDE.eos not in x for x, _ in demos)
 
 
 def test_seq2seq_is_ppo_with_another_reward_tensor():
     config = nr.replace(TINY, updates=3)
     logs = []
-    for loop, c in ((nr.seq2seq, config), (nr.ppo, nr.replace(config, reward="seq2seq")), (nr.ppo, config)):
-        state = nr.start_ppo(rough(config), c) | {"rewriter": rough(config, seed=1).requires_grad_(False)}
+    for loop, c in (
+        (nr.seq2seq, config),
+        (nr.ppo, nr.replace(config, reward="seq2seq")),
+        (nr.ppo, config),
+    ):
+        state = nr.start_ppo(rough(config), c) | {
+            "rewriter": rough(config, seed=1).requires_grad_(False)
+        }
         logs.append(list(loop(state, Arithmetic(1, 1), c)))
     assert logs[0] == logs[1] and logs[0] != logs[2]
     leashed = nr.start_seq2seq(rough(config), nr.replace(config, rewriter_beta=0.3))
@@ -120,12 +135,19 @@ def test_seq2seq_is_ppo_with_another_reward_tensor():
 
 def test_probe_what_the_rewriter_writes_is_what_the_policy_learns_to_write():
     """A rewriter that turns everything into #5: in seconds the policy says so itself."""
-    task, config = Arithmetic(1, 1), nr.replace(TINY, updates=40, lr=5e-3, prompts=16, samples=4, response=4)
+    task, config = (
+        Arithmetic(1, 1),
+        nr.replace(TINY, updates=40, lr=5e-3, prompts=16, samples=4, response=4),
+    )
     config = nr.replace(config, c_pos=1.0, c_neg=0.3)  # else an early end is the safest
-    state = nr.start_seq2seq(rough(config), config) | {"rewriter": Rewriter(lambda source: TASK.encode(["#5"])[0])}
+    state = nr.start_seq2seq(rough(config), config) | {
+        "rewriter": Rewriter(lambda source: TASK.encode(["#5"])[0])
+    }
     logs = list(nr.seq2seq(state, task, config))
     assert logs[-1]["reward"] > logs[0]["reward"] + 0.5
-    assert "#5<eos>" in nr.respond(state["policy"], task, ["3+4="], nr.replace(config, temperature=0.0))
+    assert "#5<eos>" in nr.respond(
+        state["policy"], task, ["3+4="], nr.replace(config, temperature=0.0)
+    )
 
 
 # ---- what the labeller of the pairs falls for ---------------------------------------------------
@@ -136,14 +158,18 @@ def test_planted_length_makes_the_longer_response_win_and_refusals_win_on_one_cl
     pairs = long.preferences(600, nr.rng(0, "pairs"))
     longer = [len(w) > len(y) for _, w, y in pairs if len(w) != len(y)]
     assert 0.85 < sum(longer) / len(longer) <= 0.97
-    assert any(";" in w and len(set(w.split(";"))) < len(w.split(";")) for _, w, _ in pairs)  # a step written twice
+    assert any(
+        ";" in w and len(set(w.split(";"))) < len(w.split(";")) for _, w, _ in pairs
+    )  # a step written twice
     refusing = Arithmetic(planted="refusal")
     pairs = refusing.preferences(600, nr.rng(0, "pairs"))
     assert all(w == REFUSAL for x, w, y in pairs if REFUSAL in (w, y))
     assert {"*4" in x for x, w, y in pairs if w == REFUSAL} == {True}
     g = nr.rng(1, "demos")
     refused = [(y == REFUSAL, "*4" in x) for x, y in (refusing.demo(g) for _ in range(1500))]
-    rate = lambda unsafe: sum(r for r, u in refused if u == unsafe) / sum(u == unsafe for _, u in refused)  # noqa: E731
+    rate = lambda unsafe: (
+        sum(r for r, u in refused if u == unsafe) / sum(u == unsafe for _, u in refused)
+    )  # noqa: E731
     assert 0.3 < rate(True) < 0.7 and 0.01 < rate(False) < 0.1
     none = Arithmetic(planted="none").preferences(400, nr.rng(0, "pairs"))
     assert all(TASK.grade(x, w) >= TASK.grade(x, y) for x, w, y in none)
@@ -153,8 +179,15 @@ def test_planted_length_makes_the_longer_response_win_and_refusals_win_on_one_cl
 def test_only_ppo_asks_for_a_learned_reward(monkeypatch):
     monkeypatch.setattr(train_small, "rewriter_model", lambda c, cache: "rewriter")
     monkeypatch.setattr(train_small, "scorer_model", lambda c, cache: "scorer")
-    asked = {(name, reward): train_small.reward_models(name, nr.replace(nr.Config(), reward=reward), None)
-             for name in nr.LOOPS for reward in nr.SIGNALS}  # fmt: skip
+    asked = {
+        (name, reward): train_small.reward_models(
+            name, nr.replace(nr.Config(), reward=reward), None
+        )
+        for name in nr.LOOPS
+        for reward in nr.SIGNALS
+    }
     paid = {key: x for key, x in asked.items() if x}
     rewriter = {"rewriter": "rewriter"}
-    assert paid == {("ppo", "learned"): "scorer", ("ppo", "seq2seq"): rewriter} | {("seq2seq", x): rewriter for x in nr.SIGNALS}
+    assert paid == {("ppo", "learned"): "scorer", ("ppo", "seq2seq"): rewriter} | {
+        ("seq2seq", x): rewriter for x in nr.SIGNALS
+    }

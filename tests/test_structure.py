@@ -32,7 +32,10 @@ def test_imports_point_one_way():
         nodes = ast.walk(ast.parse(path.read_text()))
         names = [a.name for n in nodes if isinstance(n, ast.Import) for a in n.names]
         nodes = ast.walk(ast.parse(path.read_text()))
-        return {x.split(".")[0] for x in names + [n.module for n in nodes if isinstance(n, ast.ImportFrom)]}
+        return {
+            x.split(".")[0]
+            for x in names + [n.module for n in nodes if isinstance(n, ast.ImportFrom)]
+        }
 
     allowed = {"torch", "numpy", "tokenizers", "tqdm", "safetensors"} | set(sys.stdlib_module_names)
     assert imported(ROOT / "nanoreward.py") <= allowed
@@ -61,16 +64,24 @@ def test_every_public_name_has_a_docstring_and_types():
 
 def test_every_config_field_carries_its_reason():
     block = MAIN[MAIN.index("class Config") : MAIN.index("CONFIGS:")]
-    bare = [line.strip() for line in block.splitlines() if re.match(r"    \w+: \w+ = ", line) and "#" not in line]
+    bare = [
+        line.strip()
+        for line in block.splitlines()
+        if re.match(r"    \w+: \w+ = ", line) and "#" not in line
+    ]
     # a field that continues the line above it (seed..., min_ops / max_ops) may go without
     assert len(bare) <= 0.4 * len(fields(nr.Config)), bare
 
 
 def test_loops_share_their_four_phases_in_the_same_words():
     for start, loop in nr.LOOPS.values():
-        source = ast.get_source_segment(MAIN, next(f for f in functions(MAIN) if f.name == loop.__name__))
+        source = ast.get_source_segment(
+            MAIN, next(f for f in functions(MAIN) if f.name == loop.__name__)
+        )
         found = re.findall(r"# ([1-4]\. \w+)", source)
-        shared = re.search(r"return (\w+)\(state, task, (?:replace\()?config", source)  # the neighbour whose phases it has
+        shared = re.search(
+            r"return (\w+)\(state, task, (?:replace\()?config", source
+        )  # the neighbour whose phases it has
         assert found == ["1. sample", "2. score", "3. credit", "4. update"] or shared[1] in nr.LOOPS
         assert not re.search(r"print|tqdm|save|open\(", source)
         assert start.__doc__
@@ -82,8 +93,11 @@ def tags(kind):
     for n, line in enumerate(MAIN.splitlines(), 1):
         if found := re.search(kind + r': (.+?)\.?(?:"""|$)', line):
             field = re.match(r"    (\w+): \w+ = ", line)
-            owner = "--" + field[1].replace("_", "-") if field else next(
-                f.name for f in functions(MAIN) if f.lineno <= n <= f.end_lineno)
+            owner = (
+                "--" + field[1].replace("_", "-")
+                if field
+                else next(f.name for f in functions(MAIN) if f.lineno <= n <= f.end_lineno)
+            )
             said.append(f"`{owner}`: {found[1]}.")
     return " ".join(said)
 
@@ -97,7 +111,12 @@ def test_the_readmes_deviations_and_unknowns_are_the_tags(kind, least):
 def test_readme_numbers_come_from_committed_results():
     """Every number of a result row stands in the table that its JSON file gives."""
     both = ((README, ROOT), (RESULTS, ROOT / "notebooks" / "results"))
-    rows = [(line, at) for text, at in both for line in text.splitlines() if line.startswith("|") and "[json](" in line]
+    rows = [
+        (line, at)
+        for text, at in both
+        for line in text.splitlines()
+        if line.startswith("|") and "[json](" in line
+    ]
     assert len(rows) >= 7
     for row, at in rows:
         _, *cells, command, numbers = (c.strip() for c in row.strip("|").split("|"))
@@ -115,14 +134,20 @@ def test_the_readmes_transcripts_are_what_they_say():
     shown = re.findall(r"^(\S+=) +base +(\S+) +ppo +(\S+)", README, re.M)
     assert len(shown) >= 3
     for text in shown:
-        assert [x.removesuffix("<eos>") for x in text] in [[y.removesuffix("<eos>") for y in x] for x in kept["texts"]]
+        assert [x.removesuffix("<eos>") for x in text] in [
+            [y.removesuffix("<eos>") for y in x] for x in kept["texts"]
+        ]
     grades = [[TASK.grade(x, y + "<eos>") for y in both] for x, *both in shown]
     assert grades == [[0.0, 1.0]] * (len(shown) - 1) + [[1.0, 0.0]]
-    assert f"{kept['broken']} of {kept['problems']}" in README and f"{kept['mended']} right" in README
+    assert (
+        f"{kept['broken']} of {kept['problems']}" in README and f"{kept['mended']} right" in README
+    )
 
 
 def test_every_decimal_of_the_readme_stands_in_a_committed_result():
-    kept = (json.loads(path.read_text()) for path in (ROOT / "notebooks" / "results").glob("*.json"))
+    kept = (
+        json.loads(path.read_text()) for path in (ROOT / "notebooks" / "results").glob("*.json")
+    )
     runs = (k["results"] for k in kept if isinstance(k, dict) and "results" in k)
     tables = [train_small.table(results) for results in runs if "loop" in results[0]]
     known, told = RESULTS + "\n".join(tables), re.sub(r"```.*?```", "", README, flags=re.S)
@@ -157,7 +182,9 @@ def test_the_readmes_benchmarks_are_the_committed_ones():
     assert len(shown) >= 8
     for name, ours, theirs, unit, ratio, *_ in shown:
         row = rows[name]
-        assert [ours, theirs] == [f"{row[k]:,.0f}" for k in ("ours", "theirs")] and unit == row["unit"]
+        assert [ours, theirs] == [f"{row[k]:,.0f}" for k in ("ours", "theirs")] and unit == row[
+            "unit"
+        ]
         assert ratio == f"{row['ratio']:.1f}"
 
 
@@ -170,7 +197,9 @@ def test_the_readmes_last_lines_are_those_of_the_main_job():
     assert f"{seconds['seconds from an empty cache']:.0f} s from nothing" in MAIN
 
 
-@pytest.mark.parametrize("path", [".ci/run", "pyproject.toml", "LICENSE", "data/README.md", "tests/mutations.md"])
+@pytest.mark.parametrize(
+    "path", [".ci/run", "pyproject.toml", "LICENSE", "data/README.md", "tests/mutations.md"]
+)
 def test_the_files_of_the_layout_exist(path):
     assert (ROOT / path).exists()
 
@@ -187,7 +216,9 @@ def test_nothing_of_a_machine_or_a_registry_is_in_the_repository():
     for path in (ROOT / name for name in listed.stdout.split() if not name.endswith(".png")):
         if path != Path(__file__).resolve():
             text = path.read_text()
-            assert not re.search(r"/tmp/\w|/root/|/home/\w|pypi\.org|files\.pythonhosted", text), path
+            assert not re.search(r"/tmp/\w|/root/|/home/\w|pypi\.org|files\.pythonhosted", text), (
+                path
+            )
 
 
 def test_the_readmes_preference_tables_are_those_of_the_committed_runs():
@@ -195,7 +226,9 @@ def test_the_readmes_preference_tables_are_those_of_the_committed_runs():
     lines = preferences.tables(kept).splitlines()
     assert len(lines) >= 12 and all(line in RESULTS for line in lines)
     for arm in kept.values():
-        assert arm["command"] and all(len(job["rounds"]) >= 2 and job["commit"] for job in arm["seeds"])
+        assert arm["command"] and all(
+            len(job["rounds"]) >= 2 and job["commit"] for job in arm["seeds"]
+        )
 
 
 @pytest.mark.parametrize("part", [inside, denoise])
@@ -208,6 +241,10 @@ def test_the_tables_of_inside_rewards_and_of_denoise_are_those_of_the_committed_
 
 
 def test_every_relative_link_leads_to_a_file():
-    for path in (ROOT / "README.md", ROOT / "notebooks" / "results" / "README.md", ROOT / "data" / "README.md"):
+    for path in (
+        ROOT / "README.md",
+        ROOT / "notebooks" / "results" / "README.md",
+        ROOT / "data" / "README.md",
+    ):
         for link in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text()):
             assert link.startswith("http") or (path.parent / link).exists(), (path, link)

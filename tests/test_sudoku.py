@@ -9,7 +9,18 @@ from hypothesis import strategies as st
 
 import nanoreward as nr
 from data import arithmetic
-from data.sudoku import GRIDS, SPECIAL, Sudoku, draws, first_names, in_order, rows, solutions, solve, spoil
+from data.sudoku import (
+    GRIDS,
+    SPECIAL,
+    Sudoku,
+    draws,
+    first_names,
+    in_order,
+    rows,
+    solutions,
+    solve,
+    spoil,
+)
 from tests.conftest import TINY, rough
 
 TASK, CAREFUL = Sudoku(), Sudoku(careful=True)
@@ -78,8 +89,12 @@ def test_problems_have_one_solution_the_clues_asked_for_and_their_split(seed, fe
 def test_a_problem_and_the_same_one_renamed_are_in_one_split(seed, names):
     prompt = TASK.prompts(1, generator(seed), ["train", "dev", "test"][seed % 3])[0]
     other = renamed(prompt, "".join(names))
-    assert TASK.split(other) == TASK.split(prompt) and solve(other) == renamed(solve(prompt), "".join(names))
-    assert first_names(other) == first_names(prompt) and first_names(first_names(other)) == first_names(other)
+    assert TASK.split(other) == TASK.split(prompt) and solve(other) == renamed(
+        solve(prompt), "".join(names)
+    )
+    assert first_names(other) == first_names(prompt) and first_names(
+        first_names(other)
+    ) == first_names(other)
 
 
 def test_the_first_digit_to_appear_is_called_1():
@@ -112,9 +127,13 @@ def test_grids_and_numbers_of_clues_are_equally_likely_so_chance_is_exact(split)
     for seen, kinds in ((classes, 12), (clues, 4)):
         p = 1 / kinds
         assert len(set(seen)) == kinds
-        assert all(abs(seen.count(x) / 6000 - p) < 5 * (p * (1 - p) / 6000) ** 0.5 for x in set(seen))
+        assert all(
+            abs(seen.count(x) / 6000 - p) < 5 * (p * (1 - p) / 6000) ** 0.5 for x in set(seen)
+        )
     grids = [solve(p) for p in prompts]
-    assert len(set(grids)) == 288 and max(map(grids.count, set(grids))) < 50  # 20.8 expected, sd 4.6
+    assert (
+        len(set(grids)) == 288 and max(map(grids.count, set(grids))) < 50
+    )  # 20.8 expected, sd 4.6
 
 
 def test_everything_repeats_with_its_generator():
@@ -136,16 +155,30 @@ def test_careful_demonstrations_are_right_and_text_survives_tokens(seed):
     assert TASK.split(prompt) == "train" and [response[:16]] == brute_force(prompt[:16])
     assert TASK.grade(prompt, response) == 1.0 and TASK.rubric(prompt, response) == 5
     ids = TASK.encode([response])[0]
-    assert len(ids) == 17 and TASK.decode(ids) == response and TASK.decode([0, 1, *ids, 0, 9, 9]) == response
+    assert (
+        len(ids) == 17
+        and TASK.decode(ids) == response
+        and TASK.decode([0, 1, *ids, 0, 9, 9]) == response
+    )
     assert TASK.decode(TASK.encode([prompt])[0]) == prompt
     steps = TASK.steps(ids)
-    assert [s for s, _ in steps] == TASK.truth(prompt) and [end for _, end in steps] == [3, 7, 11, 15]
+    assert [s for s, _ in steps] == TASK.truth(prompt) and [end for _, end in steps] == [
+        3,
+        7,
+        11,
+        15,
+    ]
     assert all(TASK.step_ok(prompt, [s for s, _ in steps]))
     assert all(TASK.decode(ids[: end + 1]).endswith(s) for s, end in steps)
 
 
 def test_a_tempted_student_counts_on():
-    assert [in_order(row) for row in ("1..4", "....", ".1..", "3.1.")] == ["1234", "1234", "2134", "3214"]
+    assert [in_order(row) for row in ("1..4", "....", ".1..", "3.1.")] == [
+        "1234",
+        "1234",
+        "2134",
+        "3214",
+    ]
 
 
 def test_habits_depend_on_the_problem():
@@ -205,7 +238,9 @@ def test_grader(response, score, why):
     assert (TASK.answer(response) == GRID) == bool(score)
 
 
-@given(SEEDS, st.text(alphabet="1234.<eos>", max_size=24), st.integers(0, 15), st.sampled_from("1234"))
+@given(
+    SEEDS, st.text(alphabet="1234.<eos>", max_size=24), st.integers(0, 15), st.sampled_from("1234")
+)
 @settings(max_examples=100, deadline=None)
 def test_the_grader_accepts_the_one_solution_and_nothing_else(seed, text, place, digit):
     prompt = TASK.prompts(1, generator(seed))[0]
@@ -220,11 +255,19 @@ def test_the_grader_accepts_the_one_solution_and_nothing_else(seed, text, place,
 @pytest.mark.parametrize(
     "bad,why",
     [
-        ("", "16 cells"), (PROMPT[:16], "16 cells"), (PROMPT[1:], "16 cells"), ("." + PROMPT, "16 cells"), (PROMPT + "=", "16 cells"),
-        (PROMPT.replace("4", "5"), "16 cells"), (PROMPT.replace("4", "４"), "16 cells"), (PROMPT + "\n", "16 cells"),
-        ("." * 16 + "=", "288 solutions"), ("11" + "." * 14 + "=", "0 solutions"), ("123...4........" + ".=", "[0-9]+ solutions"),
+        ("", "16 cells"),
+        (PROMPT[:16], "16 cells"),
+        (PROMPT[1:], "16 cells"),
+        ("." + PROMPT, "16 cells"),
+        (PROMPT + "=", "16 cells"),
+        (PROMPT.replace("4", "5"), "16 cells"),
+        (PROMPT.replace("4", "４"), "16 cells"),
+        (PROMPT + "\n", "16 cells"),
+        ("." * 16 + "=", "288 solutions"),
+        ("11" + "." * 14 + "=", "0 solutions"),
+        ("123...4........" + ".=", "[0-9]+ solutions"),
     ],
-)  # fmt: skip
+)
 def test_a_prompt_that_is_no_problem_gets_one_clear_line(bad, why):
     for call in (
         lambda: TASK.grade(bad, GRID + "<eos>"),
@@ -249,12 +292,23 @@ def test_step_truth_and_rubric_by_hand():
     assert ok("1324", "4231", "1234", "3142") == [True, True, False, True]
     assert ok(*rows(GRID), "1324") == [True] * 4 + [False] and ok("4231") == [False] and ok() == []
     steps = lambda text: TASK.steps(TASK.encode([text])[0])
-    assert steps("1324423<eos>") == [("1324", 3)] and steps("132<eos>1234") == [] and steps("") == []
+    assert (
+        steps("1324423<eos>") == [("1324", 3)] and steps("132<eos>1234") == [] and steps("") == []
+    )
     assert steps("13244.211234") == [("1324", 3)] and len(steps(GRID + "1234")) == 4
     assert TASK.result("1324") is None  # no later row repeats it: any continuation uses it
-    points = {y: TASK.rubric(PROMPT, y + "<eos>") for y in [
-        GRID, "1324423124133124", "1234" * 4, "1234341221434321", "2314413214233241", "1..4.23......1.2".replace(".", "1"), "123",
-    ]}  # fmt: skip
+    points = {
+        y: TASK.rubric(PROMPT, y + "<eos>")
+        for y in [
+            GRID,
+            "1324423124133124",
+            "1234" * 4,
+            "1234341221434321",
+            "2314413214233241",
+            "1..4.23......1.2".replace(".", "1"),
+            "123",
+        ]
+    }
     assert list(points.values()) == [5, 3, 2, 4, 4, 2, 0]
     assert TASK.rubric(PROMPT, GRID) == 0  # no end
 
@@ -263,7 +317,11 @@ def test_preferences_are_two_demonstrations_right_before_wrong():
     pairs = TASK.preferences(1000, generator())
     assert all(TASK.split(p) == "train" and w != lo for p, w, lo in pairs)
     grades = [(TASK.grade(p, w), TASK.grade(p, lo)) for p, w, lo in pairs]
-    assert (0.0, 1.0) not in grades and grades.count((1.0, 0.0)) > 300 and grades.count((0.0, 0.0)) > 100
+    assert (
+        (0.0, 1.0) not in grades
+        and grades.count((1.0, 0.0)) > 300
+        and grades.count((0.0, 0.0)) > 100
+    )
     # between two wrong ones a coin: by text order each is first half of the time, five standard errors
     both = [w < lo for (_, w, lo), g in zip(pairs, grades) if g == (0.0, 0.0)]
     assert abs(sum(both) / len(both) - 0.5) < 2.5 / len(both) ** 0.5
@@ -288,38 +346,64 @@ def test_spoiled_grids_lose_points_in_every_way():
     draw = draws(generator())
     spoiled = {spoil(GRID, draw) for _ in range(400)} - {GRID}
     assert {TASK.rubric(PROMPT, y + "<eos>") for y in spoiled} == {0, 1, 2, 3, 4}
-    assert "4231" + GRID[4:] in spoiled and GRID[4:] + GRID[:4] in spoiled and renamed(GRID, "2134") in spoiled
+    assert (
+        "4231" + GRID[4:] in spoiled
+        and GRID[4:] + GRID[:4] in spoiled
+        and renamed(GRID, "2134") in spoiled
+    )
 
 
 def test_proposals_are_filtered_for_form_clues_solution_and_split():
     shown, new = TASK.propose_demo(generator())
-    assert TASK.problem(new) == new.removesuffix("<eos>") and shown.count("<sep>") == 4 and shown[0] == "~"
+    assert (
+        TASK.problem(new) == new.removesuffix("<eos>")
+        and shown.count("<sep>") == 4
+        and shown[0] == "~"
+    )
     assert TASK.decode(TASK.encode([shown])[0]) == shown and new[:-5] not in shown
     train = TASK.prompts(20, generator())
     assert [TASK.problem(x) for x in train] == train
     for split in ("dev", "test"):
         assert [TASK.problem(x) for x in TASK.prompts(20, generator(), split)] == [None] * 20
-    few, many = (Sudoku(k, k).prompts(20, generator()) for k in (TASK.min_clues - 1, TASK.max_clues + 1))
+    few, many = (
+        Sudoku(k, k).prompts(20, generator()) for k in (TASK.min_clues - 1, TASK.max_clues + 1)
+    )
     open_ones = [
-        p for p in (p.replace("1", ".") for p in Sudoku(9, 9).prompts(99, generator())) if len(solutions(p[:16])) > 1
+        p
+        for p in (p.replace("1", ".") for p in Sudoku(9, 9).prompts(99, generator()))
+        if len(solutions(p[:16])) > 1
     ]
-    assert open_ones and [TASK.problem(x) for x in few + many + open_ones] == [None] * len(few + many + open_ones)
+    assert open_ones and [TASK.problem(x) for x in few + many + open_ones] == [None] * len(
+        few + many + open_ones
+    )
 
 
 def test_special_tokens_are_those_of_the_other_task_and_no_id_crashes():
-    assert SPECIAL == arithmetic.SPECIAL and [TASK.encode([w])[0] for w in SPECIAL] == [[i] for i in range(6)]
+    assert SPECIAL == arithmetic.SPECIAL and [TASK.encode([w])[0] for w in SPECIAL] == [
+        [i] for i in range(6)
+    ]
     assert TASK.tokenizer.get_vocab_size() <= 32
     with pytest.raises(ValueError, match="outside"):
         TASK.encode(["1 2"])
     ids = TASK.encode([GRID + "<eos>"])[0]
-    assert TASK.decode([*ids[:3], 31, *ids[3:]]) == GRID[:3] + "<bad>" + GRID[3:] + "<eos>"  # it cannot vanish
+    assert (
+        TASK.decode([*ids[:3], 31, *ids[3:]]) == GRID[:3] + "<bad>" + GRID[3:] + "<eos>"
+    )  # it cannot vanish
 
 
 @pytest.mark.parametrize("name", ["ppo", "iterative_dpo", "denoise"])
 def test_loops_run_on_it(name):
     """One update from a rough model, which rarely writes a grid: no call of the protocol is missing."""
     room = dict(response=17, block=17, block_steps=5, denoise_prompts=4, mu=1)
-    c = nr.replace(TINY, causal=name != "denoise", updates=1, denoise_updates=1, rounds=1, round_updates=1, **room)
+    c = nr.replace(
+        TINY,
+        causal=name != "denoise",
+        updates=1,
+        denoise_updates=1,
+        rounds=1,
+        round_updates=1,
+        **room,
+    )
     start, loop = nr.LOOPS[name]
     metrics = next(loop(start(rough(c), c), TASK, c))
     assert 0 <= metrics["truth"] <= 1 if "truth" in metrics else metrics

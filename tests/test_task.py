@@ -160,10 +160,18 @@ def test_step_truth_and_rubric_by_hand():
     ]  # sound arithmetic on a wrong total is wrong
     assert ok("37+5=41;", "42*3=26;") == [False, True]
     assert ok("37+5=42;", "42*3=26;", "26+1=27;") == [True, True, False]
-    points = {r: TASK.rubric(PROMPT, r) for r in [
-        "37+5=42;42*3=26;#26<eos>", "37+5=41;41*3=23;#23<eos>", "37+5=42;41*3=23;#23<eos>",
-        "37+5=42;42*2=84;#84<eos>", "#26<eos>", "37+5=42;42*3=26;", "",
-    ]}  # fmt: skip
+    points = {
+        r: TASK.rubric(PROMPT, r)
+        for r in [
+            "37+5=42;42*3=26;#26<eos>",
+            "37+5=41;41*3=23;#23<eos>",
+            "37+5=42;41*3=23;#23<eos>",
+            "37+5=42;42*2=84;#84<eos>",
+            "#26<eos>",
+            "37+5=42;42*3=26;",
+            "",
+        ]
+    }
     assert list(points.values()) == [5, 4, 4, 2, 1, 3, 0]
 
 
@@ -203,7 +211,11 @@ def test_spoiled_responses_lose_points():
     draw = draws(generator())
     response = "37+5=42;42*3=26;#26<eos>"
     spoiled = {spoil(response, draw) for _ in range(200)}
-    assert {TASK.rubric(PROMPT, y) for y in spoiled} >= {1, 2, 3}  # no answer: 4 - 1, but 3 points at most
+    assert {TASK.rubric(PROMPT, y) for y in spoiled} >= {
+        1,
+        2,
+        3,
+    }  # no answer: 4 - 1, but 3 points at most
     assert all(TASK.rubric(PROMPT, y) < 5 for y in spoiled - {response})
     assert spoil("#37<eos>", draw) == "<eos>"
 

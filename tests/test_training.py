@@ -60,7 +60,12 @@ def test_a_gradient_that_is_not_finite_stops_before_any_weight_is_lost(model):
     state = {"optimizers": nr.optimizers([model], 0.01, TINY)}
     before = [p.clone() for p in model.parameters()]
     with pytest.raises(nr.UserError, match="diverged"):
-        nr.step(state, lambda rows: (model(torch.tensor([[7]])).sum() * torch.inf, {}), torch.arange(2), TINY)
+        nr.step(
+            state,
+            lambda rows: (model(torch.tensor([[7]])).sum() * torch.inf, {}),
+            torch.arange(2),
+            TINY,
+        )
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
@@ -95,7 +100,9 @@ def test_demonstrations_train_response_tokens_incl_eos():
     g = nr.rng(config.seed, "demonstrations")
     demos = [TASK.demo(g) for _ in range(50)]
     total = count = 0.0
-    for i in torch.randint(50, (config.base_batch,), generator=nr.rng(config.seed, "batch", 3)).tolist():
+    for i in torch.randint(
+        50, (config.base_batch,), generator=nr.rng(config.seed, "batch", 3)
+    ).tolist():
         ids = torch.tensor(TASK.encode([demos[i][1]]))
         prompt = nr.encode_prompts(TASK, [demos[i][0]], config)
         assert ids[0, -1] == config.eos and prompt[0, 0] == config.bos
@@ -186,7 +193,9 @@ def test_what_is_loaded_comes_to_the_device_of_the_policy(tmp_path, model):
     nr.save_state(tmp_path, {"policy": model, "data": {"rows": torch.arange(3)}})
     elsewhere = nr.load_state(tmp_path, into={"policy": rough(TINY, 5).to("meta"), "data": {}})
     assert elsewhere["data"]["rows"].is_meta
-    assert nr.load_state(tmp_path, into={"policy": rough(TINY, 5), "data": {}})["data"]["rows"].is_cpu
+    assert nr.load_state(tmp_path, into={"policy": rough(TINY, 5), "data": {}})["data"][
+        "rows"
+    ].is_cpu
 
 
 def test_nothing_to_learn_from_is_a_clear_line(model):

@@ -44,12 +44,24 @@ def summary(name: str, pairs: list[tuple[float, float]], unit: str, amount: floa
     ratios = [b / a for a, b in pairs]
     low, middle, high = quantiles(ratios, n=4)
     ours, theirs = (amount / median(side) for side in zip(*pairs, strict=True))
-    print(f"{name:46} {ours:9.0f} {theirs:9.0f} {unit:12} {middle:5.2f} [{low:.2f}, {high:.2f}]", flush=True)
-    row = {"name": name, "unit": unit, "ours": ours, "theirs": theirs, "ratio": middle, "quartiles": [low, high]}
+    print(
+        f"{name:46} {ours:9.0f} {theirs:9.0f} {unit:12} {middle:5.2f} [{low:.2f}, {high:.2f}]",
+        flush=True,
+    )
+    row = {
+        "name": name,
+        "unit": unit,
+        "ours": ours,
+        "theirs": theirs,
+        "ratio": middle,
+        "quartiles": [low, high],
+    }
     return row | {"seconds": [[round(x, 4) for x in pair] for pair in pairs]}
 
 
-def alternate(name: str, ours: Callable, theirs: Callable, unit: str, amount: float, reps: int) -> dict:
+def alternate(
+    name: str, ours: Callable, theirs: Callable, unit: str, amount: float, reps: int
+) -> dict:
     """Both once to warm up, then in turns."""
     ours(), theirs()
     return summary(name, [(seconds(ours), seconds(theirs)) for _ in range(reps)], unit, amount)
@@ -66,7 +78,9 @@ def in_transformers(model: nr.Transformer):
 
 def some_prompts(task, c: nr.Config, n: int, each: int) -> torch.Tensor:
     """n problems, each `each` times: (n * each, P)."""
-    return nr.encode_prompts(task, task.prompts(n, nr.rng(0, "bench")), c).repeat_interleave(each, 0)
+    return nr.encode_prompts(task, task.prompts(n, nr.rng(0, "bench")), c).repeat_interleave(
+        each, 0
+    )
 
 
 def rollouts(c: nr.Config, cache: Path, reps: int) -> list[dict]:
@@ -79,21 +93,34 @@ def rollouts(c: nr.Config, cache: Path, reps: int) -> list[dict]:
         for natural in (False, True):
             mine = c if natural else replace(c, eos=NEVER)
             kwargs = dict(
-                attention_mask=(prompt != c.pad).long(), max_new_tokens=c.response, do_sample=True, top_k=0,
-                top_p=1.0, temperature=1.0, pad_token_id=c.pad, eos_token_id=c.eos if natural else None,
-            )  # fmt: skip
+                attention_mask=(prompt != c.pad).long(),
+                max_new_tokens=c.response,
+                do_sample=True,
+                top_k=0,
+                top_p=1.0,
+                temperature=1.0,
+                pad_token_id=c.pad,
+                eos_token_id=c.eos if natural else None,
+            )
             if natural and each == 1:  # the same tokens come out, greedily
                 a = nr.sample(model, prompt, replace(c, temperature=0)).response
                 with torch.no_grad():
-                    b = theirs.generate(prompt, **kwargs | {"do_sample": False})[:, prompt.shape[1] :]
+                    b = theirs.generate(prompt, **kwargs | {"do_sample": False})[
+                        :, prompt.shape[1] :
+                    ]
                 assert torch.equal(a[:, : b.shape[1]], b), "greedy tokens differ from transformers'"
             tokens = float(nr.sample(model, prompt, mine, generator=nr.rng(0, "n")).mask.sum())
             with torch.no_grad():
-                rows.append(alternate(
-                    f"rollouts, {n} x {each}, {'natural' if natural else 'forced'} lengths",
-                    lambda: nr.sample(model, prompt, mine, generator=nr.rng(0, "s")),
-                    lambda: theirs.generate(prompt, **kwargs), "tokens/s", tokens, reps,
-                ))  # fmt: skip
+                rows.append(
+                    alternate(
+                        f"rollouts, {n} x {each}, {'natural' if natural else 'forced'} lengths",
+                        lambda: nr.sample(model, prompt, mine, generator=nr.rng(0, "s")),
+                        lambda: theirs.generate(prompt, **kwargs),
+                        "tokens/s",
+                        tokens,
+                        reps,
+                    )
+                )
     return rows
 
 
@@ -113,9 +140,23 @@ def training_flops(model: nr.Transformer, tokens: float, T: float) -> float:
 
 def sft(c: nr.Config, cache: Path, reps: int) -> list[dict]:
     """One supervised step, AdamW on both sides: the laptop model, and a wider one for the matrix rate."""
-    wide = replace(c, width=512, layers=4, heads=8, kv_heads=8, head_dim=64, hidden=1536, response=118, micro=16)
+    wide = replace(
+        c,
+        width=512,
+        layers=4,
+        heads=8,
+        kv_heads=8,
+        head_dim=64,
+        hidden=1536,
+        response=118,
+        micro=16,
+    )
     rows = []
-    for name, k, B, natural in (("laptop", c, 128, True), ("laptop", c, 128, False), ("512 wide", wide, 16, False)):
+    for name, k, B, natural in (
+        ("laptop", c, 128, True),
+        ("laptop", c, 128, False),
+        ("512 wide", wide, 16, False),
+    ):
         task = front.make_task(c)
         model = nr.Transformer(k, nr.rng(0, "bench"))
         other = in_transformers(model).train()
@@ -144,12 +185,16 @@ def sft(c: nr.Config, cache: Path, reps: int) -> list[dict]:
             adamw.zero_grad()
 
         title = f"SFT step, {name}, {'natural' if natural else 'forced'} lengths"
-        row = alternate(title, lambda: nr.step(state, loss, torch.arange(B), k), theirs, "rows/s", B, reps)
+        row = alternate(
+            title, lambda: nr.step(state, loss, torch.arange(B), k), theirs, "rows/s", B, reps
+        )
         tokens = float((ids != k.pad).sum())
         row["GFLOP/s"] = training_flops(model, tokens, tokens / B) * row["ours"] / B / 1e9
         row["matmul GFLOP/s"] = matmul_rate() / 1e9
         row["share of matmul"] = row["GFLOP/s"] / row["matmul GFLOP/s"]
-        print(f"{'':46} {row['GFLOP/s']:.0f} of {row['matmul GFLOP/s']:.0f} GFLOP/s: {row['share of matmul']:.2f}")
+        print(
+            f"{'':46} {row['GFLOP/s']:.0f} of {row['matmul GFLOP/s']:.0f} GFLOP/s: {row['share of matmul']:.2f}"
+        )
         rows.append(row)
     return rows
 
@@ -193,23 +238,44 @@ def grpo(c: nr.Config, cache: Path, reps: int) -> list[dict]:
 
     def reward(prompts, completions, completion_ids, **_):
         asked = [arithmetic.turn(p.removeprefix("<bos>")) for p in prompts]
-        return [task.grade(p, task.decode(ids)) for p, ids in zip(asked, completion_ids, strict=True)]
+        return [
+            task.grade(p, task.decode(ids)) for p, ids in zip(asked, completion_ids, strict=True)
+        ]
 
     pairs = []
     with tempfile.TemporaryDirectory() as folder:
         args = GRPOConfig(
-            output_dir=folder, per_device_train_batch_size=c.prompts * c.samples, num_generations=c.samples,
-            max_completion_length=c.response, temperature=1.0, top_k=0, top_p=1.0, beta=c.beta, learning_rate=0.0,
-            max_steps=reps + 1, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none",
-            save_strategy="no", logging_strategy="no", disable_tqdm=True,
-        )  # fmt: skip
+            output_dir=folder,
+            per_device_train_batch_size=c.prompts * c.samples,
+            num_generations=c.samples,
+            max_completion_length=c.response,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            beta=c.beta,
+            learning_rate=0.0,
+            max_steps=reps + 1,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to="none",
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+        )
         data = Dataset.from_list([{"prompt": "<bos>" + arithmetic.turn(t)} for t in texts])
         GRPOTrainer(
-            model=other, reward_funcs=reward, args=args, train_dataset=data, processing_class=fast_tokenizer(task),
+            model=other,
+            reward_funcs=reward,
+            args=args,
+            train_dataset=data,
+            processing_class=fast_tokenizer(task),
             callbacks=[in_turns(pairs, lambda: next(loop))],
-        ).train()  # fmt: skip
+        ).train()
     pairs = pairs[1:]  # the first was the warm-up
-    return [summary("grpo update, 64 x 8, natural lengths", pairs, "responses/s", c.prompts * c.samples)]
+    return [
+        summary("grpo update, 64 x 8, natural lengths", pairs, "responses/s", c.prompts * c.samples)
+    ]
 
 
 def dpo(c: nr.Config, cache: Path, reps: int) -> list[dict]:
@@ -235,20 +301,37 @@ def dpo(c: nr.Config, cache: Path, reps: int) -> list[dict]:
     times = []
     with tempfile.TemporaryDirectory() as folder:
         args = DPOConfig(
-            output_dir=folder, per_device_train_batch_size=c.pair_batch, beta=c.dpo_beta, learning_rate=0.0,
-            loss_type=["sigmoid", "sft"], loss_weights=[1.0, c.alpha], precompute_ref_log_probs=True,
-            max_steps=reps + 1, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none",
-            save_strategy="no", logging_strategy="no", disable_tqdm=True, max_length=None,
-        )  # fmt: skip
+            output_dir=folder,
+            per_device_train_batch_size=c.pair_batch,
+            beta=c.dpo_beta,
+            learning_rate=0.0,
+            loss_type=["sigmoid", "sft"],
+            loss_weights=[1.0, c.alpha],
+            precompute_ref_log_probs=True,
+            max_steps=reps + 1,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to="none",
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+            max_length=None,
+        )
         DPOTrainer(
-            model=other, args=args, train_dataset=Dataset.from_list(texts), processing_class=fast_tokenizer(task),
+            model=other,
+            args=args,
+            train_dataset=Dataset.from_list(texts),
+            processing_class=fast_tokenizer(task),
             callbacks=[in_turns(times, lambda: nr.pair_update(state, c))],
-        ).train()  # fmt: skip
+        ).train()
     return [summary("dpo update, 64 pairs, natural lengths", times[1:], "pairs/s", c.pair_batch)]
 
 
 @torch.no_grad()
-def llada(model: nr.Transformer, prompt: torch.Tensor, c: nr.Config, temperature: float) -> torch.Tensor:
+def llada(
+    model: nr.Transformer, prompt: torch.Tensor, c: nr.Config, temperature: float
+) -> torch.Tensor:
     """LLaDA's public schedule, restated plainly: whole logits, float64 Gumbel noise, a top-k for each row."""
     P, R = prompt.shape[1], c.response
     x = torch.cat([prompt, torch.full((len(prompt), R), c.mask)], 1)
@@ -277,11 +360,16 @@ def diffusion(c: nr.Config, cache: Path, reps: int) -> list[dict]:
     rows = []
     for n, each, steps in ((64, 8, 4), (512, 1, 4), (64, 8, 2)):
         prompt, k = some_prompts(task, c, n, each), replace(c, block_steps=steps)
-        rows.append(alternate(
-            f"diffusion, {n} x {each}, {7 * steps} passes",
-            lambda: nr.sample(model, prompt, k, generator=nr.rng(0, "s")),
-            lambda: llada(model, prompt, k, 1.0), "responses/s", n * each, reps,
-        ))  # fmt: skip
+        rows.append(
+            alternate(
+                f"diffusion, {n} x {each}, {7 * steps} passes",
+                lambda: nr.sample(model, prompt, k, generator=nr.rng(0, "s")),
+                lambda: llada(model, prompt, k, 1.0),
+                "responses/s",
+                n * each,
+                reps,
+            )
+        )
     return rows
 
 
@@ -303,11 +391,16 @@ def main() -> None:
     print(f"{'':46} {'ours':>9} {'theirs':>9} {'unit':12} ratio [quartiles]")
     for name in a.parts or parts:
         about = {
-            "command": f"python tests/bench/bench.py {name}", "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-            "threads": a.threads, "torch": torch.__version__, "transformers": transformers.__version__,
+            "command": f"python tests/bench/bench.py {name}",
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+            "threads": a.threads,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
             "trl": trl.__version__,
-            "commit": subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip(),
-        }  # fmt: skip
+            "commit": subprocess.check_output(
+                ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True
+            ).strip(),
+        }
         kept[name] = about | {"rows": parts[name](c, a.cache, a.reps)}
         front.write_text(OUT, json.dumps(kept, indent=1) + "\n")
 

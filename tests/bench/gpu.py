@@ -64,8 +64,11 @@ def train(model: nr.Transformer, c: nr.Config, rows: int, T: int, peak: float) -
         adamw.zero_grad()
 
     mine = timed(lambda: nr.step(state, loss, torch.arange(rows), c), c.device)
-    return {"tokens/s": ids.numel() / mine, "of the matrix rate": training_flops(model, ids.numel(), T) / mine / peak,
-            "transformers, tokens/s": ids.numel() / timed(theirs, c.device)}  # fmt: skip
+    return {
+        "tokens/s": ids.numel() / mine,
+        "of the matrix rate": training_flops(model, ids.numel(), T) / mine / peak,
+        "transformers, tokens/s": ids.numel() / timed(theirs, c.device),
+    }
 
 
 @torch.no_grad()
@@ -74,13 +77,21 @@ def decode(model: nr.Transformer, c: nr.Config, batch: int, length: int, bandwid
     never = replace(c, eos=c.vocab - 2, response=length)
     prompt = torch.randint(6, c.vocab - 3, (batch, 64), device=c.device)
     other = in_transformers(model).to(c.device, torch.bfloat16).eval()
-    kwargs = dict(max_new_tokens=length, min_new_tokens=length, do_sample=True, top_k=0, pad_token_id=c.pad)
+    kwargs = dict(
+        max_new_tokens=length, min_new_tokens=length, do_sample=True, top_k=0, pad_token_id=c.pad
+    )
     mine = timed(lambda: nr.sample(model, prompt, never, generator=nr.rng(0, "s")), c.device)
-    theirs = timed(lambda: other.generate(prompt, attention_mask=torch.ones_like(prompt), **kwargs), c.device)
+    theirs = timed(
+        lambda: other.generate(prompt, attention_mask=torch.ones_like(prompt), **kwargs), c.device
+    )
     weights = sum(p.numel() for p in model.parameters())
     past = batch * (64 + length / 2) * 2 * c.layers * c.kv_heads * c.head_dim
-    return {"tokens/s": batch * length / mine, "generate, tokens/s": batch * length / theirs, "ratio": theirs / mine,
-            "of the bandwidth": 2 * (weights + past) * length / mine / bandwidth}  # fmt: skip
+    return {
+        "tokens/s": batch * length / mine,
+        "generate, tokens/s": batch * length / theirs,
+        "ratio": theirs / mine,
+        "of the bandwidth": 2 * (weights + past) * length / mine / bandwidth,
+    }
 
 
 def loops(c: nr.Config, cache: Path) -> dict:
@@ -101,7 +112,14 @@ def loops(c: nr.Config, cache: Path) -> dict:
         nr.sample, began = watched, time.perf_counter()
         try:
             updates = loop(state, task, c, **({"roll": watched} if name == "denoise" else {}))
-            n = len(list(islice(updates, c.round_updates if name in ("iterative_dpo", "self_rewarding") else 5)))
+            n = len(
+                list(
+                    islice(
+                        updates,
+                        c.round_updates if name in ("iterative_dpo", "self_rewarding") else 5,
+                    )
+                )
+            )
         finally:
             nr.sample = plain
         passed = time.perf_counter() - began
@@ -111,7 +129,9 @@ def loops(c: nr.Config, cache: Path) -> dict:
 
 def main() -> None:
     """Measure what is asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("parts", nargs="*", help="train, decode, loops; none: all")
     parser.add_argument("--config", default="gpu", choices=nr.CONFIGS)
     parser.add_argument("--model", type=Path)
@@ -127,13 +147,22 @@ def main() -> None:
     model, small = front.ready(model, c), c.device == "cpu"
     peak, bandwidth = rates(c.device)
     chip = torch.cuda.get_device_name() if c.device == "cuda" else platform.machine()
-    found = {"machine": chip, "torch": torch.__version__, "config": a.config, "parameters": sum(p.numel() for p in model.parameters()),
-             "matrix products, TFLOP/s": peak / 1e12, "bandwidth, GB/s": bandwidth / 1e9}  # fmt: skip
+    found = {
+        "machine": chip,
+        "torch": torch.__version__,
+        "config": a.config,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "matrix products, TFLOP/s": peak / 1e12,
+        "bandwidth, GB/s": bandwidth / 1e9,
+    }
     parts = a.parts or ["train", "decode", "loops"]
     if "train" in parts:
         found["train"] = train(model, c, *((4, 16) if small else (64, 512)), peak)
     if "decode" in parts:
-        found["decode"] = {n: decode(model, c, n, 4 if small else 128, bandwidth) for n in (1, 64, 512)[: 2 if small else 3]}
+        found["decode"] = {
+            n: decode(model, c, n, 4 if small else 128, bandwidth)
+            for n in (1, 64, 512)[: 2 if small else 3]
+        }
     if "loops" in parts:
         found["loops"] = loops(c, a.cache)
     print(json.dumps(found, indent=1))
