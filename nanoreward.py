@@ -1,689 +1,1132 @@
 """nanoreward: how rewards teach language models, in one file that a person can read.
 
-A small GPT learns arithmetic from bad demonstrations and then gets better from rewards alone; the
-same weights become a masked-diffusion LM. The true reward is known exactly and nothing is hidden in
-a framework: each method is one equation, one function and one generator loop.
+A small GPT imitates a careless teacher of arithmetic and gets 44 % of its problems right. From then
+on it sees no demonstration any more, only rewards. The true reward is known exactly, and nothing is
+hidden in a framework: every method is one equation, one function and one loop.
 
-Loops (python train_small.py NAME; without a NAME all, 376 s from nothing on two free cores) and
-their greedy accuracy on held-out problems; chance 0.01, base 0.45, careful twin 1.00
-    ppo             0.93    arms gae, grpo, rloo        arXiv 1707.06347, 2402.03300, 2402.14740
-    iterative_dpo   0.94    dpo_nll, sft_chosen         arXiv 2404.19733, 2203.14465
-    self_rewarding  0.55    judge own, frozen           arXiv 2401.10020
-    seq2seq         0.57    rule by --top, --least      arXiv 2409.00162
-    refine          0.72    ORM, SORM, two refiners     arXiv 2402.10963
-    denoise         0.56    the way is paid or not      arXiv 2510.01544 (abstract), 2504.12216
+    python nanoreward.py              the smallest example: PPO, one problem before and after
+    python train_small.py ppo         one method;  without a name all of them (376 s from nothing)
 
-Equation numbers in comments, also (2): diffu-GRPO, on mean-field log-probs:
-    (1) masked diffusion: a bound   (9)  DPO + NLL             (13) advantage estimation (GAE)
-    (6) reward of a stretch         (10) rewriting             (14) clipped policy, value losses
-    (7) advantage with (6)          (11) agreement reward      (15) GRPO: group, KL in the loss
-    (8) step labels by rollouts     (12) per-token KL penalty  (16) RLOO: leave-one-out baseline
+Greedy accuracy on held-out problems before and after, means of five seeds. The best constant answer
+has 0.01, a model trained on error-free demonstrations 1.00.
 
-Deviations from the papers stand where they happen: grep DEVIATION; numbers no paper gives: UNKNOWN.
-Non-goals: a trainer framework, serving, multi-turn agents, quantization, kernels.
+    method           accuracy      what is rewarded                          paper (arXiv)
+    ppo              0.44 -> 0.93  the right answer                          1707.06347, 2402.03300
+    iterative_dpo    0.44 -> 0.93  a right response over a wrong one         2404.19733
+    self_rewarding   0.42 -> 0.61  what the model itself judges to be good   2401.10020
+    seq2seq          0.44 -> 0.57  tokens that a rewriting model would keep  2409.00162
+    refine           0.61 -> 0.73  nothing; it learns which step was wrong   2402.10963
+    denoise          0.42 -> 0.55  half-written responses of a diffusion LM  2510.01544
+
+How to read it. Part I is what all methods share; its last section says what a method is. Part II
+has one section per method, and a section holds all of its method: its numbers, what it starts from,
+its losses, its loop. Part III adds the second model, a masked-diffusion language model. Part IV can
+be skipped on a first reading: saved runs, several processes, GPUs. Part V is the example that runs
+when this file is started.
+
+The equations are numbered as they are in the comments; (3) to (5) belong to methods that are not
+here:
+    (1)  masked diffusion loss       (9)  DPO + NLL             (13) advantage estimation (GAE)
+    (2)  policy gradient for it      (10) rewriting examples    (14) clipped policy and value losses
+    (6)  process reward              (11) agreement reward      (15) GRPO
+    (7)  advantage with (6)          (12) KL penalty per token  (16) RLOO
+    (8)  step labels by rollouts
+
+`DEVIATION` marks every place where the code differs from its paper, and `UNKNOWN` every number or
+rule that no paper gives: the choice is ours.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from dataclasses import dataclass, replace
-from math import comb, log, pi
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from math import ceil, log, pi
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-Pair = tuple[Tensor, Tensor]  # two results of one function; the pairs of (9) are something else
+# ##################################################################################################
+#
+#   PART I: COMMON GROUND
+#
+# ##################################################################################################
 
-# ==== 1. Config =================================================================================
-# After this section you know what can be turned: each field is also a flag of train_small.py.
+# ==== 1. Glossary ================================================================================
+#
+# A letter has one meaning in all shapes, which are written with capitals, as in (B, R). Behind it
+# stands the number that sets it, if there is one.
+#
+#   N  prompts of an update (`prompts`)         G  samples of each prompt (`samples`)
+#   B  rows of a batch, N * G for rollouts      P  length of the prompts, padded on the left
+#   R  length of the responses (`response`)     T  positions that a model reads, often P + R
+#   C  width of a hidden vector (`width`)       V  size of the vocabulary
+#   H  attention heads (`heads`)                L  positions that attention sees
+#   S  prefixes of a response: the empty one, one behind each written step, the whole
+#   K  continuations of a prefix (`continuations`)    J  judgements of a response (`judgements`)
+#
+# Small letters: c is the config, b a batch of rollouts, u the number of an update, x a problem and
+# y a response to it, k counts tokens, s prefixes. w and l are the winner and the loser of a pair.
+#
+# A word has one meaning too.
+#
+#   policy       the model that is trained
+#   reference    a frozen copy of the policy as it was at the start, to which the KL is measured
+#   rollout      a response that was sampled, with all that is known about it
+#   group        the responses to one prompt
+#   mask         a float tensor (B, R): 1.0 where a response token counts, 0.0 behind its end
+#   MASK         the token that stands for an open place of a diffusion LM; its id is `mask_id`
+#   canvas       the response of a diffusion LM while it is written: tokens and MASKs
+#   hidden       the vectors that a transformer computes, one for each position
+#   state        the record of all that a loop carries from one update to the next
+#   step         one written step of a response, such as `37+5=42;`
+#   update       one turn of a loop; it makes one or several optimizer steps
+#   round        several updates on the same samples, in the methods that learn from pairs
+#   pass         one call of a diffusion LM, which writes some tokens of its canvas
+#   verifier     the task's own grader;  truth: what it says
+#   signal       where a reward comes from: the verifier, a learned model, a judge
+#   reward       what a response or a token earns
+#   value        what a critic expects that is still to be earned, before a token
+#   return       what the critic should have expected: (13) mixes rewards and later values
+#   advantage    how much better than expected a token was; positive ones become likelier
+#   credit       how the reward of a response is spread over its tokens as advantages
+#   arm          one of several ways of a method, chosen by --arm
+#   facts        results of single operations;  habits: when the teacher guesses or forgets a carry
+#
+# Everything behind `response_part` is aligned with the response: entry k of a (B, R) tensor belongs
+# to response token k. The model has predicted this token one position earlier.
+
+
+# ==== 2. Numbers =================================================================================
+#
+# After this section you know what can be turned. The numbers of `Config` are flags of
+# train_small.py, and so are the sizes in `Architecture`. A method adds its own numbers in a
+# subclass of `Config` at the head of its section, and gives its own defaults there to the numbers
+# that all methods share.
+
+
 class UserError(Exception):
-    """A mistake that its maker can mend: the front door prints it as one line and exits with 2."""
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """write(temporary path), then rename: a kill leaves the old file or the new one."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two runs may share a cache
-        write(temporary)
-        os.replace(temporary, path)
-    if dist.is_initialized():
-        dist.barrier()  # who reads it now finds it
+    """An error that the user can fix. train_small.py prints it as one line and exits with 2."""
+
 
 @dataclass(frozen=True)
-class Config:
-    """All numbers of all loops. Presets: CONFIGS; laptop is the default."""
-    # the run
-    seed: int = 0  # every random number comes from a generator seeded by (seed, purpose, step)
-    threads: int = 2  # same seed, machine and threads: same bytes. One is better on busy cores
-    device: str = "auto"  # cuda, else cpu; mps if asked
-    save_every: int = 5  # updates between two saved states; a kill loses at most these
-    eval_every: int = 5  # updates between two looks at dev; more where that makes over 8 looks
-    eval_problems: int = 500  # held-out problems per evaluation; 500 give +-4 points at 95 %
-    # the task
-    task: str = "arithmetic"  # sudoku, gsm8k; min_ops to planted are arithmetic's
-    data: str = "gsm8k"  # folder of gsm8k's train.jsonl and test.jsonl
-    min_ops: int = 1  # operations in a chain; each is one written step
-    max_ops: int = 3
-    answers: int = 100  # different final answers; few: wrong steps often end in the right one
-    planted: str = "round"  # what the labeller of preferences falls for: none, round, long, refusal
-    response: int = 28  # R, tokens of room: 8 a step, 3 for #answer, 1 for EOS
-    # the model; defaults are the laptop GPT, 0.16 M parameters
-    model: str = ""  # a Hugging Face folder, in place of a base of our own: its sizes and ids hold
+class Architecture:
+    """The shape of a network and its special tokens. A model folder brings its own."""
+
+    # How many tokens there are, V.
     vocab: int = 32
-    width: int = 64  # D
-    layers: int = 3  # two learn the habits as fast but fewer facts
-    heads: int = 4  # H; with 2 x 32 the facts come 100 updates later
-    kv_heads: int = 4  # fewer than heads: grouped keys and values
+    # Width of the hidden vectors, C.
+    width: int = 64
+    # Two layers learn the habits of the teacher as fast, but fewer facts of arithmetic.
+    layers: int = 3
+    # Attention heads, H. With 2 heads of 32 the facts come 100 updates later.
+    heads: int = 4
+    # Fewer of these than heads: several heads share their keys and values.
+    kv_heads: int = 4
+    # Width of a head. It is even, because pairs are rotated.
     head_dim: int = 16
-    hidden: int = 192  # SwiGLU width
-    rope_theta: float = 10_000.0  # base of the rotary frequencies; RoFormer's value
-    rope_scaling: str = ""  # Llama 3's factor, low, high and old length: "8 1 4 8192"
-    norm_eps: float = 1e-5  # Llama's value
-    qkv_bias: bool = False  # Qwen2 has it
-    qk_norm: bool = False  # Qwen3 has it
-    tied: bool = False  # output matrix = embedding
-    causal: bool = True  # False: every position sees every other, a masked-diffusion LM
-    pad: int = 0  # four distinct ids; with pad = eos the model never learns to stop
-    bos: int = 1
-    eos: int = 2
-    mask: int = 3
-    # supervised training: the base models
-    demos: int = 20_000  # demonstrations, drawn once, each seen 2 to 3 times
-    base_updates: int = 400  # the facts arrive between 200 and 350
-    base_batch: int = 128  # 64 needs as many examples in all, so twice the updates
-    base_lr: float = 0.01  # AdamW, all but block matrices; 3e-3 and 0.03 know less after 450
-    muon_lr: float = 0.01  # Muon, block matrices; one seed of three never learned + and - at 0.02
-    base_warmup: int = 20  # updates; beside it linear decay to zero
-    micro: int = 64  # rows of one backward pass: memory and speed, never the result
-    recompute: bool = False  # activations, in the backward pass: less memory, a third slower
-    bf16: bool = False  # products of the layers; weights, norms, logits and losses stay float32
-    compile: bool = False  # the layers, by torch.compile
-    clip_grad: float = 1.0  # largest gradient norm
-    # the masked-diffusion LM: from the GPT's weights; blocks left to right, any order within one
-    diffusion_updates: int = 500
-    look_ahead: float = 0.7  # share of them until all ahead is seen; 0: at once, from scratch
-    diffusion_lr: float = 0.002  # AdamW; as fast as the GPT's, the facts are lost
-    diffusion_muon_lr: float = 0.006  # 0.003 and 0.01 know less after as many
-    t_min: float = 0.05  # smallest masking rate: the weight 1/t explodes below
-    block: int = 4  # places; blocks are written from left to right, each in block_steps passes
-    block_steps: int = 4  # passes a block; fewer: several tokens a pass, chosen independently
-    # rollouts
-    prompts: int = 64  # N, problems per update
-    samples: int = 8  # G, responses per problem; B = N * G
-    temperature: float = 1.0  # of sampling, and of log-probs in ratios; those of pairs have 1
-    # reinforcement learning
-    arm: str = "gae"  # gae, grpo or rloo: which credit and which loss
+    # Inner width of the SwiGLU layers.
+    mlp_width: int = 192
+    # Base of the rotary frequencies, the value of RoFormer.
+    rope_theta: float = 10_000.0
+    # Llama 3's stretched frequencies: factor, low, high, old length, as in "8 1 4 8192".
+    rope_scaling: str = ""
+    norm_eps: float = 1e-5
+    # qwen2 adds biases to queries, keys and values; qwen3 norms its queries and keys.
+    family: str = "llama"
+    # Whether the output matrix is the embedding matrix.
+    tied: bool = False
+    # True for a GPT. False: every position sees every other, which makes a masked-diffusion LM.
+    causal: bool = True
+    # The special tokens have four different ids. With PAD = EOS a model never learns to stop.
+    pad_id: int = 0
+    bos_id: int = 1
+    eos_id: int = 2
+    mask_id: int = 3
+    # Compute the layers in bfloat16. Weights, logits and losses stay in float32.
+    bf16: bool = False
+
+
+@dataclass(frozen=True)
+class Config(Architecture):
+    """What all methods share. The defaults are those of a laptop: 0.16 million parameters."""
+
+    # ---- the run
+    # Every random number comes from a generator seeded by (seed, purpose, index).
+    seed: int = 0
+    # The same seed, machine and threads give the same bytes. One thread is best on busy cores.
+    threads: int = 2
+    # auto takes cuda if there is one, else the cpu; mps has to be asked for.
+    device: str = "auto"
+    # Look at dev and save the state every so many updates, but about 8 times a run at most.
+    eval_every: int = 5
+    # Held-out problems of an evaluation. With 500 a 95 % interval is about +-4 points.
+    eval_problems: int = 500
+
+    # ---- the task
+    # What is learned: arithmetic, sudoku or gsm8k.
+    task: str = "arithmetic"
+    # The folder that holds train.jsonl and test.jsonl of gsm8k.
+    data: str = "gsm8k"
+    # Arithmetic: how many operations a problem has at least; each one is a written step.
+    min_ops: int = 1
+    # Arithmetic: and at most.
+    max_ops: int = 3
+    # Arithmetic: how many final answers there are. With few of them wrong steps are often lucky.
+    answers: int = 100
+    # Arithmetic: the weakness of the labeller of preference pairs, who then prefers answers that
+    # end in 0 (round), longer responses (long) or refusing (refusal); none has no weakness.
+    planted: str = "round"
+    # Room for a response, R: 8 tokens for each step, 3 for `#answer` and 1 for EOS.
+    response: int = 28
+
+    # ---- the base model, trained on demonstrations
+    # A Hugging Face folder to start from, in place of a base model of our own.
+    model: str = ""
+    # Demonstrations are drawn once; the base model sees each of them two or three times.
+    demos: int = 20_000
+    # The accuracy of single operations jumps between update 200 and 350.
+    base_updates: int = 400
+    # Rows of a supervised update. 64 rows need twice the updates.
+    base_batch: int = 128
+    # AdamW, for everything but the matrices of the blocks. With 0.003 and 0.03 fewer facts are
+    # learned.
+    base_lr: float = 0.01
+    # Muon, for the matrices of the blocks; 0 leaves all to AdamW. With 0.02 one seed of three never
+    # learned + and -.
+    muon_lr: float = 0.01
+    # Rows of one backward pass. It decides memory and speed and never the result.
+    micro: int = 64
+
+    # ---- the loop
+    # Problems of an update, N.
+    prompts: int = 64
+    # Responses to each problem, G.
+    samples: int = 8
+    # The temperature of sampling, and of the log-probs of what was sampled.
+    temperature: float = 1.0
+    # How many updates the loop has, or each of its rounds.
     updates: int = 40
-    lr: float = 5e-4  # AdamW, peak; 3e-3 forgets the facts within 10 updates
-    warmup: int = 5  # updates, beside a decay to 0; without it the first steps cost accuracy
-    adam_eps: float = 1e-5  # RLHF practice; 1e-8 makes the first steps larger
-    epochs: int = 1  # passes over a batch of rollouts
-    minibatch: int = 512  # rows of one optimizer step, of one call that samples traces
-    clip: float = 0.2  # ratio band of (14); PPO's value
-    value_clip: float = 0.2  # value band of (14); 0 = none
-    value_coef: float = 0.1  # c_v of (14)
-    gamma: float = 1.0  # (13); the answer is worth the same however long the response
-    lam: float = 0.95  # (13)
-    beta: float = 0.0  # weight of the KL to the reference; the verifier cannot be fooled
-    kl_target: float = 0.0  # nats a response; above 0 beta adapts to hold the KL there
-    kl_horizon: int = 10_000  # episodes; how slowly beta adapts
-    whiten_reward: bool = False  # scale token rewards to variance 1, keeping their mean
-    no_eos: float = -1.0  # reward of a response that never ends
-    # preference rounds
-    preference: str = "dpo_nll"  # dpo_nll (9) or sft_chosen: which loss the pairs are for
-    rounds: int = 4
-    round_updates: int = 30  # however many pairs a round has
-    round_prompts: int = 512  # problems a round, `samples` responses each
-    pairs_each: int = 2  # K, pairs of a problem that has right and wrong responses
-    pair_batch: int = 64
-    late_temperature: float = 1.0  # of the second half of the rounds; the paper: 0.8, later 1.3
-    restart: bool = False  # True: every round trains the first model again (ReST-EM)
-    dpo_lr: float = 4e-4  # 1e-3 overfits 700 pairs: 62 % where this has 90
-    dpo_beta: float = 0.1  # (9); the paper's
-    alpha: float = 5.0  # weight of the NLL in (9), 0: plain DPO; 3 ends at 86 % on dev, 5 at 90
-    # self-rewarding: rounds with own problems and own scores
-    own_rounds: int = 2  # M1 -> M2 -> M3
-    candidates: int = 4  # responses a problem
-    judgements: int = 3  # J, sampled for each response; their mean is its score
-    judge: str = "own"  # or frozen: M1 judges all rounds
-    seed_demos: int = 8_000  # what makes the base M1: solving, judging, posing
-    judging: float = 0.7  # share of them that judge (0: no EFT); with 0.8 M1 solves 37 %, not 45
-    posing: float = 0.07  # share of them that pose a problem
-    seed_updates: int = 300  # a right response outscores a wrong one in 80 %; 86 after 400
-    # a learned reward (Bradley-Terry) in place of the verifier
-    reward: str = "verifier"  # of ppo; or learned, or seq2seq: the rewriter below
-    pairs: int = 4_000  # preference pairs of its training; seq2seq: 50 % with 2000, 53 with 4000
-    reward_updates: int = 100
-    reward_lr: float = 1e-3
-    # seq2seq: a rewriting model in place of the verifier, from the same pairs
-    rewriter_updates: int = 150
-    top: int = 1  # UNKNOWN: which tokens agree; here the rewriter's n likeliest, 1: its argmax
-    least: float = 0.0  # UNKNOWN: or what it gives this probability; 0.1 pays for guesses: 15 %
-    c_pos: float = 0.1  # UNKNOWN: what a token before the first disagreement earns in (11)
-    c_neg: float = 0.1  # UNKNOWN: what a disagreement costs in (11)
-    per_token: bool = False  # UNKNOWN: (11) by the length; a refusal then pays as a solution does
-    rewriter_beta: float = 0.1  # beta of seq2seq; one seed of two drifted by 5 nats without
-    # refine: step labels by rollouts, then who says when, where and how
-    expert_prompts: int = 128  # the student learns its own right responses to these, for
-    expert_updates: int = 15  # so long: a third of its drafts stay wrong
-    expert_lr: float = 1e-3
-    drafts: int = 6_144  # problems, one draft each
-    continuations: int = 8  # K of (8)
-    labels_each: int = 256  # labelled drafts an update; more problems help, more of one do not
-    refine_updates: int = 150
-    threshold: float = 0.5  # the first step whose SORM probability is below is the error
-    # denoise: policy gradient for the diffusion LM, paid for what a stretch of denoising achieves
-    credit: str = "process"  # UNKNOWN: what the way earns; outcome: nothing. See CREDITS
-    branches: int = 4  # UNKNOWN: N, how many continuations V(x_t) in (6) averages
-    process_weight: float = 1.0  # UNKNOWN: what D weighs beside A in (7)
-    earliest: float = 0.0  # UNKNOWN: which state is probed; t is drawn between this share
-    latest: float = 1.0  # UNKNOWN: and this share of the steps, anew for each response
-    hide_prompt: float = 0.0  # a share. DEVIATION: no prompt token is hidden; (2) hides 15 %
-    mu: int = 2  # passes over a batch; with hidden prompt tokens each has its own estimate
-    denoise_prompts: int = 32
-    denoise_updates: int = 25
+    # The peak of AdamW's learning rate. 3e-3 forgets the facts within 10 updates.
+    lr: float = 5e-4
 
-CONFIGS: dict[str, dict[str, Any]] = {
-    "smoke": dict(threads=1, max_ops=1, answers=4, response=12, width=32, layers=1, heads=1,
-        kv_heads=1, head_dim=32, hidden=64, demos=1000, base_updates=150, base_batch=32,
-        diffusion_updates=40, prompts=8, samples=4, minibatch=16, epochs=2, updates=4, save_every=1,
-        eval_every=2, rounds=3, round_updates=2, round_prompts=8, pair_batch=16, seed_demos=200,
-        seed_updates=20, eval_problems=50, pairs=200, reward_updates=5, rewriter_updates=5,
-        expert_prompts=16, drafts=40, continuations=2, labels_each=16, refine_updates=4,
-        denoise_updates=4),
-    "laptop": {},
-    "sudoku": dict(task="sudoku", response=17, block=17, block_steps=17, t_min=0.4, look_ahead=0.0,
-        diffusion_lr=0.01, diffusion_muon_lr=0.02),  # t_min 0.05: 83 % where 0.4 has 97 to 99
-    "gpu": dict(max_ops=6, response=52, width=768, layers=12, heads=12, kv_heads=12, head_dim=64,
-        hidden=2048, demos=200_000, base_updates=2000, base_lr=1e-3, prompts=128, samples=16,
-        minibatch=1024, micro=512, lr=5e-5, updates=100, eval_problems=1000, bf16=True),
-    "hf": dict(task="gsm8k", response=384, bf16=True, prompts=32, micro=8, minibatch=64, lr=2e-6,
-        base_lr=1e-5, muon_lr=0.0, diffusion_lr=1e-4, diffusion_muon_lr=0.0, dpo_lr=1e-6, alpha=1.0,
-        expert_lr=1e-6, reward_lr=1e-5, base_batch=64, eval_problems=200, round_prompts=64,
-        drafts=512),  # the papers' rates; 512 rows of SmolLM2-135M have 11 GB of keys and values
-    "claims": dict(threads=1, eval_problems=300, prompts=32, updates=20, rounds=2, pairs=2000,
-        round_prompts=256, round_updates=20, rewriter_updates=100, reward_updates=60, drafts=1536,
-        labels_each=128, refine_updates=80, denoise_prompts=16, denoise_updates=12)}  # fmt: skip
+    def total_updates(self) -> int:
+        """How many updates the loop makes in all."""
+        return self.updates
 
-# ==== 2. Letters ================================================================================
-# B rollouts   N prompts, in (6) branches   G samples per prompt, B = N * G   P prompt length
-# R response length   T = P + R   V vocabulary   D width   H heads   S key positions, or prefixes
-# K continuations of a prefix, or pairs of a problem
-# Roles: policy (trained), reference (frozen copy it may not leave), scorer (learned reward). b
-# is a batch, c the config, u the update. A mask is 1.0 where a token counts. All that follows
-# `response_part` is response-aligned: (B, R), position k belongs to response token k.
+    def rules(self) -> list[tuple[bool, str]]:
+        """What the numbers have to keep to: (whether it holds, what to say if it does not)."""
+        return []
 
-# ==== 3. Tasks ==================================================================================
-# After this section you can write a task of your own: nothing below knows arithmetic.
+
+# ==== 3. Tasks ===================================================================================
+#
+# After this section you can write a task of your own; nothing below knows arithmetic. A task is one
+# file in data/ with a class that has the methods below, and two functions:
+#
+#   make(c, careful=False)   builds the task; `careful` gives the demonstrator that makes no errors
+#   rules(c)                 a list of (what must hold, what to say if it does not)
+#
+# A task needs only what its methods ask for:
+#
+#   every method      encode  decode  prompts  demo  grade  chance
+#   self_rewarding    also judge_prompt  judge_demo  problem  propose_demo
+#   seq2seq           also preferences  (and so does ppo --reward learned)
+#   refine            also steps  result  (and so does ppo --reward sorm)
+#
+# A task may have more, such as `split`, `answer`, `step_ok` and `rubric`; only notebooks/ call
+# them.
+
+
 class Task(Protocol):
-    """What loops, seed data and measurements ask of a task. What was sampled stays ids."""
-    tokenizer: Any  # tokenizers.Tokenizer; PAD, BOS, EOS, MASK, SEP and [BAD] are single ids
-    def encode(self, texts: list[str]) -> list[list[int]]: ...
-    def decode(self, ids: list[int]) -> str: ...  # with its EOS, nothing behind it, no PAD and BOS
-    def split(self, prompt: str) -> str: ...  # train, dev or test: a function of the problem
-    def prompts(self, n: int, generator: torch.Generator, split: str = "train") -> list[str]: ...
-    def demo(self, generator: torch.Generator) -> tuple[str, str]: ...  # prompt, response; mixed
-    def grade(self, prompt: str, response: str) -> float: ...  # true reward; malformed: 0.0
-    def answer(self, response: str) -> str | None: ...  # the final answer, canonical
-    def steps(self, response: list[int]) -> list[tuple[str, int]]: ...  # and their last positions
-    def result(self, step: str) -> str | None: ...  # what a step claims
-    def step_ok(self, prompt: str, steps: list[str]) -> list[bool]: ...  # truth, only to MEASURE
-    def chance(self) -> float: ...  # accuracy of the best constant answer
-    # (prompt, preferred, other) by a labeller with a planted weakness
-    def preferences(self, n: int, generator: torch.Generator) -> list[tuple[str, str, str]]: ...
-    def rubric(self, prompt: str, response: str) -> int: ...  # 0..5, by exact rules
-    def judge_prompt(self, prompt: list[int], response: list[int]) -> list[int]: ...
-    def judge_demo(self, generator: torch.Generator) -> tuple[str, str]: ...  # read, written
-    def problem(self, text: str) -> str | None: ...  # a proposal as a training problem, if it is
-    def propose_demo(self, generator: torch.Generator) -> tuple[str, str]: ...  # shown, a new one
-def left_pad(rows: list[list[int]], pad: int) -> Tensor:
-    """Token lists -> (B, P), PAD in front: every prompt ends where its response begins."""
-    P = max(map(len, rows))
-    return torch.tensor([[pad] * (P - len(row)) + row for row in rows])
-def right_pad(rows: list[list[int]], pad: int, R: int) -> Tensor:
-    """Token lists -> (B, R), PAD behind. A row longer than R is a UserError."""
-    if (longest := max(map(len, rows))) > R:
-        raise UserError(f"a response of {longest} tokens needs --response >= that; now {R}")
-    return torch.tensor([row + [pad] * (R - len(row)) for row in rows])
-def encode_prompts(task: Task, prompts: list[str], config: Config) -> Tensor:
-    """Texts -> (B, P): BOS, then the problem."""
-    return left_pad([[config.bos, *ids] for ids in task.encode(prompts)], config.pad)
-def encode_demos(task: Task, demos: list[tuple[str, str]], config: Config) -> list:
-    """(prompt, response) texts -> ids, BOS in front of the prompt."""
-    xs, ys = task.encode([x for x, _ in demos]), task.encode([y for _, y in demos])
-    return [([config.bos, *x], y) for x, y in zip(xs, ys, strict=True)]
-def reread(task: Task, x: list[int], y: list[int], c: Config, bad: int | None = None) -> list[int]:
-    """What a model reads that rewrites response y to prompt x, ids in and out: x SEP y SEP, without
-    PAD and EOS. bad: how many tokens of y stand before a [BAD] marker."""
-    mark, sep = task.encode(["<bad>", "<sep>"])
-    x, y = ([i for i in ids if i not in (c.pad, c.eos)] for ids in (x, y))
-    return x + sep + (y if bad is None else y[:bad] + mark + y[bad:]) + sep
+    """What the loops ask of a task.
 
-# ==== 4. Model ==================================================================================
-# After this section you have read all of a GPT (causal=True) and a masked-diffusion LM (False).
-def rope(position: Tensor, config: Config) -> Pair:
-    """Rotary angles, arXiv 2104.09864. (B, T) -> cos, sin, each (B, 1, T, head_dim / 2)."""
-    exponent = torch.arange(0, config.head_dim, 2, device=position.device) / config.head_dim
-    frequency = config.rope_theta**-exponent
-    if config.rope_scaling:  # what turns less than `low` times in `old` places turns slower
-        factor, low, high, old = map(float, config.rope_scaling.split())
-        keep = ((frequency * old / (2 * pi) - low) / (high - low)).clamp(0, 1)
-        frequency = frequency * (keep + (1 - keep) / factor)
+    Models read sampled responses as ids, because encoding their text again may give other ids.
+    """
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Texts -> ids, without BOS. `<eos>`, `<sep>` and `<bad>` are single marks."""
+
+    def decode(self, ids: list[int]) -> str:
+        """Ids -> text with its `<eos>` and nothing behind it. It takes every id below `vocab`."""
+
+    def prompts(self, n: int, generator: torch.Generator, split: str = "train") -> list[str]:
+        """n problems of the split train, dev or test. No problem belongs to two of them."""
+
+    def demo(self, generator: torch.Generator) -> tuple[str, str]:
+        """A problem and a response of mixed quality: what the base model learns from."""
+
+    def grade(self, prompt: str, response: str) -> float:
+        """The true reward, 0 to 1. Anything malformed gets 0; a bad prompt raises ValueError."""
+
+    def chance(self) -> float:
+        """The accuracy of the best constant answer."""
+
+    def steps(self, response: list[int]) -> list[tuple[str, int]]:
+        """The written steps of a response: their text and the position of their last token."""
+
+    def result(self, step: str) -> str | None:
+        """What a step claims, such as `42` for `37+5=42;`."""
+
+    def preferences(self, n: int, generator: torch.Generator) -> list[tuple[str, str, str]]:
+        """n of (problem, preferred, other) by a labeller with a planted weakness."""
+
+    def judge_prompt(self, prompt: list[int], response: list[int]) -> list[int]:
+        """What a judge reads, ids in and ids out."""
+
+    def judge_demo(self, generator: torch.Generator) -> tuple[str, str]:
+        """A judge's prompt and the judgement it should write."""
+
+    def problem(self, text: str) -> str | None:
+        """The text as a training problem, or None if it is none."""
+
+    def propose_demo(self, generator: torch.Generator) -> tuple[str, str]:
+        """A prompt that shows problems, and a new problem as the response."""
+
+
+# A demonstration as ids: prompt and response.
+Demo = tuple[list[int], list[int]]
+# What there is to log, by name.
+Metrics = dict[str, Any]
+
+
+def left_pad(rows: list[list[int]], pad_id: int) -> Tensor:
+    """Token lists -> (B, P) with PAD in front, so that all prompts end at the same place."""
+    P = max(len(row) for row in rows)
+    padded = []
+    for row in rows:
+        padded.append([pad_id] * (P - len(row)) + row)
+    return torch.tensor(padded)
+
+
+def right_pad(rows: list[list[int]], pad_id: int, R: int) -> Tensor:
+    """Token lists -> (B, R) with PAD behind. A longer row raises UserError."""
+    longest = max(len(row) for row in rows)
+    if longest > R:
+        raise UserError(f"a response of {longest} tokens needs --response >= that; now {R}")
+    padded = []
+    for row in rows:
+        padded.append(row + [pad_id] * (R - len(row)))
+    return torch.tensor(padded)
+
+
+def encode_prompts(task: Task, prompts: list[str], c: Architecture) -> Tensor:
+    """Texts -> (B, P): BOS, then the problem."""
+    rows = [[c.bos_id, *ids] for ids in task.encode(prompts)]
+    return left_pad(rows, c.pad_id)
+
+
+def encode_demos(task: Task, demos: list[tuple[str, str]], c: Architecture) -> list[Demo]:
+    """Texts of (prompt, response) -> ids, with BOS in front of the prompts."""
+    prompts = task.encode([prompt for prompt, _ in demos])
+    responses = task.encode([response for _, response in demos])
+    ids = []
+    for x, y in zip(prompts, responses, strict=True):
+        ids.append(([c.bos_id, *x], y))
+    return ids
+
+
+def without(ids: list[int], *unwanted: int) -> list[int]:
+    """The ids that are left when the unwanted ones are taken out."""
+    return [i for i in ids if i not in unwanted]
+
+
+def rewriter_prompt(
+    task: Task, prompt: list[int], response: list[int], c: Architecture, bad_at: int | None = None
+) -> list[int]:
+    """What a model reads that rewrites a response: `prompt <sep> response <sep>`, as ids.
+
+    PAD and EOS are left out. bad_at: put the mark `<bad>` behind so many tokens of the response.
+    """
+    mark, separator = task.encode(["<bad>", "<sep>"])
+    prompt = without(prompt, c.pad_id, c.eos_id)
+    response = without(response, c.pad_id, c.eos_id)
+    if bad_at is not None:
+        response = response[:bad_at] + mark + response[bad_at:]
+    return prompt + separator + response + separator
+
+
+# ==== 4. The GPT =================================================================================
+#
+# After this section you have read a whole Llama. The same class becomes the masked-diffusion LM of
+# Part III with one number: `future_weight`, how much a position sees of what comes after it.
+
+
+def rope(position: Tensor, c: Architecture) -> tuple[Tensor, Tensor]:
+    """Rotary angles, arXiv 2104.09864: (B, T) -> cos and sin, each (B, 1, T, head_dim / 2)."""
+    exponent = torch.arange(0, c.head_dim, 2, device=position.device) / c.head_dim
+    frequency = c.rope_theta**-exponent
+    if c.rope_scaling:
+        # Llama 3: a frequency with fewer than `low` turns in the old context becomes `factor` times
+        # slower, one with more than `high` turns stays, and those between are blended.
+        factor, low, high, old = (float(x) for x in c.rope_scaling.split())
+        turns = frequency * old / (2 * pi)
+        unscaled = ((turns - low) / (high - low)).clamp(0, 1)
+        frequency = frequency * (unscaled + (1 - unscaled) / factor)
     angle = position[:, None, :, None] * frequency
     return angle.cos(), angle.sin()
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs (i, i + head_dim / 2), Llama's layout. (B, H, T, head_dim) -> the same."""
+    """Rotate the pairs (i, i + head_dim / 2), as Llama lays them out. (B, H, T, head_dim)."""
     a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    turned_a = a * cos - b * sin
+    turned_b = b * cos + a * sin
+    return torch.cat([turned_a, turned_b], dim=-1)
+
+
 class Cache:
     """Keys and values of what was read so far: room for `length` positions of `rows` rows."""
-    def __init__(self, config: Config, rows: int, length: int, like: Tensor):
-        shape = (config.layers, 2, rows, config.kv_heads, length, config.head_dim)
-        dtype = torch.bfloat16 if config.bf16 else like.dtype
+
+    def __init__(self, c: Architecture, rows: int, length: int, like: Tensor):
+        shape = (c.layers, 2, rows, c.kv_heads, length, c.head_dim)
+        dtype = torch.bfloat16 if c.bf16 else like.dtype
         self.kv = torch.zeros(shape, dtype=dtype, device=like.device)
         self.real = torch.zeros(rows, length, dtype=torch.bool, device=like.device)
-        self.used: Any = 0  # as a tensor (1,): all shapes stay as they are, a CUDA graph can replay
-    def room(self, real: Tensor) -> tuple[Any, Tensor]:
-        """Where the next tokens go, real (B, T) of them; and which of all places seen are real."""
-        fixed = isinstance(self.used, Tensor)
-        at = self.used.clone() if fixed else slice(self.used, self.used + real.shape[1])
+        # How many positions are taken. A CUDA graph, see section 18, makes it a tensor (1,): it
+        # reads one token at a time, all shapes stay the same, and attention sees the whole room.
+        self.used: int | Tensor = 0
+
+    def reserve(self, real: Tensor) -> tuple[slice | Tensor, Tensor]:
+        """Make room for T more tokens; real (B, T) says which of them are not PAD.
+
+        Returns their positions in the cache, and (B, L): which cached tokens are not PAD.
+        """
+        if isinstance(self.used, Tensor):
+            at = self.used.clone()  # `used` itself is changed in place
+            visible = slice(None)
+        else:
+            at = slice(self.used, self.used + real.shape[1])
+            visible = slice(self.used + real.shape[1])
         self.used += real.shape[1]
         self.real[:, at] = real
-        return at, self.real if fixed else self.real[:, : self.used]
-    def keep(self, rows: Tensor) -> None:
-        """These rows go on, in this order: finished ones cost nothing any more."""
-        self.kv, self.real = self.kv[:, :, rows, :, :, :], self.real[rows]
+        return at, self.real[:, visible]
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with these rows only, in this order."""
+        self.kv = self.kv[:, :, rows]
+        self.real = self.real[rows]
+
+
 class Attention(nn.Module):
-    """Grouped-query attention with optional q/k/v bias (Qwen2) and q/k norm (Qwen3)."""
-    def __init__(self, c: Config):
+    """Attention whose heads may share keys and values (grouped-query attention)."""
+
+    def __init__(self, c: Architecture):
         super().__init__()
-        self.head_dim, self.grouped = c.head_dim, c.heads != c.kv_heads
-        self.q_proj = nn.Linear(c.width, c.heads * c.head_dim, bias=c.qkv_bias)
-        self.k_proj = nn.Linear(c.width, c.kv_heads * c.head_dim, bias=c.qkv_bias)
-        self.v_proj = nn.Linear(c.width, c.kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.head_dim = c.head_dim
+        self.grouped = c.heads != c.kv_heads
+        bias = c.family == "qwen2"
+        self.q_proj = nn.Linear(c.width, c.heads * c.head_dim, bias=bias)
+        self.k_proj = nn.Linear(c.width, c.kv_heads * c.head_dim, bias=bias)
+        self.v_proj = nn.Linear(c.width, c.kv_heads * c.head_dim, bias=bias)
         self.o_proj = nn.Linear(c.heads * c.head_dim, c.width, bias=False)
-        self.q_norm = nn.RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, kv: Any, at: Any):
-        B, T, _ = x.shape  # mask (B, 1, T, S); kv, at: this layer's cache, and where x goes in it
+        normed = c.family == "qwen3"
+        self.q_norm = nn.RMSNorm(c.head_dim, c.norm_eps) if normed else nn.Identity()
+        self.k_norm = nn.RMSNorm(c.head_dim, c.norm_eps) if normed else nn.Identity()
+
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        bias: Tensor,
+        kv: Tensor | None,
+        at: slice | Tensor,
+    ) -> Tensor:
+        """x (B, T, C) -> (B, T, C). bias (B, 1, T, L) is added to the scores; -inf hides a key.
+
+        kv: this layer's part of the cache, (2, B, kv_heads, length, head_dim); at: where x goes.
+        """
+        B, T, _ = x.shape
         shape = (B, T, -1, self.head_dim)
         q = self.q_norm(self.q_proj(x).view(shape)).transpose(1, 2)  # (B, H, T, head_dim)
         k = self.k_norm(self.k_proj(x).view(shape)).transpose(1, 2)
         v = self.v_proj(x).view(shape).transpose(1, 2)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if kv is not None:  # this layer's slice of the cache, (2, B, kv_heads, length, head_dim)
-            kv[0, :, :, at], kv[1, :, :, at] = k, v
-            k, v = kv[:, :, :, : mask.shape[-1]]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.grouped)
+        q = rotate(q, cos, sin)
+        k = rotate(k, cos, sin)
+        if kv is not None:
+            kv[0, :, :, at] = k
+            kv[1, :, :, at] = v
+            k, v = kv[:, :, :, : bias.shape[-1]]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=self.grouped)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
+
+
 class MLP(nn.Module):
-    """SwiGLU. arXiv 2002.05202."""
-    def __init__(self, c: Config):
+    """SwiGLU, arXiv 2002.05202."""
+
+    def __init__(self, c: Architecture):
         super().__init__()
-        self.gate_proj = nn.Linear(c.width, c.hidden, bias=False)
-        self.up_proj = nn.Linear(c.width, c.hidden, bias=False)
-        self.down_proj = nn.Linear(c.hidden, c.width, bias=False)
+        self.gate_proj = nn.Linear(c.width, c.mlp_width, bias=False)
+        self.up_proj = nn.Linear(c.width, c.mlp_width, bias=False)
+        self.down_proj = nn.Linear(c.mlp_width, c.width, bias=False)
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        """(..., C) -> (..., C)."""
+        gate = F.silu(self.gate_proj(x))
+        return self.down_proj(gate * self.up_proj(x))
+
+
 class Block(nn.Module):
-    """Pre-norm residual block."""
-    def __init__(self, c: Config):
+    """One layer: attention, then the MLP, each added to what it reads."""
+
+    def __init__(self, c: Architecture):
         super().__init__()
-        self.self_attn, self.mlp = Attention(c), MLP(c)
+        self.self_attn = Attention(c)
+        self.mlp = MLP(c)
         self.input_layernorm = nn.RMSNorm(c.width, c.norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(c.width, c.norm_eps)
+
     def forward(self, x: Tensor, *context: Any) -> Tensor:
+        """(B, T, C) -> (B, T, C); context: the other arguments of the attention."""
         x = x + self.self_attn(self.input_layernorm(x), *context)
         return x + self.mlp(self.post_attention_layernorm(x))
-# A Hugging Face config.json: field of Config -> key; families, what they add; Llama 3's rope
-HF_KEYS = dict(vocab="vocab_size", width="hidden_size", layers="num_hidden_layers",
-    heads="num_attention_heads", kv_heads="num_key_value_heads", head_dim="head_dim",
-    hidden="intermediate_size", rope_theta="rope_theta", norm_eps="rms_norm_eps",
-    tied="tie_word_embeddings", pad="pad_token_id", bos="bos_token_id", eos="eos_token_id",
-    mask="mask_token_id", causal="is_causal", qkv_bias="qkv_bias", qk_norm="qk_norm")  # fmt: skip
-HF_FAMILIES = {"llama": {}, "qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}
-LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-def read_hf(folder: Path) -> Config:
-    """config.json -> Config. What is not understood is a ValueError: else logits are wrong in
-    silence. mask = vocab: there is none. PAD is an id that no text has: it is never attended."""
-    only = {"model_type": HF_FAMILIES, "hidden_act": ["silu"], "pretraining_tp": [1],
-            "rope_type": ["default"], "layer_types": [{"full_attention"}], "mlp_bias": [False],
-            "attention_bias": [False], "use_sliding_window": [False], "rope_interleaved": [False]}
-    free = """architectures attention_dropout dtype initializer_range is_llama_config torch_dtype
-        max_position_embeddings max_window_layers sliding_window transformers_version use_cache
-        transformers.js_config unk_token_id _name_or_path _model_name_or_path""".split()  # no logit
-    about = json.loads((folder / "config.json").read_text())
-    about = {key: x for key, x in about.items() if x is not None}
-    about |= about.pop("rope_scaling", {}) | about.pop("rope_parameters", {})  # old, new spelling
-    about["layer_types"] = set(about.get("layer_types", ["full_attention"]))
-    scaled = about.get("rope_type") == "llama3" and about.pop("rope_type")
-    scaling = " ".join(f"{about.pop(key):g}" for key in LLAMA3) if scaled else ""
-    rest = {key: x for key, x in about.items() if key not in {*HF_KEYS.values(), *free}}
-    if odd := {key: x for key, x in rest.items() if x not in only.get(key, [])}:
-        raise ValueError(f"not understood: {odd}")
-    heads, eos = about["num_attention_heads"], about["eos_token_id"]
-    eos = eos[0] if isinstance(eos, list) else eos
-    usual = {"num_key_value_heads": heads, "head_dim": about["hidden_size"] // heads,
-             "rms_norm_eps": 1e-6, "mask_token_id": about["vocab_size"], "bos_token_id": eos,
-             "pad_token_id": eos}
-    about = usual | about | {"eos_token_id": eos}
-    if about["pad_token_id"] == eos:
-        words = folder / "tokenizer.json"
-        words = json.loads(words.read_text())["added_tokens"] if words.exists() else []
-        spare = {x["id"] for x in words if x["special"]} - {eos, about["bos_token_id"]}
-        about["pad_token_id"] = max(spare, default=about["vocab_size"] - 1)
-    given = {field: about[key] for field, key in HF_KEYS.items() if key in about}
-    return Config(**HF_FAMILIES[about["model_type"]] | given, rope_scaling=scaling)
+
 
 class Transformer(nn.Module):
-    """ids (B, T) -> logits (B, T, V). `hidden` gives the states (B, T, D) that heads read."""
-    def __init__(self, config: Config, generator: torch.Generator | None = None):
+    """ids (B, T) -> logits (B, T, V). `hidden` gives the vectors behind the last norm (B, T, C)."""
+
+    def __init__(self, c: Architecture, generator: torch.Generator | None = None):
         super().__init__()
-        self.config = c = config
-        self.ahead = 0.0 if c.causal else 1.0  # how much of what comes after it a position sees
+        self.config = c
+        self.future_weight = 0.0 if c.causal else 1.0
         self.embed_tokens = nn.Embedding(c.vocab, c.width)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.layers))
         self.norm = nn.RMSNorm(c.width, c.norm_eps)
         self.lm_head = nn.Linear(c.width, c.vocab, bias=False)
         if c.tied:
             self.lm_head.weight = self.embed_tokens.weight
+        self.set_weights(generator)
+
+    def set_weights(self, generator: torch.Generator | None) -> None:
+        """Random weights to start from. Every block adds nothing at first."""
         for name, p in self.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight", "bias")):
-                nn.init.zeros_(p)  # blocks start as the identity
-            elif p.dim() == 2:  # embeddings of 0.1 learned most of 0.02 .. 1
+                nn.init.zeros_(p)
+            elif p.dim() == 2:
+                # Of the standard deviations from 0.02 to 1, 0.1 learned fastest for the embeddings.
                 std = {"embed_tokens.weight": 0.1, "lm_head.weight": 0.02}.get(name)
                 nn.init.normal_(p, std=std or p.shape[1] ** -0.5, generator=generator)
+
     def hidden(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
-        """ids (B, T) -> (B, T, D). With a cache, ids continue what it holds."""
-        real = ids != self.config.pad
-        at, real = (slice(None), real) if cache is None else cache.room(real)  # (B, S)
-        position = (real.cumsum(1) - 1).clamp(min=0)[:, at]  # PAD in front does not count
+        """ids (B, T) -> (B, T, C). With a cache the ids continue what it holds."""
+        real = ids != self.config.pad_id
+        at: slice | Tensor = slice(None)
+        if cache is not None:
+            at, real = cache.reserve(real)  # (B, L)
+        # PAD in front of a prompt does not count as a position.
+        position = (real.cumsum(1) - 1).clamp(min=0)[:, at]
         key = torch.arange(real.shape[1], device=ids.device)
         query = key[at, None]  # (T, 1)
-        mask = real[:, None, None, :]  # (B, 1, 1, S); PAD is never attended
-        if self.ahead == 0:
-            mask = mask & (key <= query)  # the one line that makes it a GPT
-        mask = (mask | (key == query)).log()  # 0 or -inf; PAD sees itself, else a softmax is NaN
-        if 0 < self.ahead < 1:  # on the way from a GPT to a diffusion LM
-            mask = mask + (key > query) * log(self.ahead)
-        x, (cos, sin) = self.embed_tokens(ids), rope(position, self.config)
-        again = self.config.recompute and torch.is_grad_enabled()
+
+        visible = real[:, None, None, :]  # (B, 1, 1, L): nobody sees PAD
+        if self.future_weight == 0:
+            visible = visible & (key <= query)  # the one line that makes it a GPT
+        # PAD sees itself, because the softmax of nothing at all would be NaN. The logarithm turns
+        # True and False into what is added to the scores: log 1 = 0 and log 0 = -inf.
+        bias = (visible | (key == query)).log()
+        if 0 < self.future_weight < 1:
+            bias = bias + (key > query) * log(self.future_weight)
+
+        x = self.embed_tokens(ids)
+        cos, sin = rope(position, self.config)
         with torch.autocast(ids.device.type, torch.bfloat16, self.config.bf16):
             for i, layer in enumerate(self.layers):
-                args = (x, cos, sin, mask, None if cache is None else cache.kv[i], at)
-                x = checkpoint(layer, *args, use_reentrant=False) if again else layer(*args)
+                kv = None if cache is None else cache.kv[i]
+                x = layer(x, cos, sin, bias, kv, at)
         return self.norm(x)
+
     def forward(self, ids: Tensor) -> Tensor:
+        """ids (B, T) -> logits (B, T, V)."""
         return self.lm_head(self.hidden(ids))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.lm_head.weight.device
+
     def save(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors, as Hugging Face names them."""
-        folder, c = Path(folder), self.config
-        family = "qwen3" if c.qk_norm else "qwen2" if c.qkv_bias else "llama"
-        about = {"model_type": family, "architectures": [family.capitalize() + "ForCausalLM"]}
-        about |= {key: getattr(c, field) for field, key in HF_KEYS.items()} | {"dtype": "float32"}
-        if c.rope_scaling:
-            scaling = zip(LLAMA3, map(float, c.rope_scaling.split()), strict=True)
-            about["rope_scaling"] = {"rope_type": "llama3", **dict(scaling)}
-        weights = {"model." * (k != "lm_head.weight") + k: x.contiguous()
-                   for k, x in self.state_dict().items() if not (c.tied and k == "lm_head.weight")}
-        write_whole(folder / "config.json", lambda p: p.write_text(json.dumps(about, indent=1)))
-        write_whole(folder / "model.safetensors", lambda p: save_file(weights, p))
+        """Write config.json and model.safetensors, named as Hugging Face names them."""
+        from data import folders
+
+        names = [f.name for f in fields(Architecture)]
+        about = {name: vars(self.config)[name] for name in names}
+        folders.write_folder(Path(folder), about, self.state_dict(), write_whole)
+
     @classmethod
     def load(cls, folder: str | Path) -> Transformer:
-        """A Llama, SmolLM2, Qwen2, Qwen2.5 or Qwen3 folder, or what `save` wrote, in fp32. Raises
-        UserError on what is missing, damaged or not understood, before memory is spent."""
-        folder, index = Path(folder), Path(folder) / "model.safetensors.index.json"
+        """Read a Llama, SmolLM2, Qwen2, Qwen2.5 or Qwen3 folder, or what `save` wrote, in float32.
+
+        Raises UserError on what is missing, damaged or not understood, and on a wrong name or size
+        before memory is spent.
+        """
+        from data import folders
+
+        folder = Path(folder)
         try:
+            c = Architecture(**folders.read_architecture(folder))
+            # On the device "meta" tensors have shapes and no content: names and sizes are compared
+            # before anything large is read.
             with torch.device("meta"):
-                model = cls(read_hf(folder))
-            names = json.loads(index.read_text())["weight_map"].values() if index.exists() else ()
-            files = [safe_open(folder / x, "pt") for x in sorted({*names}) or ["model.safetensors"]]
-            where = {key.removeprefix("model."): (f, key) for f in files for key in f.offset_keys()}
-            if model.config.tied:
-                where["lm_head.weight"] = where["embed_tokens.weight"]
-            shapes = {name: f.get_slice(key).get_shape() for name, (f, key) in where.items()}
-            model.load_state_dict({k: torch.empty(x, device="meta") for k, x in shapes.items()})
-            weights = {name: f.get_tensor(key).float() for name, (f, key) in where.items()}
-            model.load_state_dict(weights, assign=True)
+                model = cls(c)
+            weights = folders.Weights(folder, c.tied)
+            shapes = {k: torch.empty(x, device="meta") for k, x in weights.shapes.items()}
+            model.load_state_dict(shapes)
+            model.load_state_dict(weights.read(), assign=True)
         except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{folder} is no model folder to read: {error!r:.200}") from error
-        if model.config.tied:
+        if c.tied:
             model.lm_head.weight = model.embed_tokens.weight
         return model
+
+
 class Head(nn.Module):
-    """A scalar per position: (..., D) -> (...). std=0 for values, 1/sqrt(D+1) for reward models."""
-    def __init__(self, config: Config, std: float = 0.0, generator: torch.Generator | None = None):
+    """A number for each hidden vector: (..., C) -> (...).
+
+    A critic starts with zeros (std 0), a reward model with a std of 1 / sqrt(C + 1).
+    """
+
+    def __init__(self, c: Architecture, std: float = 0.0, generator: torch.Generator | None = None):
         super().__init__()
-        self.linear = nn.Linear(config.width, 1)
+        self.linear = nn.Linear(c.width, 1)
         nn.init.zeros_(self.linear.bias)
         nn.init.normal_(self.linear.weight, std=std, generator=generator)
+
     def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> (...)."""
         return self.linear(x)[..., 0]
+
+
 def frozen_copy(model: Transformer) -> Transformer:
-    """The reference: same weights now, no gradient ever."""
+    """The same weights now, and never a gradient."""
     return deepcopy(model).requires_grad_(False)
 
-# ==== 5. Kernel =================================================================================
-# Shift, mask, EOS, sign: after this section you can trust every tensor below.
-def rng(seed: int, purpose: str, step: int = 0) -> torch.Generator:
-    """A CPU generator for one purpose at one step: nothing to save, so a resume is bit-exact."""
-    digest = hashlib.blake2b(f"{seed}/{purpose}/{step}".encode(), digest_size=8).digest()
+
+# ==== 5. Sampling and log-probs ==================================================================
+#
+# Shift, mask, EOS, temperature: after this section you can trust every tensor below. Most silent
+# errors of this field are made here.
+
+
+def rng(seed: int, purpose: str, index: int = 0) -> torch.Generator:
+    """A generator for one purpose, such as the samples of update 7.
+
+    No generator lives longer than its purpose, so that there is none to save: a run that was
+    stopped goes on with the same random numbers.
+    """
+    name = f"{seed}/{purpose}/{index}"
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
-def own(x: Tensor) -> Tensor:
-    """The rows that this process works on: under torchrun all hold one batch and share the work."""
-    return x[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else x
-def over_ranks(x: Tensor) -> Tensor:
-    """The sum over all processes, in place: so every count, mean and moment is global."""
-    if dist.is_initialized():
-        dist.all_reduce(x)
-    return x
+
+
 @dataclass
 class Rollout:
-    """What was sampled, and what a loop learns of it. rollout[rows] selects rows of everything."""
-    prompt: Tensor  # (B, P) left-padded
-    response: Tensor  # (B, R) tokens incl. EOS, then PAD
-    mask: Tensor  # (B, R) 1.0 = counts: up to and including the first EOS
-    order: Tensor  # (B, R) step at which a token was fixed; -1 = given, or never written
-    group: Tensor  # (B,) prompt index
-    logp: Tensor | None = None  # (B, R) under the policy that sampled
-    ref_logp: Tensor | None = None  # (B, R)
-    value: Tensor | None = None  # (B, R)
-    adv: Tensor | None = None  # (B, R)
-    ret: Tensor | None = None  # (B, R)
-    hidden: Tensor | None = None  # (B, P) what a diffusion LM's likelihood may not see
-    def __getitem__(self, rows: Tensor) -> Rollout:
-        # columns of PAD alone change nothing and cost time; a diffusion LM's canvas has none
-        R = int(((self.mask > 0) | (self.order >= 0))[rows].any(0).nonzero().max()) + 1
-        return Rollout(**{k: x[rows] if k in ("prompt", "group", "hidden") else x[rows, :R]
-                          for k, x in vars(self).items() if x is not None})
-def up_to_eos(response: Tensor, config: Config) -> Tensor:
-    """(B, R) ids -> (B, R) mask of the tokens up to and including the first EOS."""
-    eos = response == config.eos
-    before = (eos.cumsum(1) - eos.long()) == 0
-    return (before & (response != config.pad)).float()
-def response_part(x: Tensor, P: int) -> Tensor:
-    """(B, T, ...) -> (B, R, ...). THE shift, and the only one: position t - 1 predicts token t."""
-    return x[:, P - 1 : -1]
-def log_softmax(logits: Tensor, temperature: float, config: Config) -> Tensor:
-    """Log-probs of what may be produced: PAD and MASK never, in sampler, scorer and loss alike."""
-    never = torch.zeros(config.mask + logits.shape[-1], device=logits.device)  # mask may be V: none
-    never[[config.pad, config.mask]] = -torch.inf
-    return (logits / temperature + never[: logits.shape[-1]]).log_softmax(-1)
-def predictive_states(model: Transformer, prompt: Tensor, response: Tensor) -> Tensor:
-    """(B, P), (B, R) -> (B, R, D): what predicts each response token; both models are shifted."""
-    return response_part(model.hidden(torch.cat([prompt, response], dim=1)), prompt.shape[1])
-def gather_logprobs(model: Transformer, states: Tensor, response: Tensor,
-                    temperature: float) -> Tensor:
-    """Hidden states (B, R, D) -> log-probs of the response tokens (B, R); 0 where PAD."""
-    logp = log_softmax(model.lm_head(states), temperature, model.config)
-    logp = logp.gather(-1, response[..., None])[..., 0]
-    return logp.masked_fill(response == model.config.pad, 0.0)  # not -inf: 0 * inf is NaN
-def token_logprobs(model: Transformer, prompt: Tensor, response: Tensor,
-                   temperature: float) -> Tensor:
-    """log pi(y_k | x, y_<k), (B, R), at the sampler's temperature: else no ratio starts at 1."""
-    return gather_logprobs(model, predictive_states(model, prompt, response), response, temperature)
-def hide(b: Rollout, c: Config, generator: torch.Generator) -> Tensor:
-    """Which prompt tokens one estimate may not see, (B, P): a random share, not PAD or BOS."""
-    hidden = torch.rand(b.prompt.shape, generator=generator).to(b.prompt.device) < c.hide_prompt
-    return hidden & (b.prompt != c.pad) & (b.prompt != c.bos)
-def likelihood(model: Transformer, b: Rollout, c: Config) -> Pair:
-    """log pi of each response token (B, R), and the states (B, R, D) that it is read from. For a
-    diffusion LM the mean field of arXiv 2504.12216, one pass over a canvas of MASKs: biased."""
-    prompt, response = b.prompt, b.response
-    if not model.config.causal:
-        prompt, response = prompt.masked_fill(b.hidden, c.mask), torch.full_like(response, c.mask)
-    states = predictive_states(model, prompt, response)
-    return gather_logprobs(model, states, b.response, c.temperature), states
-def draw(logits: Tensor, uniform: Tensor, config: Config) -> Tensor:
-    """Inverse CDF: logits (..., V), one uniform number each (...) -> token (...). T = 0: greedy."""
-    if config.temperature == 0:
-        return log_softmax(logits, 1.0, config).argmax(-1)
-    cdf = log_softmax(logits, config.temperature, config).to(uniform.dtype).exp().cumsum(-1)
-    return (cdf <= uniform[..., None] * cdf[..., -1:]).sum(-1)  # probability 0 has no width
+    """Responses that were sampled, and what a loop finds out about them."""
 
-def write_forward(model: Transformer, prompt: Tensor, canvas: Tensor, config: Config,
-                  uniform: Tensor) -> Pair:
-    """GPT: left to right behind what each canvas (B, R) holds -> canvas, order, each (B, R)."""
-    R = canvas.shape[1]
-    given, order = canvas != config.pad, torch.full_like(canvas, -1)
-    # prompt and prefix move right together, so that all rows write their next token at once
-    context = torch.cat([prompt, canvas], dim=1)
-    context = context.gather(1, (context != config.pad).int().argsort(dim=1, stable=True))
-    context = context[:, (context != config.pad).any(0)]
-    rows = (~((canvas == config.eos) | given[:, -1:]).any(1)).nonzero()[:, 0]  # not ended: go on
-    if len(rows) == 0:
-        return canvas, order
-    place, live = given.sum(1)[rows], torch.ones_like(rows, dtype=torch.bool)
-    # equal prompts and prefixes are read once, then each row gets its own keys and values
-    seen, which = context[rows].unique(dim=0, return_inverse=True)
-    cache = Cache(model.config, len(seen), context.shape[1] + R, model.lm_head.weight)
-    states = model.hidden(seen, cache)[which, -1]
-    cache.keep(which)
-    for k in range(R):
-        token = draw(model.lm_head(states), uniform[rows, place], config)
-        canvas[rows[live], place[live]] = token[live]
-        order[rows[live], place[live]] = k
-        live = live & (token != config.eos) & (place + 1 < R)
-        if not live.any():
-            break
-        place = (place + 1).clamp(max=R - 1)
-        if prompt.is_cuda and k == 0:  # [gpu] from here on all shapes stay as they are
-            cache.used = torch.tensor([cache.used], device=prompt.device)  # [gpu]
-        elif prompt.is_cuda:  # [gpu] one step is captured, then replayed on the same tensors
-            if k == 1:  # [gpu]
-                graph, last = torch.cuda.CUDAGraph(), token.clone()  # [gpu]
-                with torch.cuda.graph(graph):  # [gpu]
-                    states = model.hidden(last[:, None], cache)[:, -1]  # [gpu]
-            last.copy_(token)  # [gpu]
-            graph.replay()  # [gpu]
-            continue  # [gpu]
-        elif live.float().mean() < 0.9:  # finished rows leave, once copying the cache pays
-            rows, place, token = rows[live], place[live], token[live]
-            cache.keep(live)
-            live = live[live]
-        states = model.hidden(token[:, None], cache)[:, -1]
-    return canvas, order
-def open_places(block: int, steps: int) -> list[int]:
-    """Places of a block open before each of its steps, and at the end: 10, 4 -> 10, 7, 4, 2, 0."""
-    return [block - i * (block // steps) - min(i, block % steps) for i in range(steps + 1)]
-def unmask(model: Transformer, prompt: Tensor, canvas: Tensor, c: Config, uniform: Tensor) -> Pair:
-    """Diffusion LM: blocks from left to right, in each the surest places first (LLaDA, arXiv
-    2502.09992). canvas (B, R), MASK = open -> canvas, order, each (B, R).
-    A half-open block goes on at its rung of `open_places`: the steps left share what is open."""
-    R, b, n = canvas.shape[1], uniform.shape[2], c.block_steps
-    ladder = torch.tensor(open_places(b, n), device=prompt.device)
-    order = torch.full_like(canvas, -1)
-    while (rows := (canvas == c.mask).any(1).nonzero()).numel():  # (B', 1): full rows leave
-        y = canvas[rows[:, 0]]
-        first = (y == c.mask).int().argmax(1, keepdim=True)  # (B', 1)
-        place = (first // b * b).clamp(max=R - b) + torch.arange(b, device=y.device)  # (B', b)
-        is_open = y.gather(1, place) == c.mask
-        m = is_open.sum(1, keepdim=True)  # (B', 1), how many of its places are open
-        below = ladder < m  # (B', n + 1), the rungs that are left
-        now = first // b * n + n - below.sum(1, keepdim=True)  # n a block before, and rungs passed
-        # equal rows are read once: at first all samples of a prompt are
-        seen, which = torch.cat([prompt[rows[:, 0]], y], 1).unique(dim=0, return_inverse=True)
-        states = response_part(model.hidden(seen), prompt.shape[1])[which[:, None], place]
-        logits = model.lm_head(states)  # (B', b, V)
-        token = draw(logits, uniform[rows[:, 0], now[:, 0]], c)
-        # sure = the untempered probability of what was drawn, not of a perturbed logit
-        sure = log_softmax(logits, 1.0, c).gather(-1, token[..., None])[..., 0]
-        rank = sure.masked_fill(~is_open, -torch.inf).argsort(dim=1, descending=True, stable=True)
-        chosen = rank.argsort(1) < m - (ladder * below).amax(1, keepdim=True)  # to the next rung
-        canvas[rows, place] = torch.where(chosen, token, canvas[rows, place])
-        order[rows, place] = torch.where(chosen, now, order[rows, place])
-    return canvas, order
+    prompt: Tensor  # (B, P) left-padded
+    response: Tensor  # (B, R) tokens including EOS, then PAD; for a diffusion LM its canvas
+    mask: Tensor  # (B, R) 1.0 for tokens that count: up to and including the first EOS
+    order: Tensor  # (B, R) when a token was written: 0, 1, ...; -1 if it was given or never was
+    group: Tensor  # (B,) which prompt it answers
+    logp: Tensor | None = None  # (B, R) log-probs under the policy that sampled it
+    ref_logp: Tensor | None = None  # (B, R) log-probs under the reference
+    value: Tensor | None = None  # (B, R) what the critic expects before each token
+    adv: Tensor | None = None  # (B, R) advantages
+    ret: Tensor | None = None  # (B, R) returns, which the critic learns
+
+    def select(self, rows: Tensor) -> Rollout:
+        """These rows, without the columns at the end in which none of them has a token."""
+        used = ((self.mask > 0) | (self.order >= 0))[rows].any(0)
+        R = int(used.nonzero().max()) + 1
+        found = {}
+        for name, x in vars(self).items():
+            if x is not None:
+                found[name] = x[rows] if name in ("prompt", "group") else x[rows, :R]
+        return Rollout(**found)
+
+
+def up_to_eos(response: Tensor, c: Architecture) -> Tensor:
+    """The mask of a response (B, R): tokens up to and including the first EOS count.
+
+    So EOS is trained like any other token, and the reward can stand on it.
+    """
+    eos = response == c.eos_id
+    before = (eos.cumsum(1) - eos.long()) == 0
+    return (before & (response != c.pad_id)).float()
+
+
+def response_part(x: Tensor, P: int) -> Tensor:
+    """(B, T, ...) -> (B, R, ...). THE shift of whole responses: position t - 1 predicts token t."""
+    return x[:, P - 1 : -1]
+
+
+def log_softmax(logits: Tensor, temperature: float, c: Architecture) -> Tensor:
+    """Log-probs of the tokens that may be written. PAD and MASK have -inf, here and everywhere."""
+    V = logits.shape[-1]
+    # A folder without a MASK token has mask_id = V, one behind the vocabulary.
+    never = torch.zeros(max(c.mask_id + 1, V), device=logits.device)
+    never[[c.pad_id, c.mask_id]] = -torch.inf
+    return (logits / temperature + never[:V]).log_softmax(-1)
+
+
+def predictive_hidden(model: Transformer, prompt: Tensor, response: Tensor) -> Tensor:
+    """(B, P), (B, R) -> (B, R, C): the vectors that predict the response tokens.
+
+    The diffusion LM keeps the GPT's shift: its vector at t - 1 predicts token t too.
+    """
+    both = torch.cat([prompt, response], dim=1)
+    return response_part(model.hidden(both), prompt.shape[1])
+
+
+def gather_logprobs(
+    model: Transformer, hidden: Tensor, response: Tensor, temperature: float
+) -> Tensor:
+    """Hidden vectors (B, R, C) -> log-probs of the response tokens (B, R), 0 where there is PAD."""
+    logp = log_softmax(model.lm_head(hidden), temperature, model.config)
+    logp = logp.gather(-1, response[..., None])[..., 0]
+    # Not -inf: a masked sum would multiply it with 0, and 0 * inf is NaN.
+    return logp.masked_fill(response == model.config.pad_id, 0.0)
+
+
+def token_logprobs(
+    model: Transformer, prompt: Tensor, response: Tensor, temperature: float
+) -> Tensor:
+    """log pi(y_k | x, y_<k) for every response token, (B, R).
+
+    Responses that were sampled at a temperature need it here too. Otherwise these would be
+    log-probs of another distribution than the one that was sampled, and so would be ratio, entropy
+    and KL.
+    """
+    hidden = predictive_hidden(model, prompt, response)
+    return gather_logprobs(model, hidden, response, temperature)
+
+
+def draw(logits: Tensor, uniform: Tensor, c: Config) -> Tensor:
+    """Tokens by inverse transform sampling; temperature 0 is greedy.
+
+    logits (..., V) and one uniform number each (...) -> token (...): the first one whose cumulative
+    probability exceeds the number. A token of probability 0 owns an empty interval and is never
+    drawn.
+    """
+    if c.temperature == 0:
+        return log_softmax(logits, 1.0, c).argmax(-1)
+    logp = log_softmax(logits, c.temperature, c)
+    cdf = logp.to(uniform.dtype).exp().cumsum(-1)
+    return (cdf <= uniform[..., None] * cdf[..., -1:]).sum(-1)
+
 
 @torch.no_grad()
-def sample(model: Transformer, prompt: Tensor, config: Config, start: Tensor | None = None,
-           group: Tensor | None = None, generator: torch.Generator | None = None) -> Rollout:
-    """Write a response to each row of prompt (B, P), or fill the PAD and MASK of `start` (B, R).
-    Uniform numbers are drawn first: no row's sample depends on another's. T = 0 is greedy."""
-    writer, hole = (write_forward, config.pad) if model.config.causal else (unmask, config.mask)
-    start = prompt.new_full((len(prompt), config.response), hole) if start is None else start
-    start = start.masked_fill((start == config.pad) | (start == config.mask), hole)
-    R, b = start.shape[1], min(config.block, start.shape[1])
-    numbers = (R,) if model.config.causal else (-(-R // b) * config.block_steps, b)
-    uniform = torch.rand(len(start), *numbers, dtype=torch.float64, generator=generator)
-    uniform = (uniform.float() * (1 - 1e-6) if prompt.is_mps else uniform).to(prompt.device)
-    written = start.new_zeros(len(start), 2, R)
-    own(written)[:] = torch.stack(writer(model, own(prompt), own(start), config, own(uniform)), 1)
-    canvas, order = over_ranks(written).unbind(1)
-    group = torch.arange(len(prompt), device=prompt.device) if group is None else group
-    return Rollout(prompt, canvas, up_to_eos(canvas, config), order, group)
-def state_at(response: Tensor, order: Tensor, step: Tensor, config: Config) -> Tensor:
-    """The canvas (B, R) before `step` (B,): what was fixed then or later is MASK again."""
-    return response.masked_fill(order >= step[:, None], config.mask)
-def k1(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """Log-ratio = policy - reference, on the policy's samples. E[k1] = KL(policy, reference).
-    Can be negative. As a loss its expected gradient is zero, unlike k3's: use it in the reward."""
-    return logp - ref_logp
-def k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """exp(-k1) - 1 + k1: the same expectation as k1, never negative. As a loss its gradient pulls
-    towards the reference, but is that of KL(reference, policy), not of KL(policy, reference)."""
-    return (ref_logp - logp).exp() - 1 - (ref_logp - logp)
+def sample(
+    model: Transformer,
+    prompt: Tensor,
+    c: Config,
+    start: Tensor | None = None,
+    group: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Rollout:
+    """Write a response to each row of prompt (B, P), or go on with `start` (B, R).
 
-def gae(reward: Tensor, value: Tensor, mask: Tensor, gamma: float, lam: float) -> Pair:
-    """(13) generalized advantage estimation, arXiv 1506.02438. All (B, R) -> advantage, return.
-    delta_k = r_k + gamma V_{k+1} - V_k, with V = 0 behind the last counted token
-    A_k     = delta_k + gamma lam A_{k+1};   R_k = A_k + V_k, before any whitening"""
-    value = value * mask
-    adv, later, next_value = [], torch.zeros_like(value[:, 0]), torch.zeros_like(value[:, 0])
-    for k in reversed(range(value.shape[1])):
-        delta = reward[:, k] + gamma * next_value - value[:, k]
-        later = (delta + gamma * lam * later) * mask[:, k]
-        next_value = value[:, k]
-        adv.append(later)
-    adv = torch.stack(adv[::-1], dim=1)
-    return adv, adv + value
-def whiten(x: Tensor, mask: Tensor, shift: bool = True) -> Tensor:
-    """Variance 1 over counted tokens, mean 0 too with shift. (B, R) -> (B, R), 0 off the mask.
-    Population variance (divide by n), as in the original RLHF code; several libraries use n - 1."""
-    n = mask.sum()
-    mean = (x * mask).sum() / n
-    variance = ((x - mean) ** 2 * mask).sum() / n
-    white = (x - mean) * (variance + 1e-8).rsqrt()
-    return (white if shift else white + mean) * mask
+    In `start` PAD and MASK are open places; a GPT goes on behind what is given. All random numbers
+    are drawn first, so that no row's response depends on the other rows. Temperature 0 is greedy.
+    """
+    causal = model.config.causal
+    hole = c.pad_id if causal else c.mask_id
+    if start is None:
+        start = prompt.new_full((len(prompt), c.response), hole)
+    is_open = (start == c.pad_id) | (start == c.mask_id)
+    start = start.masked_fill(is_open, hole)
+
+    B, R = start.shape
+    if causal:
+        shape = (B, R)  # one number for each token
+    else:  # c is a DenoiseConfig
+        block = min(c.block, R)
+        shape = (B, ceil(R / block) * c.block_passes, block)  # one for each place in each pass
+    uniform = torch.rand(shape, dtype=torch.float64, generator=generator)
+    if prompt.is_mps:  # Apple's GPUs have no float64, and rounding must not reach 1
+        uniform = uniform.float() * (1 - 1e-6)
+    uniform = uniform.to(prompt.device)
+
+    # Several processes share the rows, see section 17; a single one has all of them.
+    write = write_forward if causal else unmask
+    written = start.new_zeros(B, 2, R)
+    canvas, order = write(model, own_rows(prompt), own_rows(start), c, own_rows(uniform))
+    own_rows(written)[:] = torch.stack([canvas, order], dim=1)
+    canvas, order = over_ranks(written).unbind(1)
+    if group is None:
+        group = torch.arange(B, device=prompt.device)
+    return Rollout(prompt, canvas, up_to_eos(canvas, c), order, group)
+
+
+def write_forward(
+    model: Transformer, prompt: Tensor, canvas: Tensor, c: Config, uniform: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The GPT writes from left to right behind what each canvas (B, R) already holds.
+
+    Returns the canvas and the order in which it was written, each (B, R).
+    """
+    R = canvas.shape[1]
+    given = canvas != c.pad_id
+    order = torch.full_like(canvas, -1)
+    # A stable sort moves PAD to the front of each row. Prompt and given tokens then end at the same
+    # place in all rows, so that all of them write their next token at once.
+    context = torch.cat([prompt, canvas], dim=1)
+    context = context.gather(1, (context != c.pad_id).int().argsort(dim=1, stable=True))
+    context = context[:, (context != c.pad_id).any(0)]
+
+    ended = (canvas == c.eos_id).any(1)
+    full = given[:, -1]
+    rows = (~(ended | full)).nonzero()[:, 0]
+    if len(rows) == 0:
+        return canvas, order
+    place = given.sum(1)[rows]  # where each row writes next
+    writing = torch.ones_like(rows, dtype=torch.bool)
+
+    # Rows with the same context are read once; then each gets its own copy of keys and values.
+    unique, which = context[rows].unique(dim=0, return_inverse=True)
+    cache = Cache(model.config, len(unique), context.shape[1] + R, model.lm_head.weight)
+    hidden = model.hidden(unique, cache)[which, -1]
+    cache.select(which)
+    replay = CudaGraph(model, cache) if prompt.is_cuda else None
+
+    for k in range(R):
+        token = draw(model.lm_head(hidden), uniform[rows, place], c)
+        canvas[rows[writing], place[writing]] = token[writing]
+        order[rows[writing], place[writing]] = k
+        writing = writing & (token != c.eos_id) & (place + 1 < R)
+        if not writing.any():
+            break
+        place = (place + 1).clamp(max=R - 1)
+        if replay is not None:
+            hidden = replay(token)
+            continue
+        if writing.float().mean() < 0.9:
+            # When a tenth of the rows has ended, leaving them out saves more than copying the cache
+            # costs.
+            rows = rows[writing]
+            place = place[writing]
+            token = token[writing]
+            cache.select(writing)
+            writing = torch.ones_like(rows, dtype=torch.bool)
+        hidden = model.hidden(token[:, None], cache)[:, -1]
+    return canvas, order
+
+
+# ==== 6. Training ================================================================================
+#
+# After this section nothing between a loss and a changed weight is unknown.
+
+# The learning rate of PPO and DPO rises for so many updates; without it the first ones cost
+# accuracy.
+WARMUP = 5
+# The same where a model is trained by `fit`.
+FIT_WARMUP = 20
+# The largest norm of a gradient; longer ones are shortened to it.
+CLIP_GRAD = 1.0
+# Usual in RLHF; with the smaller 1e-8 the first updates are larger.
+ADAM_EPS = 1e-5
+
+# What an optimizer step is given: row indices -> the loss of these rows, and numbers to log. Both
+# are divided by a count of the WHOLE optimizer step, so that its parts simply add up.
+Loss = Callable[[Tensor], tuple[Tensor, Metrics]]
+# Supervised data: number of the update -> row indices, and their loss.
+Batches = Callable[[int], tuple[Tensor, Loss]]
+
+
+def nll_loss(logp: Tensor, mask: Tensor, denom: Tensor | int) -> Tensor:
+    """Maximum likelihood: logp and mask (B, R) -> scalar. Prompt tokens never enter."""
+    return -(logp * mask).sum() / denom
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024): a matrix moves by lr sqrt(max(1, rows / cols)) times a rotation.
+
+    It is the rotation nearest to the momentum: the product of the two orthogonal matrices of its
+    singular value decomposition. All matrices of one shape are computed together in float32;
+    torch.optim.Muon uses bfloat16, which takes ten times as long on a CPU.
+    """
+
+    def __init__(self, params: list[nn.Parameter], lr: float, momentum: float = 0.95):
+        shapes = dict.fromkeys(p.shape for p in params)
+        groups = [{"params": [p for p in params if p.shape == shape]} for shape in shapes]
+        super().__init__(groups, {"lr": lr, "peak_lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Change the weights by their gradients."""
+        for group in self.param_groups:
+            params = group["params"]
+            grad = torch.stack([p.grad for p in params])  # (n, rows, cols)
+            smooth = self.state[params[0]].setdefault("smooth", torch.zeros_like(grad))
+            smooth.lerp_(grad, 1 - group["momentum"])
+            x = grad.lerp(smooth, group["momentum"])  # Nesterov: look one update ahead
+            tall = x.shape[1] > x.shape[2]
+            x = x.mT if tall else x  # the shorter side makes the cheaper x x'
+            x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+            # z <- 3.4445 z - 4.7750 z^3 + 2.0315 z^5 brings every singular value z near 1.
+            for _ in range(5):
+                gram = x @ x.mT
+                x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+            longer = max(1.0, grad.shape[1] / grad.shape[2])
+            scale = group["lr"] * longer**0.5
+            for p, change in zip(params, x.mT if tall else x, strict=True):
+                p.sub_(scale * change)
+
+
+def optimizers(
+    modules: list[nn.Module], lr: float, muon_lr: float = 0.0
+) -> list[torch.optim.Optimizer]:
+    """AdamW for everything; with a muon_lr, Muon for the matrices of the blocks."""
+    named = [pair for module in modules for pair in module.named_parameters()]
+    blocks = []
+    rest = []
+    for name, p in named:
+        if muon_lr > 0 and "layers." in name and p.dim() == 2:
+            blocks.append(p)
+        else:
+            rest.append(p)
+    adamw = torch.optim.AdamW(
+        [{"params": rest, "peak_lr": lr}],
+        lr,
+        betas=(0.9, 0.95),
+        eps=ADAM_EPS,
+        weight_decay=0.0,
+        fused=rest[0].is_cuda or None,
+    )
+    return [Muon(blocks, muon_lr), adamw] if blocks else [adamw]
+
+
+def schedule(update: int, updates: int, warmup: int) -> float:
+    """The share of the peak learning rate: a linear rise times a linear decay to zero.
+
+    The decay already runs during the rise, so the rate stays a little below its peak.
+    """
+    return min(1.0, (update + 1) / warmup) * (1 - update / updates)
+
+
+def optimizer_step(
+    optimizers: list[torch.optim.Optimizer],
+    loss: Loss,
+    rows: Tensor,
+    c: Config,
+    lr_share: float = 1.0,
+) -> Metrics:
+    """One optimizer step over `rows`, in parts of `micro` rows -> what there is to log.
+
+    loss(part) is already divided by a count of all rows. So the parts add up to the loss of the
+    whole, whatever `micro` is; a mean of the parts' own means would be another loss.
+    lr_share: the share of the peak learning rate, see `schedule`.
+    """
+    if dist.is_initialized() and len(rows) < dist.get_world_size():
+        raise UserError(f"an optimizer step over {len(rows)} rows is too small for all processes")
+    metrics: Metrics = {}
+    for part in own_rows(rows).split(c.micro):
+        part_loss, part_metrics = loss(part)
+        part_loss.backward()
+        for name, x in {"loss": part_loss.detach(), **part_metrics}.items():
+            metrics[name] = metrics.get(name, 0.0) + x
+
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    params = [p for group in groups for p in group["params"]]
+    for p in params:
+        # Over processes a SUM, not a mean: the loss is divided by the count of all of them.
+        p.grad = over_ranks(torch.zeros_like(p) if p.grad is None else p.grad)
+    norm = nn.utils.clip_grad_norm_(params, CLIP_GRAD)
+    if not norm.isfinite():  # one such step would make every weight NaN
+        raise UserError("training diverged: the gradient is not finite; lower the learning rate")
+
+    for group in groups:
+        group["lr"] = group["peak_lr"] * lr_share
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    found = {}
+    for name, x in metrics.items():
+        found[name] = float(over_ranks(torch.as_tensor(x)))
+    found["grad_norm"] = float(norm)
+    found["lr"] = groups[-1]["lr"]
+    return found
+
+
+@dataclass
+class Fit:
+    """What supervised training carries from one update to the next."""
+
+    modules: list[nn.Module]
+    optimizers: list[torch.optim.Optimizer]
+    update: int = 0
+
+
+def fit(
+    state: Fit, batches: Batches, updates: int, c: Config, warmup: int = FIT_WARMUP
+) -> Iterator[Metrics]:
+    """Supervised training: yields what there is to log after every update."""
+    while state.update < updates:
+        rows, loss = batches(state.update)
+        lr_share = schedule(state.update, updates, warmup)
+        metrics = optimizer_step(state.optimizers, loss, rows, c, lr_share)
+        state.update += 1
+        yield metrics
+
+
+class Demos:
+    """Demonstrations as padded tensors, and the rows of each update."""
+
+    def __init__(self, demos: list[Demo], c: Config, device: torch.device):
+        self.prompt = left_pad([prompt for prompt, _ in demos], c.pad_id).to(device)
+        responses = [response for _, response in demos]
+        self.response = right_pad(responses, c.pad_id, c.response).to(device)
+        # Lengths stay on the CPU, as the row indices do.
+        self.prompt_length = (self.prompt != c.pad_id).sum(1).cpu()
+        self.response_length = (self.response != c.pad_id).sum(1).cpu()
+
+    def rows(self, n: int, seed: int, update: int) -> Tensor:
+        """n random rows (n,), sorted by length so that parts of them hold little PAD."""
+        rows = torch.randint(len(self.prompt), (n,), generator=rng(seed, "batch", update))
+        length = self.prompt_length + self.response_length
+        return rows[length[rows].argsort(stable=True)]
+
+    def next_token_loss(self, model: Transformer, rows: Tensor, denom: int) -> Tensor:
+        """The negative log-likelihood of these responses, divided by `denom` tokens."""
+        P = int(self.prompt_length[rows].max())  # no column of PAD alone
+        R = int(self.response_length[rows].max())
+        response = self.response[rows, :R]
+        logp = token_logprobs(model, self.prompt[rows, -P:], response, temperature=1.0)
+        return nll_loss(logp, response != model.config.pad_id, denom)
+
+
+def gpt_batches(
+    model: Transformer, demos: list[Demo], c: Config, size: int | None = None
+) -> Batches:
+    """Batches of demonstrations for `fit`; `size` rows each, by default c.base_batch."""
+    data = Demos(demos, c, model.device)
+
+    def draw_batch(update: int) -> tuple[Tensor, Loss]:
+        rows = data.rows(size or c.base_batch, c.seed, update)
+        denom = int(data.response_length[rows].sum())
+
+        def loss(part: Tensor) -> tuple[Tensor, Metrics]:
+            return data.next_token_loss(model, part, denom), {}
+
+        return rows, loss
+
+    return draw_batch
+
+
+def task_demos(task: Task, c: Config) -> list[Demo]:
+    """The demonstrations that the base models learn from, as ids."""
+    generator = rng(c.seed, "demonstrations")
+    return encode_demos(task, [task.demo(generator) for _ in range(c.demos)], c)
+
+
+# How the models that a method needs are trained before its loop. `train_now` shows the arguments.
+# train_small.py passes another trainer, which draws a bar and keeps the result in a cache: only for
+# that one are `name` and `reads`, the numbers of the method's own that the data depend on.
+Trainer = Callable[..., None]
+
+
+def train_now(
+    name: str,
+    modules: list[nn.Module],
+    make_batches: Callable[[], Batches],
+    updates: int,
+    c: Config,
+    lr: float,
+    muon_lr: float = 0.0,
+    warmup: int = FIT_WARMUP,
+    reads: str = "",
+) -> None:
+    """Train the modules from beginning to end. The data are made when they are needed."""
+    state = Fit(modules, optimizers(modules, lr, muon_lr))
+    for _ in fit(state, make_batches(), updates, c, warmup):
+        pass
+
+
+def on_device(model: Transformer, c: Config) -> Transformer:
+    """The model where and how the config wants it computed."""
+    device = pick_device(c.device)
+    # Older cards have no bfloat16.
+    bf16 = c.bf16 and (device == "cpu" or torch.cuda.is_bf16_supported())
+    model.config = replace(model.config, bf16=bf16)
+    return model.to(device)
+
+
+def gpt_base(task: Task, c: Config, train: Trainer = train_now) -> Transformer:
+    """The base model: a folder's, or a GPT trained on the task's demonstrations."""
+    if c.model:
+        return on_device(Transformer.load(c.model), c)
+    model = on_device(Transformer(c, rng(c.seed, "init")), c)
+
+    def make_batches() -> Batches:
+        return gpt_batches(model, task_demos(task, c), c)
+
+    train("gpt", [model], make_batches, c.base_updates, c, c.base_lr, c.muon_lr)
+    return model
+
+
+# ==== 7. Rewards, advantages, evaluation =========================================================
+#
+# After this section "the reward" is a tensor (B, R), whoever gave it, and the numbers in the tables
+# have a definition.
+
+
+# What a response earns that never ends.
+NO_EOS = -1.0
+
+
+def in_groups(
+    task: Task, texts: list[str], c: Config, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """Problems, each of them G times: prompt (B, P) and group (B,)."""
+    group = torch.arange(len(texts)).repeat_interleave(c.samples)
+    prompt = encode_prompts(task, texts, c)[group]
+    return prompt.to(device), group.to(device)
+
+
+def grades(task: Task, b: Rollout) -> Tensor:
+    """The true reward of each response, (B,): what the task's own grader says."""
+    scores = []
+    for prompt, response in zip(b.prompt.tolist(), b.response.tolist(), strict=True):
+        scores.append(task.grade(task.decode(prompt), task.decode(response)))
+    return torch.tensor(scores, device=b.prompt.device)
+
+
+def at_end(score: Tensor, b: Rollout, c: Architecture) -> Tensor:
+    """Scores (B,) -> rewards (B, R): on the last token that COUNTS, not on the PAD behind it.
+
+    A response that never ends earns NO_EOS in place of its score.
+    """
+    ended = (b.response == c.eos_id).any(1)
+    last = b.mask.sum(1).long() - 1
+    reward = torch.zeros_like(b.mask)
+    score = torch.where(ended, score, NO_EOS)
+    return reward.scatter(1, last[:, None], score[:, None])
+
+
 def group_advantage(reward: Tensor, group: Tensor, kind: str) -> Tensor:
-    """Reward (B,) against the other samples of the same prompt, group (B,) -> (B,).
-    mean: r - mean.   grpo (15): over (unbiased std + 1e-4).   rloo (16): r - mean of the others.
-    Equal rewards in a group give exactly zero; so does a group of one."""
-    def total(x: Tensor) -> Tensor:  # sum over the own group, (B,)
-        return x.new_zeros(int(group.max()) + 1).index_add(0, group, x)[group]
+    """The reward (B,) compared with the other samples of the same prompt, group (B,) -> (B,).
+
+    mean: r - mean.   grpo (15): (r - mean) / (unbiased std + 1e-4).   rloo (16): r - mean of the
+    others. A group with equal rewards gets exactly zero, and so does a group of one: differences
+    below 1e-6 are taken for rounding.
+    """
+
+    def total(x: Tensor) -> Tensor:
+        """The sum over each row's own group, (B,)."""
+        sums = x.new_zeros(int(group.max()) + 1)
+        return sums.index_add(0, group, x)[group]
+
     count = total(torch.ones_like(reward))
     adv = reward - total(reward) / count
-    adv = adv.masked_fill(adv.abs() < 1e-6, 0.0)  # rounding is no reward
+    adv = adv.masked_fill(adv.abs() < 1e-6, 0.0)
     if kind == "grpo":
         std = (total(adv**2) / (count - 1).clamp(min=1)).sqrt()
         adv = adv / (std + 1e-4)
@@ -691,811 +1134,2441 @@ def group_advantage(reward: Tensor, group: Tensor, kind: str) -> Tensor:
         adv = adv * count / (count - 1).clamp(min=1)
     return adv
 
-# ==== 6. Losses =================================================================================
-# Pure functions of tensors. `denom` counts the WHOLE optimizer step: a mean of micro-batch means is
-# another loss. After this every loop reads as signal -> credit -> loss.
-def nll_loss(logp: Tensor, mask: Tensor, denom: Tensor | int) -> Tensor:
-    """Maximum likelihood: logp, mask (B, R) -> scalar; prompt tokens never enter."""
-    return -(logp * mask).sum() / denom
-def ppo_loss(logp: Tensor, old_logp: Tensor, adv: Tensor, mask: Tensor, denom: Tensor,
-             clip: float) -> Tensor:
-    """(14) clipped surrogate, arXiv 1707.06347. logp, old_logp, adv, mask (B, R) -> scalar."""
-    # 1/denom sum_k min( rho_k A_k, clip(rho_k, 1-e, 1+e) A_k )
+
+def whiten(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean 0 and variance 1 over the tokens that count. (B, R) -> (B, R), 0 off the mask.
+
+    The variance is divided by n, as in the original RLHF code; several libraries take n - 1.
+    """
+    n = mask.sum()
+    mean = (x * mask).sum() / n
+    variance = ((x - mean) ** 2 * mask).sum() / n
+    return (x - mean) * (variance + 1e-8).rsqrt() * mask
+
+
+def k1(logp: Tensor, ref_logp: Tensor) -> Tensor:
+    """The log-ratio, policy minus reference, on the policy's own samples.
+
+    Its mean is KL(policy, reference); single ones may be negative. As a loss it does not work: the
+    expected gradient is zero. It belongs in the reward.
+    """
+    return logp - ref_logp
+
+
+def k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
+    """exp(-k1) - 1 + k1: the same mean as k1, and never negative.
+
+    As a loss it pulls towards the reference, by the gradient of KL(reference, policy) and not of
+    KL(policy, reference).
+    """
+    return (ref_logp - logp).exp() - 1 - (ref_logp - logp)
+
+
+def rollout_metrics(b: Rollout, reward: Tensor, truth: Tensor, c: Config) -> Metrics:
+    """What to watch of a batch of rollouts: means over its responses or tokens."""
+    score = reward.sum(1)
+    low, high = score.view(-1, c.samples).aminmax(dim=1)
+    return {
+        "reward": float(score.mean()),
+        "truth": float(truth.mean()),
+        # The mean of -log p of the sampled tokens estimates the entropy.
+        "entropy": float(-(b.logp * b.mask).sum() / b.mask.sum()),
+        "length": float(b.mask.sum(1).mean()),
+        "ended": float((b.response == c.eos_id).any(1).float().mean()),
+        # Groups with equal rewards. If all are, an arm that compares within groups learns nothing.
+        "flat_groups": float((high == low).float().mean()),
+    }
+
+
+def respond(
+    model: Transformer,
+    task: Task,
+    prompts: list[str],
+    c: Config,
+    generator: torch.Generator | None = None,
+) -> list[str]:
+    """One response to each prompt, as text. c.temperature 0 is greedy."""
+    prompt = encode_prompts(task, prompts, c).to(model.device)
+    response = sample(model, prompt, c, generator=generator).response
+    return [task.decode(ids) for ids in response.tolist()]
+
+
+def accuracy(
+    model: Transformer, task: Task, prompts: list[str], c: Config, temperature: float = 0.0
+) -> float:
+    """The mean true reward of one response to each prompt."""
+    c = replace(c, temperature=temperature)
+    texts = respond(model, task, prompts, c, rng(c.seed, "evaluate"))
+    right = [task.grade(x, y) for x, y in zip(prompts, texts, strict=True)]
+    return sum(right) / len(right)
+
+
+# ==== 8. What a method is ========================================================================
+#
+# Every loop below is a generator. It keeps all that lives from one update to the next in a
+# dataclass, its state, and yields what there is to log after every update. Logging, saving and
+# progress bars belong to train_small.py, which has one driver for all loops.
+
+
+@dataclass(kw_only=True)
+class State:
+    """What every loop carries from one update to the next; a method adds what it needs."""
+
+    policy: Transformer
+    optimizers: list[torch.optim.Optimizer]
+    # How many responses to problems were drawn so far.
+    samples: int = 0
+    update: int = 0
+
+
+def answer_by_policy(
+    state: State, task: Task, prompts: list[str], c: Config, generator: torch.Generator
+) -> list[str]:
+    """What a trained method answers: the policy's own responses."""
+    return respond(state.policy, task, prompts, c, generator)
+
+
+def nothing_inside(state: State, task: Task, b: Rollout, c: Config) -> list[Metrics]:
+    """For a method whose reward says nothing about the inside of a response."""
+    return [{} for _ in b.response]
+
+
+def no_models(base: Transformer, task: Task, c: Config, train: Trainer) -> dict[str, nn.Module]:
+    """For a reward that needs no model of its own."""
+    return {}
+
+
+@dataclass(frozen=True)
+class Method:
+    """What train_small.py has to know of a method. METHODS has one entry for each."""
+
+    # Its numbers: a subclass of Config with its own defaults.
+    config: type[Config]
+    # (policy, c) -> its fresh state.
+    start: Callable
+    # (state, task, c) -> the loop, which yields Metrics.
+    loop: Callable
+    # (base, task, c, train) -> the model that the loop starts from, if it is not the base model.
+    starts_from: Callable | None = None
+    # (base, task, c, train) -> the models that its reward asks, by name.
+    reward_models: Callable = no_models
+    # (state, task, prompts, c, generator) -> what the trained method answers, as texts.
+    answer: Callable = answer_by_policy
+    # (state, task, b, c) -> what the reward says about the inside of each response, or for denoise
+    # of a new response to the same problem.
+    explain: Callable = nothing_inside
+    # Numbers that are names: the names that there are.
+    choices: dict[str, Any] = field(default_factory=dict)
+    # Numbers that are read only if another one has a certain value, as {"lam": "arm gae"}.
+    only_with: dict[str, str] = field(default_factory=dict)
+    # What a task must have for it, beside what every method needs.
+    needs: str = ""
+    # Parts of the state that `answer` needs, beside the policy.
+    answer_parts: tuple[str, ...] = ()
+
+
+METHODS: dict[str, Method] = {}
+
+
+# ##################################################################################################
+#
+#   PART II: METHODS ON THE GPT
+#
+# ##################################################################################################
+
+# ==== 9. ppo =====================================================================================
+#
+# Sample responses, score them, spread the credit over their tokens, make what was better than
+# expected likelier. The three arms differ in the credit and in the loss:
+#
+#   arm    what a token is compared with       where the KL to the reference stands
+#   gae    what a critic expected (13)         in the reward of each token (12)
+#   grpo   the mean of its group (15)          in the loss
+#   rloo   the mean of the others (16)         in the reward of the response
+
+
+@dataclass(frozen=True)
+class PolicyGradientConfig(Config):
+    """The numbers that ppo and seq2seq share: they differ in the signal."""
+
+    # How credit is given: gae, grpo or rloo.
+    arm: str = "gae"
+    # How often an update goes through its rollouts.
+    epochs: int = 1
+    # Rollouts of one optimizer step.
+    minibatch: int = 512
+    # A ratio earns nothing more outside of 1 +- clip, and a value more than clip away from its old
+    # one neither. As in PPO.
+    clip: float = 0.2
+    # The weight of the value loss in (14).
+    value_coef: float = 0.1
+    # The lambda of (13): 1 waits for the end, 0 trusts the critic.
+    lam: float = 0.95
+    # The weight of the KL to the reference. A verifier cannot be fooled, so it needs none.
+    beta: float = 0.0
+    # How many examples a learned reward is trained on: preference pairs, or drafts for the SORM.
+    reward_data: int = 4_000
+    # Updates of this training.
+    reward_updates: int = 100
+
+    def rules(self) -> list[tuple[bool, str]]:
+        """An arm without a critic compares the samples of a prompt with each other."""
+        enough = self.samples > 1 or PPO_ARMS[self.arm].critic
+        return [(enough, f"--arm {self.arm} compares samples of one prompt: --samples 2 or more")]
+
+
+@dataclass(frozen=True)
+class PPOConfig(PolicyGradientConfig):
+    """The numbers of ppo."""
+
+    # Who gives the reward: verifier, learned (a preference model), sorm (a judge of steps) or
+    # shaped (the judge of steps on the way, the verifier at the end).
+    reward: str = "verifier"
+    # Continuations of each prefix, K, by which the SORM's steps are labelled.
+    continuations: int = 8
+
+
+def gae(
+    reward: Tensor, value: Tensor, mask: Tensor, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    """(13) generalized advantage estimation, arXiv 1506.02438. All (B, R) -> advantage, return.
+
+    delta_k  = reward_k + gamma value_{k+1} - value_k, where value is 0 behind the mask
+    adv_k    = delta_k + gamma lam adv_{k+1}
+    return_k = adv_k + value_k, before any whitening
+    """
+    value = value * mask
+    adv = []
+    next_adv = torch.zeros_like(value[:, 0])
+    next_value = torch.zeros_like(value[:, 0])
+    for k in reversed(range(value.shape[1])):
+        delta = reward[:, k] + gamma * next_value - value[:, k]
+        next_adv = (delta + gamma * lam * next_adv) * mask[:, k]
+        next_value = value[:, k]
+        adv.append(next_adv)
+    adv = torch.stack(adv[::-1], dim=1)
+    return adv, adv + value
+
+
+def ppo_loss(
+    logp: Tensor, old_logp: Tensor, adv: Tensor, mask: Tensor, denom: Tensor, clip: float
+) -> Tensor:
+    """(14) the clipped surrogate, arXiv 1707.06347. All (B, R) -> scalar.
+
+    denom: how many tokens count in the whole optimizer step, so that every token weighs the same.
+    """
+    # -1/denom sum over all tokens of min( ratio adv, clamp(ratio, 1 - clip, 1 + clip) adv )
+    # ratio = pi(y_k) / pi_old(y_k)
     ratio = (logp - old_logp).exp()
     clipped = ratio.clamp(1 - clip, 1 + clip)
-    objective = torch.minimum(ratio * adv, clipped * adv)  # the min only ever lowers the promise
+    # The minimum is a pessimistic bound: a ratio beyond the band earns nothing more.
+    objective = torch.minimum(ratio * adv, clipped * adv)
     return -(objective * mask).sum() / denom
-def value_loss(value: Tensor, old_value: Tensor, ret: Tensor, mask: Tensor, denom: Tensor,
-               clip: float | None) -> Tensor:
-    """(14) value part with its 1/2, without c_v. All (B, R) -> scalar. clip=None: plain squares."""
-    # 1/2 1/denom sum_k max( (V - R)^2, (clip(V, V_old-e, V_old+e) - R)^2 )
+
+
+def value_loss(
+    value: Tensor, old_value: Tensor, ret: Tensor, mask: Tensor, denom: Tensor, clip: float | None
+) -> Tensor:
+    """(14) the critic's part with its 1/2, without its weight. All (B, R) -> scalar.
+
+    clip None gives plain squares.
+    """
+    # 1/2 1/denom sum over all tokens of max( (value - return)^2, (near - return)^2 )
+    # near = the value, but at most `clip` away from its old one
     error = (value - ret) ** 2
     if clip is not None:
         near = old_value + (value - old_value).clamp(-clip, clip)
-        error = torch.maximum(error, (near - ret) ** 2)  # max, not min: pessimistic
+        error = torch.maximum(error, (near - ret) ** 2)  # pessimistic again: the larger error
     return 0.5 * (error * mask).sum() / denom
-def dpo_loss(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, len_w: Tensor,
-             beta: float, alpha: float) -> Pair:
-    """(9) iterative reasoning preference optimization, arXiv 2404.19733v3. alpha=0 is plain DPO.
-    All (B,) -> scalar, margin (B,). Log-probs are SUMS over tokens; only the NLL is divided by its
-    own length, and alpha multiplies the NLL (version 1 had it on the other term)."""
-    # log sigma( beta [ (logp_w - ref_w) - (logp_l - ref_l) ] ) + alpha logp_w / |y_w|
-    margin = (logp_w - ref_w) - (logp_l - ref_l)
-    objective = (F.logsigmoid(beta * margin) + alpha * logp_w / len_w).mean()
-    return -objective, margin.detach()
-def rate_masks(like: Tensor, generator: torch.Generator, t_min: float) -> Pair:
-    """What (1) hides of like (B, R), each row at its rate t -> hidden (B, R), 1/t (B, 1)."""
-    B, device = len(like), like.device
-    # stratified, a row in each B-th part of [t_min, 1]; in random order, as rows may be sorted
-    t = (torch.randperm(B, generator=generator) + torch.rand(B, generator=generator)) / B
-    t = t_min + (1 - t_min) * t[:, None]
-    return (torch.rand(like.shape, generator=generator) < t).to(device), (1 / t).to(device)
-def masked_nll(model: Transformer, prompt: Tensor, response: Tensor, hidden: Tensor,
-               weight: Tensor) -> Tensor:
-    """The integrand of (1): weight * sum over hidden tokens of -log p(y_k | x, rest) -> (B,)."""
-    states = predictive_states(model, prompt, response.masked_fill(hidden, model.config.mask))
-    logp = gather_logprobs(model, states, response, temperature=1.0)
-    return -(logp * hidden * weight).sum(1)
-def diffusion_loss(model: Transformer, prompt: Tensor, response: Tensor, generator: torch.Generator,
-                   rows: Tensor | slice = slice(None)) -> Tensor:
-    """(1) masked diffusion, arXiv 2502.09992: (B, P), (B, R) -> scalar, nats a place.
-    The prompt is never hidden. PAD behind the end becomes EOS and is learned: so the model stops.
-    rows: a micro-batch; what is hidden is drawn for all B, so the parts sum up to the whole."""
-    # E_t E_hidden [ 1/t sum_k 1[hidden] log p(y_k | x, the rest) ] / R: by R, not by the hidden
-    c = model.config
-    response = response.masked_fill(response == c.pad, c.eos)
-    hidden, weight = rate_masks(response, generator, c.t_min)
-    nll = masked_nll(model, prompt[rows], response[rows], hidden[rows], weight[rows])
-    return nll.sum() / response.numel()
-def preference_loss(score_w: Tensor, score_l: Tensor) -> Tensor:
-    """Bradley-Terry: scores (B,) of preferred and other -> scalar -log sigma(s_w - s_l)."""
-    return -F.logsigmoid(score_w - score_l).mean()
-def binary_loss(score: Tensor, label: Tensor, mask: Tensor, denom: Tensor | int) -> Tensor:
-    """Cross-entropy of sigmoid(score) against labels 0 or 1; all (...) -> scalar."""
-    # 1/denom sum [ y log sigma(s) + (1 - y) log sigma(-s) ]
-    objective = label * F.logsigmoid(score) + (1 - label) * F.logsigmoid(-score)
-    return -(objective * mask).sum() / denom
 
-# ==== 7. Training ===============================================================================
-# After this section nothing between a loss and a changed weight is unknown.
-Loss = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]  # row indices -> scalar, metrics
-Batches = Callable[[int], tuple[Tensor, Loss]]  # update -> row indices, their loss
 
-class Muon(torch.optim.Optimizer):
-    """W <- W - lr sqrt(max(1, rows/cols)) UV' for momentum M = USV' (Jordan et al. 2024), fp32, all
-    matrices of one shape at once: torch.optim.Muon's bf16 takes ten times as long on a CPU."""
-    def __init__(self, params: list[nn.Parameter], lr: float, momentum: float = 0.95):
-        shapes = dict.fromkeys(p.shape for p in params)
-        groups = [{"params": [p for p in params if p.shape == shape]} for shape in shapes]
-        super().__init__(groups, dict(lr=lr, peak_lr=lr, momentum=momentum))
-    @torch.no_grad()
-    def step(self) -> None:
-        for group in self.param_groups:
-            grad = torch.stack([p.grad for p in group["params"]])  # (n, rows, cols)
-            smooth = self.state[group["params"][0]].setdefault("smooth", torch.zeros_like(grad))
-            smooth.lerp_(grad, 1 - group["momentum"])
-            x = grad.lerp(smooth, group["momentum"])  # Nesterov: look one step ahead
-            tall = x.shape[1] > x.shape[2]
-            x = x.mT if tall else x  # the shorter side makes the cheaper x x'
-            x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-            # s <- 3.4445 s - 4.7750 s^3 + 2.0315 s^5 sends singular values near 1
-            for _ in range(5):
-                gram = x @ x.mT
-                x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-            scale = group["lr"] * max(1.0, grad.shape[1] / grad.shape[2]) ** 0.5
-            for p, update in zip(group["params"], x.mT if tall else x, strict=True):
-                p.sub_(scale * update)
-def optimizers(modules: list[nn.Module], lr: float, config: Config, muon_lr: float = 0.0) -> list:
-    """AdamW for everything; with a muon_lr, Muon for the matrices of the blocks."""
-    named = [pair for module in modules for pair in module.named_parameters()]
-    blocks = [p for name, p in named if muon_lr and name.startswith("layers") and p.dim() == 2]
-    rest = [p for _, p in named if all(p is not chosen for chosen in blocks)]
-    adamw = torch.optim.AdamW([{"params": rest, "peak_lr": lr}], lr, betas=(0.9, 0.95),
-                              eps=config.adam_eps, weight_decay=0.0, fused=rest[0].is_cuda or None)
-    return [Muon(blocks, muon_lr), adamw] if blocks else [adamw]
-def schedule(update: int, updates: int, warmup: int) -> float:
-    """Linear warm-up times a linear decay that starts at once: the peak itself is not reached."""
-    return min(1.0, (update + 1) / warmup) * (1 - update / updates)
-def step(state: dict, loss: Loss, rows: Tensor, config: Config, share: float = 1.0) -> dict:
-    """One optimizer step over `rows`: accumulate, clip, update -> metrics. loss(micro) and
-    its metrics are summed: divide by the count of the whole step, then micro changes nothing."""
-    metrics: dict[str, Tensor] = {}
-    if dist.is_initialized() and len(rows) < dist.get_world_size():
-        raise UserError(f"an optimizer step over {len(rows)} rows is too small for all processes")
-    for micro in own(rows).split(config.micro):
-        value, more = loss(micro)
-        value.backward()
-        for name, x in {"loss": value.detach(), **more}.items():
-            metrics[name] = metrics.get(name, 0.0) + x
-    groups = [group for optimizer in state["optimizers"] for group in optimizer.param_groups]
-    params = [p for group in groups for p in group["params"]]
-    for p in params:  # a sum, as denom is global; DDP's mean would need the count of one process
-        p.grad = over_ranks(torch.zeros_like(p) if p.grad is None else p.grad)
-    metrics = {name: over_ranks(torch.as_tensor(x)) for name, x in metrics.items()}
-    metrics["grad_norm"] = nn.utils.clip_grad_norm_(params, config.clip_grad)
-    if not metrics["grad_norm"].isfinite():  # one such step would make every weight NaN
-        raise UserError("training diverged: the gradient is not finite; lower the learning rate")
-    for group in groups:
-        group["lr"] = group["peak_lr"] * share
-    for optimizer in state["optimizers"]:
-        optimizer.step()
-        optimizer.zero_grad()
-    return {name: float(x) for name, x in metrics.items()} | {"lr": groups[-1]["lr"]}
+# ---- credit: (rollouts, rewards (B, R), c) -> advantages and returns, each (B, R)
 
-def fit(state: dict, batch: Batches, updates: int, config: Config) -> Iterator[dict[str, float]]:
-    """Supervised training of what state["optimizers"] holds; yields metrics after each update."""
-    while (u := state["update"]) < updates:
-        rows, loss = batch(u)
-        metrics = step(state, loss, rows, config, schedule(u, updates, config.base_warmup))
-        state["update"] += 1
-        yield metrics
 
-def demonstrations(model: Transformer, task: Task, c: Config, demos: list | None = None) -> Batches:
-    """Batches of ids (prompt, response) for `fit`, by default the task's own; EOS is trained too.
-    The diffusion LM looks ahead a little, then more (attention annealing, arXiv 2410.17891), and
-    rehearses as a GPT in every second update: 40 % greedy, 29 % without, 4 % with neither."""
-    generator, device = rng(c.seed, "demonstrations"), model.lm_head.weight.device
-    if demos is not None and not demos:
-        raise UserError("of the responses drawn none was right, nothing to learn: more prompts")
-    demos = demos or encode_demos(task, [task.demo(generator) for _ in range(c.demos)], c)
-    prompt = left_pad([x for x, _ in demos], c.pad).to(device)
-    response = right_pad([y for _, y in demos], c.pad, c.response).to(device)
-    asked, length = ((ids != c.pad).sum(1).cpu() for ids in (prompt, response))  # CPU, as rows
-    def batch(u: int) -> tuple[Tensor, Loss]:
-        rows = torch.randint(len(demos), (c.base_batch,), generator=rng(c.seed, "batch", u))
-        rows = rows[(asked + length)[rows].argsort(stable=True)]  # like lengths: little PAD
-        x, y, denom = prompt[rows], response[rows], int(length[rows].sum())
-        rehearses = c.look_ahead > 0 and (c.diffusion_updates - u) % 2 == 0  # never the last update
-        as_gpt, until = model.config.causal or rehearses, c.look_ahead * c.diffusion_updates
-        model.ahead = 0.0 if as_gpt else min(1.0, (u + 1) / until) ** 2 if until else 1.0
-        def next_token(micro: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            P, R = (int(n[rows[micro]].max()) for n in (asked, length))  # no column of PAD alone
-            logp = token_logprobs(model, x[micro, -P:], y[micro, :R], temperature=1.0)
-            return nll_loss(logp, y[micro, :R] != c.pad, denom), {}
-        def unmasking(micro: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            return diffusion_loss(model, x, y, rng(c.seed, "hidden", u), micro), {}
-        return torch.arange(len(rows)), next_token if as_gpt else unmasking
-    return batch
+def gae_credit(b: Rollout, reward: Tensor, c: PolicyGradientConfig) -> tuple[Tensor, Tensor]:
+    """With a critic: the KL is taken from each token's reward, advantages by (13), whitened."""
+    # (12) reward_k - beta (logp_k - ref_logp_k)
+    kl = k1(b.logp, b.ref_logp)
+    reward = (reward - c.beta * kl) * b.mask
+    adv, ret = gae(reward, b.value, b.mask, gamma=1.0, lam=c.lam)
+    return whiten(adv, b.mask), ret
 
-# ==== 8. Evaluation =============================================================================
-# After this section the numbers in the tables have a definition.
-def respond(model: Transformer, task: Task, prompts: list[str], config: Config,
-            generator: torch.Generator | None = None) -> list[str]:
-    """One response text a prompt, at config.temperature (0: greedy)."""
-    prompt = encode_prompts(task, prompts, config).to(model.lm_head.weight.device)
-    response = sample(model, prompt, config, generator=generator).response
-    return [task.decode(ids) for ids in response.tolist()]
-def accuracy(model: Transformer, task: Task, prompts: list[str], config: Config,
-             temperature: float = 0.0) -> float:
-    """Mean true reward of one response to each prompt; temperature 0 is greedy."""
-    config = replace(config, temperature=temperature)
-    texts = respond(model, task, prompts, config, rng(config.seed, "evaluate"))
-    return sum(task.grade(x, y) for x, y in zip(prompts, texts, strict=True)) / len(prompts)
-def pass_at_k(n: int, c: int, k: int) -> float:
-    """P(one of k samples is right), unbiased from c right ones of n. arXiv 2107.03374, eq. 1."""
-    if not (0 <= c <= n and 1 <= k <= n):
-        raise ValueError(f"pass_at_k needs 0 <= c <= n and 1 <= k <= n, not n={n}, c={c}, k={k}")
-    return 1 - comb(n - c, k) / comb(n, k)
-def majority(answers: list[str | None]) -> str | None:
-    """The most frequent answer, ties broken by first seen; None (no answer) never wins over one."""
-    given = [a for a in answers if a is not None]
-    return max(dict.fromkeys(given), key=given.count) if given else None
 
-# ==== 9. State ==================================================================================
-# After this section you know why a killed run goes on bit for bit.
-def save_state(folder: str | Path, state: dict) -> None:
-    """All that lives across updates -> folder/state.pt. No generators are in it: see `rng`."""
-    def plain(x: Any) -> Any:
-        if isinstance(x, dict):
-            return {name: plain(y) for name, y in x.items()}
-        if isinstance(x, list):
-            return [plain(y) for y in x]
-        return x.state_dict() if isinstance(x, (nn.Module, torch.optim.Optimizer)) else x
-    write_whole(Path(folder) / "state.pt", lambda path: torch.save(plain(state), path))
-def load_state(folder: str | Path, into: dict | None = None) -> dict:
-    """What save_state wrote; with `into`, its modules and optimizers are filled, the rest replaced.
-    Raises UserError if the file is missing or damaged. weights_only: no code in it is ever run."""
-    path, parts = Path(folder) / "state.pt", (nn.Module, torch.optim.Optimizer)
-    if not path.exists():
-        raise UserError(f"{folder} holds no state.pt; name the folder of a run that was started")
-    def fill(mine: Any, theirs: Any) -> Any:
-        if isinstance(mine, list) and mine and isinstance(mine[0], parts):
-            return [fill(x, y) for x, y in zip(mine, theirs, strict=True)]
-        if isinstance(mine, parts):
-            mine.load_state_dict(theirs)
-        elif isinstance(mine, dict):
-            mine.update({name: fill(mine.get(name), x) for name, x in theirs.items()})
-        return mine if isinstance(mine, (dict, *parts)) else theirs
-    where = into["policy"].lm_head.weight.device if into and "policy" in into else "cpu"
-    try:
-        return fill(into or {}, torch.load(path, weights_only=True, map_location=where))
-    except Exception as error:  # torch.load may raise almost anything
-        raise UserError(f"{path} is damaged or of other code, delete it: {error!r:.100}") from error
+def grpo_credit(b: Rollout, reward: Tensor, c: PolicyGradientConfig) -> tuple[Tensor, Tensor]:
+    """(15) one number for a whole response, compared with its group. The KL is in the loss."""
+    adv = group_advantage(reward.sum(1), b.group, "grpo")
+    return adv[:, None] * b.mask, torch.zeros_like(reward)
 
-# ==== 10. Reward models =========================================================================
-# After this section "the reward" is a tensor (B, R), whoever gave it.
-# each signal: state, task, b, truth (B,) -> reward (B, R)
-def grades(task: Task, rollout: Rollout) -> Tensor:
-    """The true reward of each response, (B,): always logged, learned from or not."""
-    both = zip(rollout.prompt.tolist(), rollout.response.tolist(), strict=True)
-    scores = [task.grade(task.decode(x), task.decode(y)) for x, y in both]
-    return torch.tensor(scores, device=rollout.prompt.device)
-def at_end(score: Tensor, rollout: Rollout, config: Config) -> Tensor:
-    """Score (B,) -> (B, R), on the last REAL token, not the PAD behind it; no EOS: the penalty."""
-    ended = ((rollout.response == config.eos) & (rollout.mask > 0)).any(1)
-    last = rollout.mask.sum(1).long() - 1
-    reward = torch.zeros_like(rollout.mask)
-    return reward.scatter(1, last[:, None], torch.where(ended, score, config.no_eos)[:, None])
-def response_score(scorer: Transformer, head: Head, prompt: Tensor, response: Tensor) -> Tensor:
-    """(B, P), (B, R) -> (B,): the head, unshifted, on the last real token, prompt read."""
-    states = scorer.hidden(torch.cat([prompt, response], dim=1))
-    last = prompt.shape[1] + up_to_eos(response, scorer.config).sum(1).long() - 1
-    return head(states[torch.arange(len(last), device=last.device), last])
-def verifier(state: dict, task: Task, b: Rollout, truth: Tensor, c: Config) -> Tensor:
+
+def rloo_credit(b: Rollout, reward: Tensor, c: PolicyGradientConfig) -> tuple[Tensor, Tensor]:
+    """(16) the reward of a response with its KL, minus the mean of the others in its group."""
+    # total_i = reward_i - beta sum_k k1;  adv_i = total_i - mean of the other total_j
+    kl = k1(b.logp, b.ref_logp) * b.mask
+    total = (reward - c.beta * kl).sum(1)
+    adv = group_advantage(total, b.group, "rloo")
+    return adv[:, None] * b.mask, torch.zeros_like(reward)
+
+
+# ---- objective: (logp and value (B, R) of the policy now, rollouts, denom, c) -> scalar
+#      value is None in an arm without a critic
+
+
+def critic_objective(
+    logp: Tensor, value: Tensor, b: Rollout, denom: Tensor, c: PolicyGradientConfig
+) -> Tensor:
+    """(14) the policy's loss and, with its weight, the critic's."""
+    policy_part = ppo_loss(logp, b.logp, b.adv, b.mask, denom, c.clip)
+    critic_part = value_loss(value, b.value, b.ret, b.mask, denom, c.clip)
+    return policy_part + c.value_coef * critic_part
+
+
+def grpo_objective(
+    logp: Tensor, value: Tensor | None, b: Rollout, denom: Tensor, c: PolicyGradientConfig
+) -> Tensor:
+    """(15), and (2) for the diffusion LM: the clipped loss plus beta times the KL.
+
+    DEVIATION: one mean over all tokens of the step, not one over each response.
+    """
+    kl = (k3(logp, b.ref_logp) * b.mask).sum() / denom
+    policy_part = ppo_loss(logp, b.logp, b.adv, b.mask, denom, c.clip)
+    return policy_part + c.beta * kl
+
+
+def rloo_objective(
+    logp: Tensor, value: Tensor | None, b: Rollout, denom: Tensor, c: PolicyGradientConfig
+) -> Tensor:
+    """(16) by clipped ratios of tokens.
+
+    DEVIATION: the paper has no ratio. In the first optimizer step of an update the ratio is 1, and
+    this is its REINFORCE, divided by the number of tokens.
+    """
+    return ppo_loss(logp, b.logp, b.adv, b.mask, denom, c.clip)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to give credit, and the loss that goes with it."""
+
+    credit: Callable
+    objective: Callable
+    # Whether it has a critic.
+    critic: bool = False
+    # The mask of an optimizer step, (rows, R) -> denom, by which its loss is divided.
+    denom: Callable = torch.sum
+
+
+PPO_ARMS = {
+    "gae": Arm(gae_credit, critic_objective, critic=True),
+    "grpo": Arm(grpo_credit, grpo_objective),
+    "rloo": Arm(rloo_credit, rloo_objective),
+}
+
+
+# ---- signals: (state, task, rollouts, truth (B,), c) -> rewards (B, R)
+
+
+@dataclass(frozen=True)
+class RewardSource:
+    """A signal, and how the models that it asks are trained before the loop."""
+
+    # (state, task, b, truth, c) -> rewards (B, R).
+    signal: Callable
+    # (base, task, c, train) -> the models that it asks, by name.
+    models: Callable = no_models
+    # What a task must have for it.
+    needs: str = ""
+
+
+def verifier(state: State, task: Task, b: Rollout, truth: Tensor, c: Config) -> Tensor:
     """The task's own grader as reward."""
     return at_end(truth, b, c)
+
+
+# What --reward chooses from. The sections on learned rewards and on refine add theirs.
+REWARDS = {"verifier": RewardSource(verifier)}
+
+
+def ppo_reward_models(
+    base: Transformer, task: Task, c: PPOConfig, train: Trainer
+) -> dict[str, nn.Module]:
+    """The models that the chosen reward asks."""
+    return REWARDS[c.reward].models(base, task, c, train)
+
+
+# ---- the loop
+
+
+@dataclass(kw_only=True)
+class PPOState(State):
+    """The policy's critic and reference, and the models that give the reward."""
+
+    # The critic: a linear head on the policy's own hidden vectors, trained together with it.
+    head: Head | None
+    reference: Transformer
+    models: dict[str, nn.Module] = field(default_factory=dict)
+
+
+def start_ppo(policy: Transformer, c: PolicyGradientConfig) -> PPOState:
+    """A fresh state. The first critic expects nothing: its head is zero."""
+    head = None
+    trained: list[nn.Module] = [policy]
+    if c.arm in PPO_ARMS and PPO_ARMS[c.arm].critic:
+        head = Head(c).to(policy.device)
+        trained.append(head)
+    return PPOState(
+        policy=policy,
+        head=head,
+        reference=frozen_copy(policy),
+        optimizers=optimizers(trained, c.lr),
+    )
+
+
+def estimate_gpt(model: Transformer, b: Rollout, c: Config) -> tuple[Tensor, Tensor]:
+    """Log-probs of the response tokens (B, R), and the vectors (B, R, C) they are read from."""
+    hidden = predictive_hidden(model, b.prompt, b.response)
+    return gather_logprobs(model, hidden, b.response, c.temperature), hidden
+
+
 @torch.no_grad()
-def learned(state: dict, task: Task, b: Rollout, truth: Tensor, c: Config) -> Tensor:
-    """A Bradley-Terry model's score (train_small.py trains it), whatever the truth."""
-    return at_end(response_score(state["scorer"], state["scorer_head"], b.prompt, b.response), b, c)
-def agreement_reward(logits: Tensor, response: Tensor, mask: Tensor, top: int = 1,
-                     least: float = 0.0, c_pos: float = 1.0, c_neg: float = 1.0) -> Tensor:
-    """(11) sequence-to-sequence reward, arXiv 2409.00162: the rewriter's logits (B, R, V) of each
-    response token, given the response before it; response, mask (B, R) -> (B, R)."""
-    # m_k = 1[y_k = argmax_v g(v | x, y, y_<k)];  d = the first k with m_k = 0
-    # r_k = c_pos for k < d, -c_neg (1 - m_k) from d on
-    mine = logits.gather(-1, response[..., None])
-    disagrees = (logits > mine).sum(-1) >= top
-    if least > 0:
-        disagrees = (mine - logits.logsumexp(-1, keepdim=True))[..., 0] < log(least)
-    off = disagrees.float() * mask
-    return (c_pos * (off.cumsum(1) == 0) - c_neg * off) * mask
+def annotate(state: PPOState, b: Rollout, c: Config, estimate: Callable = estimate_gpt) -> Rollout:
+    """The rollouts with log-probs of policy and reference and with values, once for the batch.
+
+    The reference is asked where beta is 0 too, because the KL to it is always logged.
+    """
+    found = b.mask.new_zeros(3, *b.mask.shape)
+    by_length = b.mask.sum(1).cpu().argsort(stable=True)  # like lengths together: little PAD
+    for rows in own_rows(by_length).split(c.micro):
+        part = b.select(rows)
+        logp, hidden = estimate(state.policy, part, c)
+        ref_logp, _ = estimate(state.reference, part, c)
+        value = torch.zeros_like(logp) if state.head is None else state.head(hidden)
+        found[:, rows, : logp.shape[1]] = torch.stack([logp, ref_logp, value])
+    # Each process has filled its own rows and left the others 0, so the sum is all of them.
+    logp, ref_logp, value = over_ranks(found)
+    return replace(b, logp=logp, ref_logp=ref_logp, value=value)
+
+
+def rollout_loss(
+    state: PPOState, b: Rollout, objective: Callable, denom: Tensor, c: Config, estimate: Callable
+) -> Loss:
+    """The objective of an optimizer step, divided by `denom`."""
+
+    def loss(rows: Tensor) -> tuple[Tensor, Metrics]:
+        part = b.select(rows)
+        logp, hidden = estimate(state.policy, part, c)
+        value = None if state.head is None else state.head(hidden)
+        ratio = (logp - part.logp).exp()
+        outside = ((ratio - 1).abs() > c.clip) * part.mask
+        metrics = {"clipfrac": outside.sum() / denom}
+        return objective(logp, value, part, denom, c), metrics
+
+    return loss
+
+
+def policy_update(
+    state: PPOState, b: Rollout, arm: Arm, c: Config, estimate: Callable = estimate_gpt
+) -> Metrics:
+    """Go `epochs` times through the rollouts, with `minibatch` of them in each optimizer step."""
+    length = b.mask.sum(1).cpu()
+    lr_share = schedule(state.update, c.updates, WARMUP)
+    logs = []
+    for epoch in range(c.epochs):
+        generator = rng(c.seed, "minibatch", state.update * c.epochs + epoch)
+        for rows in torch.randperm(len(length), generator=generator).split(c.minibatch):
+            rows = rows[length[rows].argsort(stable=True)]  # like lengths together: little PAD
+            loss = rollout_loss(state, b, arm.objective, arm.denom(b.mask[rows]), c, estimate)
+            logs.append(optimizer_step(state.optimizers, loss, rows, c, lr_share))
+    metrics = {}
+    for name in logs[0]:
+        metrics[name] = sum(x[name] for x in logs) / len(logs)
+    kl = k1(b.logp, b.ref_logp) * b.mask
+    metrics["kl"] = float(kl.sum(1).mean())
+    return metrics
+
+
+def ppo(
+    state: PPOState, task: Task, c: PolicyGradientConfig, signal: Callable | None = None
+) -> Iterator[Metrics]:
+    """Proximal policy optimization: sample, score, spread the credit, take small steps."""
+    signal = signal or REWARDS[c.reward].signal
+    arm = PPO_ARMS[c.arm]
+    device = state.policy.device
+    while state.update < c.updates:
+        u = state.update
+
+        # 1. sample
+        texts = task.prompts(c.prompts, rng(c.seed, "prompts", u))
+        prompt, group = in_groups(task, texts, c, device)
+        b = sample(state.policy, prompt, c, group=group, generator=rng(c.seed, "sample", u))
+        b = annotate(state, b, c)
+
+        # 2. score
+        truth = grades(task, b)
+        reward = signal(state, task, b, truth, c)
+
+        # 3. credit
+        b.adv, b.ret = arm.credit(b, reward, c)
+
+        # 4. update
+        metrics = policy_update(state, b, arm, c)
+        state.update += 1
+        state.samples += len(prompt)
+        yield metrics | rollout_metrics(b, reward, truth, c) | {"samples": state.samples}
+
+
+def rounded(x: Tensor) -> list[float]:
+    """Three decimals of each number, for transcripts."""
+    return [round(number, 3) for number in x.tolist()]
+
+
+def token_rewards(
+    state: PPOState, task: Task, b: Rollout, c: PolicyGradientConfig, signal: Callable | None = None
+) -> list[Metrics]:
+    """What each token of a response earns."""
+    signal = signal or REWARDS[c.reward].signal
+    reward = signal(state, task, b, grades(task, b), c)
+    found = []
+    for row, mask in zip(reward, b.mask, strict=True):
+        found.append({"token_rewards": rounded(row[mask > 0])})
+    return found
+
+
+METHODS["ppo"] = Method(
+    config=PPOConfig,
+    start=start_ppo,
+    loop=ppo,
+    reward_models=ppo_reward_models,
+    explain=token_rewards,
+    choices={"arm": PPO_ARMS, "reward": REWARDS},
+    only_with={
+        "lam": "arm gae",
+        "value_coef": "arm gae",
+        "reward_data": "reward learned sorm shaped",
+        "reward_updates": "reward learned sorm shaped",
+        "continuations": "reward sorm shaped",
+    },
+)
+
+
+# ==== 10. iterative_dpo ==========================================================================
+#
+# Every round draws several responses to each problem, sets right ones against wrong ones, and
+# trains on these pairs. The next round draws from the model that this one has trained. Another
+# method may be the same loop with other problems, scores or pairs, as the next section shows.
+
+
+@dataclass(frozen=True)
+class DPOConfig(Config):
+    """The numbers of iterative_dpo. `prompts` and `updates` are those of one round."""
+
+    # The loss: dpo_nll is (9), sft_chosen its NLL alone.
+    arm: str = "dpo_nll"
+    # How often new responses are drawn.
+    rounds: int = 4
+    # Problems of a round.
+    prompts: int = 512
+    # The same number for every round, however many pairs it has.
+    updates: int = 30
+    # 1e-3 overfits 700 pairs: it ends at 62 % where 4e-4 ends at 90.
+    lr: float = 4e-4
+    # Pairs of one optimizer step.
+    minibatch: int = 64
+    # The beta of (9), the paper's: how strongly the policy is held to the reference.
+    beta: float = 0.1
+    # The weight of the NLL in (9); 0 is plain DPO. With 3 dev ends at 86 %, with 5 at 90.
+    alpha: float = 5.0
+
+    def total_updates(self) -> int:
+        """The updates of all rounds together."""
+        return self.rounds * self.updates
+
+
+# How many pairs a problem gives that has right and wrong responses.
+PAIRS_EACH = 2
+
+
+def dpo_loss(
+    logp_w: Tensor,
+    logp_l: Tensor,
+    ref_w: Tensor,
+    ref_l: Tensor,
+    len_w: Tensor,
+    beta: float,
+    alpha: float,
+) -> tuple[Tensor, Tensor]:
+    """(9) iterative reasoning preference optimization, arXiv 2404.19733v3. All (B,).
+
+    Returns the loss, a scalar, and the margins (B,). alpha = 0 is plain DPO. Log-probs are SUMS
+    over tokens; only the NLL of the winner is divided by its length, and alpha multiplies the NLL
+    (the first version of the paper had it on the other term).
+    """
+    # -mean( log sigmoid( beta [ (logp_w - ref_w) - (logp_l - ref_l) ] ) + alpha logp_w / len_w )
+    margin = (logp_w - ref_w) - (logp_l - ref_l)
+    preference = F.logsigmoid(beta * margin)
+    likelihood = alpha * logp_w / len_w
+    return -(preference + likelihood).mean(), margin.detach()
+
+
+# ---- arms: (logp and ref (n, 2), of chosen and rejected, length (n, 2), c) -> loss, margin (n,)
+
+
+def dpo_nll(logp: Tensor, ref: Tensor, length: Tensor, c: DPOConfig) -> tuple[Tensor, Tensor]:
+    """(9) for pairs."""
+    logp_w, logp_l = logp.unbind(1)
+    ref_w, ref_l = ref.unbind(1)
+    return dpo_loss(logp_w, logp_l, ref_w, ref_l, length[:, 0], c.beta, c.alpha)
+
+
+def sft_chosen(logp: Tensor, ref: Tensor, length: Tensor, c: DPOConfig) -> tuple[Tensor, Tensor]:
+    """The NLL of (9) alone: STaR, arXiv 2203.14465, but each round goes on from the last model."""
+    per_token = logp[:, 0] / length[:, 0]
+    gain = (logp - ref).detach()
+    return -per_token.mean(), gain[:, 0] - gain[:, 1]
+
+
+DPO_ARMS = {"dpo_nll": dpo_nll, "sft_chosen": sft_chosen}
+
+
+def pair_up(score: Tensor, group: Tensor, c: DPOConfig) -> Tensor:
+    """Scores (B,), 1 = right, and group (B,) -> rows (n, 2) of a right and a wrong response.
+
+    PAIRS_EACH pairs for a prompt: walk through its right and its wrong responses at once; a list
+    that comes to its end starts again. A prompt that has only one kind gives no pair.
+    DEVIATION: on GSM8K the paper counts the gold solution as a right response too.
+    """
+    pairs = []
+    for rows in group.argsort(stable=True).split(group.bincount().tolist()):
+        good = rows[score[rows] > 0.5].tolist()
+        bad = rows[score[rows] <= 0.5].tolist()
+        if good and bad:
+            for k in range(PAIRS_EACH):
+                winner = good[k % len(good)]
+                loser = bad[k % len(bad)]
+                pairs.append((winner, loser))
+    return torch.tensor(pairs, dtype=torch.long).view(-1, 2)
+
+
+def pair_logprobs(policy: Transformer, pairs: dict[str, Tensor], rows: Tensor) -> Tensor:
+    """log pi(y | x) of chosen and rejected (n, 2), summed over tokens, at temperature 1."""
+    prompt = pairs["prompt"][rows].repeat_interleave(2, 0)
+    response = pairs["response"][rows].flatten(0, 1)
+    # Columns that hold only PAD are cut off. They change nothing.
+    longest = (response != policy.config.pad_id).sum(1).max()
+    logp = token_logprobs(policy, prompt, response[:, : int(longest)], temperature=1.0)
+    return logp.sum(1).view(-1, 2)
+
+
+@dataclass(kw_only=True)
+class RoundsState(State):
+    """The pairs of the round.
+
+    There is no reference model: the log-probs of the model that the round started from are kept
+    with its pairs.
+    """
+
+    # prompt (n, P), response (n, 2, R) and ref (n, 2): chosen first, then rejected.
+    pairs: dict[str, Tensor] = field(default_factory=dict)
+    # What there is to log of the round.
+    round_metrics: Metrics = field(default_factory=dict)
+
+
+def start_rounds(policy: Transformer, c: DPOConfig) -> RoundsState:
+    """A fresh state."""
+    return RoundsState(policy=policy, optimizers=optimizers([policy], c.lr))
+
+
+def pair_update(state: RoundsState, c: DPOConfig) -> Metrics:
+    """One update on a batch of the round's pairs.
+
+    Watch `chosen` and `rejected`: under plain DPO the log-prob of the chosen response falls too.
+    """
+    pairs = state.pairs
+    generator = rng(c.seed, "pair batch", state.update)
+    rows = torch.randint(len(pairs["prompt"]), (c.minibatch,), generator=generator)
+    length = (pairs["response"] != c.pad_id).sum(2)  # (n, 2)
+    rows = rows[length[rows].amax(1).cpu().argsort(stable=True)]  # like lengths: little PAD
+
+    def loss(part: Tensor) -> tuple[Tensor, Metrics]:
+        logp = pair_logprobs(state.policy, pairs, part)
+        part_loss, margin = DPO_ARMS[c.arm](logp, pairs["ref"][part], length[part], c)
+        logp = logp.detach()
+        per_token = logp / length[part]
+        metrics = {
+            "margin": margin.mean(),
+            "pair_accuracy": (margin > 0).float().mean(),
+            "chosen": logp[:, 0].mean(),
+            "chosen_per_token": per_token[:, 0].mean(),
+            "rejected": logp[:, 1].mean(),
+            "rejected_per_token": per_token[:, 1].mean(),
+        }
+        weight = len(part) / len(rows)
+        return part_loss * weight, {name: x * weight for name, x in metrics.items()}
+
+    lr_share = schedule(state.update % c.updates, c.updates, WARMUP)
+    return optimizer_step(state.optimizers, loss, rows, c, lr_share)
+
+
+def new_problems(state: RoundsState, task: Task, c: DPOConfig, u: int) -> tuple[list[str], Metrics]:
+    """The problems of a round that starts at update u, and what there is to log of them.
+
+    DEVIATION: every round has new problems; the paper draws new responses to the same ones.
+    """
+    return task.prompts(c.prompts, rng(c.seed, "prompts", u)), {}
+
+
+def verified(
+    state: RoundsState, task: Task, b: Rollout, c: DPOConfig, u: int
+) -> tuple[Tensor, Metrics]:
+    """The true reward of each response (B,), and what there is to log of it."""
+    truth = grades(task, b)
+    return truth, {"truth": float(truth.mean())}
+
+
+def new_round(
+    state: RoundsState,
+    task: Task,
+    c: DPOConfig,
+    pose: Callable,
+    judge: Callable,
+    pair: Callable,
+) -> None:
+    """Draw the responses of a round and keep its pairs in the state."""
+    u = state.update
+    policy = state.policy
+    device = policy.device
+
+    # 1. sample
+    texts, about_problems = pose(state, task, c, u)
+    prompt, group = in_groups(task, texts, c, device)
+    b = sample(policy, prompt, c, group=group, generator=rng(c.seed, "sample", u))
+
+    # 2. score
+    score, about_scores = judge(state, task, b, c, u)
+
+    # 3. credit
+    rows = pair(score, group, c)
+    pairs = {"prompt": prompt[rows[:, 0]], "response": b.response[rows]}
+    if len(rows):
+        with torch.no_grad():  # the reference is the model that this round starts from
+            parts = torch.arange(len(rows)).split(c.micro)
+            pairs["ref"] = torch.cat([pair_logprobs(policy, pairs, part) for part in parts])
+    state.pairs = pairs
+    state.samples += len(prompt)
+    about_round = {"pairs": len(rows), "round": u // c.updates}
+    about_round["length"] = float(b.mask.sum(1).mean())
+    state.round_metrics = about_round | about_problems | about_scores
+
+
+def iterative_dpo(
+    state: RoundsState,
+    task: Task,
+    c: DPOConfig,
+    pose: Callable = new_problems,
+    judge: Callable = verified,
+    pair: Callable = pair_up,
+) -> Iterator[Metrics]:
+    """Iterative reasoning preference optimization, arXiv 2404.19733v3.
+
+    pose: (state, task, c, u) -> the round's problems, and what there is to log of them
+    judge: (state, task, b, c, u) -> the score of each response (B,), and what there is to log
+    pair: (score, group, c) -> rows (n, 2) of the better and the worse response
+    """
+    while state.update < c.total_updates():
+        if state.update % c.updates == 0:
+            new_round(state, task, c, pose, judge, pair)
+
+        # 4. update; a round without pairs teaches nothing and is over at once
+        if state.round_metrics["pairs"] > 0:
+            metrics = pair_update(state, c)
+            state.update += 1
+        else:
+            metrics = {}
+            state.update += c.updates
+        yield metrics | state.round_metrics | {"samples": state.samples}
+
+
+METHODS["iterative_dpo"] = Method(
+    config=DPOConfig,
+    start=start_rounds,
+    loop=iterative_dpo,
+    choices={"arm": DPO_ARMS},
+    only_with={"beta": "arm dpo_nll", "alpha": "arm dpo_nll"},
+)
+
+
+# ==== 11. self_rewarding =========================================================================
+#
+# The same weights pose the problems, solve them and judge the solutions. A round is one of
+# iterative_dpo; only its problems, its scores and its pairs are the model's own. M1 is the model at
+# the start, M2 the one after the first round.
+
+
+@dataclass(frozen=True)
+class SelfRewardingConfig(DPOConfig):
+    """The numbers of self_rewarding."""
+
+    # Two rounds make three models: M1, M2 and M3.
+    rounds: int = 2
+    samples: int = 4
+    # Judgements of each response, J; their mean is its score.
+    judgements: int = 3
+    # own: the policy judges, and its judging changes with it. frozen: M1 judges in all rounds.
+    judge: str = "own"
+    # Demonstrations that turn the base model into M1: judging, posing problems, solving.
+    start_data: int = 8_000
+    # The share of them that judge (the paper's evaluation fine-tuning, EFT). With 0.8 M1 solves
+    # 37 % and not 45.
+    judging: float = 0.7
+    # Updates of the training of what the loop starts from. After 300 of them the judge ranks a
+    # right response above a wrong one in 80 % of the pairs, after 400 in 86 %; they take a third
+    # longer.
+    start_updates: int = 300
+    # AdamW's learning rate in this training, and Muon's below it.
+    start_lr: float = 0.01
+    start_muon_lr: float = 0.01
+
+    def rules(self) -> list[tuple[bool, str]]:
+        """The best response is set against the worst; M1's data are shared out."""
+        most = 1 - POSING
+        return [
+            (self.samples > 1, "--samples must be at least 2: the best is set against the worst"),
+            (self.judging <= most, f"--judging is a share of M1's data: at most {most:.2f}"),
+        ]
+
+
+# The share of M1's demonstrations that pose a problem.
+POSING = 0.07
+# How many prompts are given to a model at once where there are many. It decides memory alone.
+SAMPLED_AT_ONCE = 512
+
+
+def m1_demos(task: Task, c: SelfRewardingConfig) -> list[tuple[str, str]]:
+    """What M1 learns from: judgements, proposed problems, and solutions as the base did."""
+    generator = rng(c.seed, "seed data")
+    demos = []
+    for chance in torch.rand(c.start_data, generator=generator).tolist():
+        if chance < c.judging:
+            demos.append(task.judge_demo(generator))
+        elif chance > 1 - POSING:
+            demos.append(task.propose_demo(generator))
+        else:
+            demos.append(task.demo(generator))
+    return demos
+
+
+def m1(
+    base: Transformer, task: Task, c: SelfRewardingConfig, train: Trainer = train_now
+) -> Transformer:
+    """M1, which the loop starts from: the base model, taught to judge and to pose problems too."""
+    model = deepcopy(base)
+
+    def make_batches() -> Batches:
+        return gpt_batches(model, encode_demos(task, m1_demos(task, c), c), c)
+
+    train(
+        "m1",
+        [model],
+        make_batches,
+        c.start_updates,
+        c,
+        c.start_lr,
+        c.start_muon_lr,
+        reads="start_data judging",
+    )
+    return model
+
+
+# Behind the beginning of the text, a `!` or the word score: a number, perhaps `/ 5`, and the end.
+SCORE = re.compile(r"(?:^|!|score[\s:=]*)([0-9]+(?:\.[0-9]+)?)(?:\s*/\s*5)?$", re.I | re.A)
+
+
+def parse_score(text: str) -> float | None:
+    """The score that a judgement ends with: `3`, `!3`, `Score: 3.5`, `score 4/5`; else None.
+
+    Only the very end counts, so a score that the judgement quotes is not taken. Scores lie in 0..5.
+    """
+    found = SCORE.search(text.strip().removesuffix("<eos>").rstrip(". "))
+    score = float(found[1]) if found else -1.0
+    return score if 0 <= score <= 5 else None
+
+
+@dataclass(kw_only=True)
+class SelfRewardingState(RoundsState):
+    """Who judges, and which problems the model has already posed."""
+
+    judge: Transformer
+    posed: dict[str, None] = field(default_factory=dict)
+
+
+def start_self_rewarding(policy: Transformer, c: SelfRewardingConfig) -> SelfRewardingState:
+    """A fresh state. The judge is the policy itself, or a frozen copy of it as it is now."""
+    judge = frozen_copy(policy) if c.judge == "frozen" else policy
+    return SelfRewardingState(policy=policy, judge=judge, optimizers=optimizers([policy], c.lr))
+
+
+def pose_problems(
+    state: SelfRewardingState, task: Task, c: SelfRewardingConfig, u: int
+) -> tuple[list[str], Metrics]:
+    """The model is shown three problems and writes a new one; the task fills up what is missing.
+
+    DEVIATION: the policy poses them; in the paper a fixed model does.
+    """
+    generator = rng(c.seed, "propose", u)
+    # Twice as many prompts as problems, because some of what is written is no problem.
+    shown = [task.propose_demo(generator)[0] for _ in range(2 * c.prompts)]
+    written = respond(state.policy, task, shown, c, generator)
+    valid = []
+    for prompt, text in zip(shown, written, strict=True):
+        copied = text.removesuffix("<eos>").strip() in prompt
+        valid.append(None if copied else task.problem(text))
+    new = [x for x in dict.fromkeys(valid) if x and x not in state.posed]
+    new = new[: c.prompts]
+    state.posed |= dict.fromkeys(new)
+    texts = new + task.prompts(c.prompts - len(new), generator)
+    return texts, {
+        "valid": sum(x is not None for x in valid) / len(shown),
+        "proposed": len(new) / len(texts),
+    }
+
+
+def judged(
+    state: SelfRewardingState, task: Task, b: Rollout, c: SelfRewardingConfig, u: int
+) -> tuple[Tensor, Metrics]:
+    """Scores (B,): the mean of J sampled judgements, NaN where none of them can be read.
+
+    The task's grader is not asked.
+    """
+    generator = rng(c.seed, "judge", u)
+    device = b.prompt.device
+    asked = []
+    for prompt, response in zip(b.prompt.tolist(), b.response.tolist(), strict=True):
+        asked.append([c.bos_id, *task.judge_prompt(prompt, response)])
+
+    scores = []
+    for part in left_pad(asked, c.pad_id).to(device).split(SAMPLED_AT_ONCE):
+        prompt = part.repeat_interleave(c.judgements, 0)
+        written = sample(state.judge, prompt, c, generator=generator).response
+        scores += [parse_score(task.decode(ids)) for ids in written.tolist()]
+    scores = [torch.nan if x is None else x for x in scores]
+    score = torch.tensor(scores, device=device)
+
+    mean = float(score.nanmean())
+    quoted = [parse_score(task.decode(ids)) is not None for ids in b.response.tolist()]
+    return score.view(-1, c.judgements).nanmean(1), {
+        "score": mean,
+        "spread": float(score.nan_to_num(mean).std(correction=0)),
+        "unread": float(score.isnan().float().mean()),
+        # Responses that end with a score themselves: they talk to the judge.
+        "quoted": sum(quoted) / len(quoted),
+    }
+
+
+def best_and_worst(score: Tensor, group: Tensor, c: DPOConfig) -> Tensor:
+    """Scores (B,), NaN = none, and group (B,) -> rows (n, 2): best and worst. A tie gives none."""
+    pairs = []
+    for rows in group.argsort(stable=True).split(group.bincount().tolist()):
+        rows = rows[~score[rows].isnan()]
+        if len(rows) == 0:
+            continue
+        best = rows[score[rows].argmax()]
+        worst = rows[score[rows].argmin()]
+        if score[best] > score[worst]:
+            pairs.append((int(best), int(worst)))
+    return torch.tensor(pairs, dtype=torch.long).view(-1, 2)
+
+
+def self_rewarding(
+    state: SelfRewardingState, task: Task, c: SelfRewardingConfig
+) -> Iterator[Metrics]:
+    """Self-rewarding language models, arXiv 2401.10020: `iterative_dpo` on its own scores.
+
+    DEVIATION: the loss is DPO + NLL (9). The paper's is --alpha 0, which loses accuracy here.
+    """
+    return iterative_dpo(state, task, c, pose_problems, judged, best_and_worst)
+
+
+METHODS["self_rewarding"] = Method(
+    config=SelfRewardingConfig,
+    start=start_self_rewarding,
+    loop=self_rewarding,
+    starts_from=m1,
+    choices={"arm": DPO_ARMS, "judge": ("own", "frozen")},
+    only_with=METHODS["iterative_dpo"].only_with,
+    needs="judge_prompt judge_demo problem propose_demo",
+)
+
+
+# ==== 12. Learned rewards, and seq2seq ===========================================================
+#
+# Where there is no verifier, a reward has to be learned from preferences: pairs of responses of
+# which a labeller liked one better. The labeller of the toy task has a weakness, --planted, and so
+# the learned reward has it too.
+#
+#   --reward learned   a scalar model: one score for a whole response, on its last token
+#   seq2seq            a rewriting model: a token is good if the rewriter would have written it too
+
+
+@dataclass(frozen=True)
+class Seq2SeqConfig(PolicyGradientConfig):
+    """The numbers of seq2seq."""
+
+    # All rollouts of an update in one optimizer step: the clip never acts here.
+    minibatch: int = 512
+    # A leash, because whatever is learned can be fooled. Without it the KL of one seed of two grew
+    # to 5 nats.
+    beta: float = 0.1
+    reward_updates: int = 150
+    # UNKNOWN: what a token earns before the first disagreement in (11).
+    c_pos: float = 0.1
+    # UNKNOWN: what a disagreement costs in (11).
+    c_neg: float = 0.1
+
+
+def labelled_pairs(task: Task, c: PolicyGradientConfig) -> list[tuple[str, str, str]]:
+    """The preference pairs that scorer and rewriter learn from."""
+    return task.preferences(c.reward_data, rng(c.seed, "preferences"))
+
+
+def preference_loss(score_w: Tensor, score_l: Tensor) -> Tensor:
+    """Bradley-Terry: scores (B,) of the preferred and of the other -> scalar.
+
+    The mean of -log sigmoid(score_w - score_l).
+    """
+    return -F.logsigmoid(score_w - score_l).mean()
+
+
+def response_score(trunk: Transformer, head: Head, prompt: Tensor, response: Tensor) -> Tensor:
+    """(B, P), (B, R) -> (B,): the head on the vector of the last token that counts.
+
+    There is no shift here: the score is read where the last token itself has been read.
+    """
+    hidden = trunk.hidden(torch.cat([prompt, response], dim=1))
+    length = up_to_eos(response, trunk.config).sum(1).long()
+    last = prompt.shape[1] + length - 1
+    row = torch.arange(len(last), device=last.device)
+    return head(hidden[row, last])
+
+
+class PreferenceScorer(nn.Module):
+    """A scalar reward model: a transformer and a head that reads its hidden vectors."""
+
+    def __init__(self, trunk: Transformer, head: Head):
+        super().__init__()
+        self.trunk = trunk
+        self.head = head
+
+    def forward(self, prompt: Tensor, response: Tensor) -> Tensor:
+        """(B, P), (B, R) -> scores (B,)."""
+        return response_score(self.trunk, self.head, prompt, response)
+
+    @torch.no_grad()
+    def normalize(self, b: Rollout) -> None:
+        """Gain and bias for scores of mean 0 and variance 1 over these responses.
+
+        DEVIATION: scores are normalized after training only; the original code also does it before.
+        """
+        score = self(b.prompt, b.response)
+        gain = 1 / score.std(unbiased=False).clamp(min=1e-4)
+        self.head.linear.weight.mul_(gain)
+        self.head.linear.bias.sub_(score.mean()).mul_(gain)
+
+
+def preference_batches(
+    scorer: PreferenceScorer, pairs: list[tuple[str, str, str]], task: Task, c: Config
+) -> Batches:
+    """Batches of (problem, preferred, other) texts for `fit`."""
+    device = scorer.trunk.device
+    problems, preferred, other = (list(texts) for texts in zip(*pairs, strict=True))
+    prompt = encode_prompts(task, problems, c).to(device)
+    preferred = right_pad(task.encode(preferred), c.pad_id, c.response).to(device)
+    other = right_pad(task.encode(other), c.pad_id, c.response).to(device)
+
+    def draw_batch(update: int) -> tuple[Tensor, Loss]:
+        rows = torch.randint(len(pairs), (c.base_batch,), generator=rng(c.seed, "pairs", update))
+
+        def loss(part: Tensor) -> tuple[Tensor, Metrics]:
+            score_w = scorer(prompt[part], preferred[part])
+            score_l = scorer(prompt[part], other[part])
+            weight = len(part) / len(rows)
+            in_order = (score_w > score_l).float().mean()
+            return preference_loss(score_w, score_l) * weight, {"pair_accuracy": in_order * weight}
+
+        return rows, loss
+
+    return draw_batch
+
+
+def scorer_models(
+    base: Transformer, task: Task, c: PPOConfig, train: Trainer = train_now
+) -> dict[str, nn.Module]:
+    """A Bradley-Terry model that starts as the base model and reads preference pairs."""
+    device = base.device
+    head = Head(c, (c.width + 1) ** -0.5, rng(c.seed, "scorer")).to(device)
+    scorer = PreferenceScorer(deepcopy(base), head)
+
+    def make_batches() -> Batches:
+        return preference_batches(scorer, labelled_pairs(task, c), task, c)
+
+    # A tenth of the base model's rate, and no Muon: it only has to learn a taste.
+    train(
+        "scorer", [scorer], make_batches, c.reward_updates, c, c.base_lr / 10, reads="reward_data"
+    )
+    prompt = encode_prompts(task, task.prompts(512, rng(c.seed, "normalize")), c).to(device)
+    scorer.normalize(sample(base, prompt, c, generator=rng(c.seed, "normalize", 1)))
+    return {"scorer": scorer.requires_grad_(False)}
+
+
 @torch.no_grad()
-def agreement(state: dict, task: Task, b: Rollout, truth: Tensor, c: Config) -> Tensor:
-    """(11) by the rewriter, one teacher-forced pass. DEVIATION: no EOS costs no_eos here too."""
-    both = zip(b.prompt.tolist(), b.response.tolist(), strict=True)
-    asked = left_pad([reread(task, x, y, c) for x, y in both], c.pad).to(b.prompt.device)
-    reward, length = at_end(torch.zeros_like(truth), b, c), b.mask.sum(1, keepdim=True)
+def learned(state: PPOState, task: Task, b: Rollout, truth: Tensor, c: Config) -> Tensor:
+    """The score of a preference model, whatever the truth is."""
+    return at_end(state.models["scorer"](b.prompt, b.response), b, c)
+
+
+REWARDS["learned"] = RewardSource(learned, scorer_models, needs="preferences")
+
+
+# ---- seq2seq: the rewriting model
+
+
+def rewriting_demos(task: Task, pairs: list[tuple[str, str, str]], c: Config) -> list[Demo]:
+    """(10) what the rewriter learns, as ids: (x, other) -> preferred, (x, preferred) -> preferred.
+
+    The first kind teaches it to correct, the second to leave alone what is good.
+    """
+    prompts, preferred, other = (task.encode(list(texts)) for texts in zip(*pairs, strict=True))
+    demos = []
+    for given in (other, preferred):
+        for x, y, target in zip(prompts, given, preferred, strict=True):
+            demos.append((rewriter_prompt(task, [c.bos_id, *x], y, c), target))
+    return demos
+
+
+def rewriter_models(
+    base: Transformer, task: Task, c: Seq2SeqConfig, train: Trainer = train_now
+) -> dict[str, nn.Module]:
+    """The base model, taught to rewrite both responses of each pair as the preferred one."""
+    model = deepcopy(base)
+
+    def make_batches() -> Batches:
+        return gpt_batches(model, rewriting_demos(task, labelled_pairs(task, c), c), c)
+
+    train(
+        "rewriter",
+        [model],
+        make_batches,
+        c.reward_updates,
+        c,
+        c.base_lr,
+        c.muon_lr,
+        reads="reward_data",
+    )
+    return {"rewriter": model.requires_grad_(False)}
+
+
+def agreement_reward(
+    logits: Tensor, response: Tensor, mask: Tensor, c_pos: float = 1.0, c_neg: float = 1.0
+) -> Tensor:
+    """(11) the sequence-to-sequence reward, arXiv 2409.00162 -> (B, R).
+
+    logits (B, R, V): what the rewriter would write in place of each token, given the response
+    before it; response and mask (B, R).
+    UNKNOWN: which tokens agree; here it is the rewriter's likeliest one alone.
+    """
+    # agrees_k = [ y_k = argmax_v rewriter(v | x, y, y_<k) ]
+    # reward_k = c_pos before the first k that does not agree, from then on -c_neg (1 - agrees_k)
+    written = logits.gather(-1, response[..., None])
+    agrees = (logits > written).sum(-1) == 0
+    disagrees = (~agrees).float() * mask
+    before = disagrees.cumsum(1) == 0
+    return (c_pos * before - c_neg * disagrees) * mask
+
+
+@torch.no_grad()
+def agreement(state: PPOState, task: Task, b: Rollout, truth: Tensor, c: Seq2SeqConfig) -> Tensor:
+    """(11) by the rewriter, which reads each response once.
+
+    DEVIATION: a response without an end costs NO_EOS here too.
+    """
+    rewriter = state.models["rewriter"]
+    asked = []
+    for prompt, response in zip(b.prompt.tolist(), b.response.tolist(), strict=True):
+        asked.append(rewriter_prompt(task, prompt, response, c))
+    asked = left_pad(asked, c.pad_id).to(b.prompt.device)
+    reward = at_end(torch.zeros_like(truth), b, c)
     for rows in torch.arange(len(asked)).split(c.micro):
-        y, mask, rewriter = b.response[rows], b.mask[rows], state["rewriter"]
-        logits = log_softmax(rewriter.lm_head(predictive_states(rewriter, asked[rows], y)), 1.0, c)
-        score = agreement_reward(logits, y, mask, c.top, c.least, c.c_pos, c.c_neg)
-        reward[rows] += score / length[rows] if c.per_token else score
+        response = b.response[rows]
+        hidden = predictive_hidden(rewriter, asked[rows], response)
+        logits = log_softmax(rewriter.lm_head(hidden), 1.0, c)
+        reward[rows] += agreement_reward(logits, response, b.mask[rows], c.c_pos, c.c_neg)
     return reward
-SIGNALS = {"verifier": verifier, "learned": learned, "seq2seq": agreement}
-def rewriting_demos(task: Task, pairs: list[tuple[str, str, str]], config: Config) -> list:
-    """(10) what the rewriter learns, in ids: (x, other) and (x, preferred) -> preferred."""
-    x, w, y = (task.encode([pair[i] for pair in pairs]) for i in range(3))
-    rows = [*zip(x, y, w, strict=True), *zip(x, w, w, strict=True)]
-    return [(reread(task, [config.bos, *ids], given, config), to) for ids, given, to in rows]
+
+
+def seq2seq(state: PPOState, task: Task, c: Seq2SeqConfig) -> Iterator[Metrics]:
+    """Sequence-to-sequence reward modelling, arXiv 2409.00162: `ppo` with another reward."""
+    return ppo(state, task, c, agreement)
+
+
+def explain_seq2seq(state: PPOState, task: Task, b: Rollout, c: Seq2SeqConfig) -> list[Metrics]:
+    """What each token of a response earns."""
+    return token_rewards(state, task, b, c, agreement)
+
+
+METHODS["seq2seq"] = Method(
+    config=Seq2SeqConfig,
+    start=start_ppo,
+    loop=seq2seq,
+    reward_models=rewriter_models,
+    explain=explain_seq2seq,
+    choices={"arm": PPO_ARMS},
+    only_with={"lam": "arm gae", "value_coef": "arm gae"},
+    needs="preferences",
+)
+
+
+# ==== 13. refine =================================================================================
+#
+# Three models mend the drafts of a fourth, the student, which itself stays as it is. A scorer with
+# two heads reads a draft. The ORM (outcome reward model) says whether the draft's answer is right,
+# the SORM (stepwise ORM) whether the right answer can still be reached from the end of a prefix.
+# The global refiner writes the whole response anew, the local one goes on from the step that the
+# SORM blames, and the ORM chooses between the draft and these two.
+#
+# The SORM learns from labels that nobody has to write: a prefix is good if the student gets from
+# its end to the right answer in one of K tries.
+
+
+@dataclass(frozen=True)
+class RefineConfig(Config):
+    """The numbers of refine. `prompts` is the number of drafts, `lr` that of its three models."""
+
+    prompts: int = 6_144
+    updates: int = 150
+    lr: float = 0.01
+    # Continuations of each prefix, K of (8).
+    continuations: int = 8
+    # Labelled drafts of an optimizer step; the refiners take a quarter as many demonstrations. More
+    # problems help, several drafts of one problem do not.
+    minibatch: int = 256
+    # The student learns its own right responses to so many problems. About two fifths of its drafts
+    # stay wrong.
+    start_data: int = 128
+    # Updates of the student's training.
+    start_updates: int = 15
+    # Its learning rate: AdamW alone.
+    start_lr: float = 1e-3
+
+
+# A step is blamed if its SORM probability is below.
+THRESHOLD = 0.5
+
+
+def student(
+    base: Transformer, task: Task, c: RefineConfig, train: Trainer = train_now
+) -> Transformer:
+    """The base model after one round of expert iteration: it learns its own right responses."""
+    model = deepcopy(base)
+
+    def make_batches() -> Batches:
+        texts = task.prompts(c.start_data, rng(c.seed, "expert"))
+        prompt, group = in_groups(task, texts, c, model.device)
+        b = sample(model, prompt, c, group=group, generator=rng(c.seed, "expert", 1))
+        right = grades(task, b) == 1
+        demos: list[Demo] = []
+        for x, y in zip(b.prompt[right].tolist(), b.response[right].tolist(), strict=True):
+            demo = (without(x, c.pad_id), without(y, c.pad_id))
+            if demo not in demos:
+                demos.append(demo)
+        if not demos:
+            raise UserError("no response was right, so there is nothing to learn: --start-data")
+        return gpt_batches(model, demos, c)
+
+    train(
+        "student",
+        [model],
+        make_batches,
+        c.start_updates,
+        c,
+        c.start_lr,
+        warmup=WARMUP,
+        reads="start_data samples temperature",
+    )
+    return model
+
+
+# ---- what a draft's prefixes are
+
+
+def prefix_ends(task: Task, b: Rollout) -> Tensor:
+    """How many tokens each prefix of a response has, (B, S), padded with -1.
+
+    The first prefix is empty, one ends behind every step, and the last is the whole response.
+    `37+5=42;42*3=26;#26<eos>` has the prefixes 0, 8, 16 and 20.
+    """
+    rows = []
+    lengths = b.mask.sum(1).long().tolist()
+    for response, length in zip(b.response.tolist(), lengths, strict=True):
+        ends = [0]
+        for _, last in task.steps(response[:length]):
+            ends.append(last + 1)
+        if ends[-1] != length:  # the response may end together with a step
+            ends.append(length)
+        rows.append(ends)
+    S = max(len(row) for row in rows)
+    return right_pad(rows, -1, S).to(b.response.device)
+
+
+class StepScorer(nn.Module):
+    """A transformer with two heads that read its hidden vectors: ORM and SORM.
+
+    DEVIATION: they share one trunk, which costs half as much; the paper trains two models.
+    """
+
+    def __init__(self, trunk: Transformer, seed: int):
+        super().__init__()
+        c = trunk.config
+        std = (c.width + 1) ** -0.5
+        self.trunk = trunk
+        self.orm = Head(c, std, rng(seed, "orm")).to(trunk.device)
+        self.sorm = Head(c, std, rng(seed, "sorm")).to(trunk.device)
+
+    def forward(self, prompt: Tensor, response: Tensor, ends: Tensor) -> Tensor:
+        """(B, P), (B, R), prefix ends (B, S) -> logits of ORM and SORM for each prefix, (2, B, S).
+
+        They are read where the last token of the prefix has been read, so there is no shift. Where
+        `ends` is -1 they mean nothing.
+        """
+        hidden = self.trunk.hidden(torch.cat([prompt, response], dim=1))
+        # The empty prefix is read at the end of the prompt.
+        at = (prompt.shape[1] + ends - 1).clamp(min=0)[..., None]
+        hidden = hidden.gather(1, at.expand(-1, -1, hidden.shape[2]))
+        return torch.stack([self.orm(hidden), self.sorm(hidden)])
+
+    def whole(self, prompt: Tensor, response: Tensor) -> Tensor:
+        """The ORM's logit of each whole response, (B,)."""
+        return response_score(self.trunk, self.orm, prompt, response)
+
+
+# ---- step labels
+
+
 def rollout_labels(success: Tensor, uses: Tensor | None = None) -> Tensor:
-    """(8) GLoRe, arXiv 2402.10963: success of K continuations of each prefix (B, S, K) -> (B, S).
-    uses: if they use its last result, else they do not count. The first bad one is the error."""
-    # y_s = 1[any_k success_sk];  y_s = 1 => y_j = 1 for j <= s
+    """(8) GLoRe, arXiv 2402.10963: success of K continuations of each prefix -> (B, S).
+
+    success (B, S, K); uses (B, S, K): whether a continuation uses the last result of its prefix.
+    One that does not is no evidence for the prefix. Whatever stands before a good prefix is good.
+    """
+    # label_s = 1 if any_k (success_sk and uses_sk) or label_{s+1} = 1
     good = (success if uses is None else success & uses).any(-1)
     return good.flip(1).cummax(1).values.flip(1)
+
+
 def balance(labels: Tensor, position: Tensor, generator: torch.Generator) -> Tensor:
-    """Keep (n,) as many good as bad examples of each position, else "late is bad" is learned."""
+    """Which examples to keep (n,): for each position as many good as bad ones.
+
+    Otherwise the position alone would predict the label, because late prefixes are mostly bad.
+    """
     keep = torch.zeros_like(labels, dtype=torch.bool)
     for p in position.unique():
         at = (position == p).nonzero()[:, 0]
         at = at[torch.randperm(len(at), generator=generator).to(at.device)]
-        good, bad = at[labels[at] > 0], at[labels[at] <= 0]
+        good = at[labels[at] > 0]
+        bad = at[labels[at] <= 0]
         n = min(len(good), len(bad))
-        keep[torch.cat([good[:n], bad[:n]])] = True
+        keep[good[:n]] = True
+        keep[bad[:n]] = True
     return keep
-def first_error(scores: Tensor, threshold: float) -> int:
-    """The first step whose score is below the threshold; (S,) -> 0..S, S if none is."""
-    return int((scores >= threshold).cumprod(0).sum())  # how many stand before it
-def prefix_ends(task: Task, b: Rollout) -> Tensor:
-    """How many tokens each prefix of a response has, (B, S): 0, up to each step, all; then -1."""
-    lengths = b.mask.sum(1).long().tolist()
-    rows = [list(dict.fromkeys([0, *(end + 1 for _, end in task.steps(y[:n])), n]))
-            for y, n in zip(b.response.tolist(), lengths, strict=True)]  # n may end a step
-    return right_pad(rows, -1, max(map(len, rows))).to(b.response.device)
-def step_scores(state: dict, prompt: Tensor, response: Tensor, ends: Tensor) -> Tensor:
-    """Logits of ORM and SORM, unshifted, on the last token of every prefix: -> (2, B, S)."""
-    states = state["scorer"].hidden(torch.cat([prompt, response], dim=1))
-    at = (prompt.shape[1] + ends - 1).clamp(min=0)[..., None]  # the empty prefix: the prompt's end
-    states = states.gather(1, at.expand(-1, -1, states.shape[2]))
-    return torch.stack([state["orm"](states), state["sorm"](states)])
-def step_batches(state: dict, b: dict[str, Tensor], c: Config) -> Batches:
-    """Batches of labelled drafts for `fit`: one trunk, two heads, each with its own labels.
-    b: prompt (B, P), response (B, R), ends (B, S); label, keep (2, B, S) for ORM and SORM."""
-    length = b["ends"].amax(1).cpu()
-    def batch(u: int) -> tuple[Tensor, Loss]:
-        rows = torch.randint(len(length), (c.labels_each,), generator=rng(c.seed, "step batch", u))
-        rows = rows[length[rows].argsort(stable=True)]
-        denom = b["keep"][:, rows].sum((1, 2), keepdim=True).clamp(min=1)
-        def loss(micro: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            y = b["response"][micro, : int(length[micro].max())]
-            score = step_scores(state, b["prompt"][micro], y, b["ends"][micro])
-            label, weight = b["label"][:, micro], b["keep"][:, micro] / denom
-            right = (((score > 0) == (label > 0)) * weight).sum((1, 2))
-            return binary_loss(score, label, weight, 1), {"orm": right[0], "sorm": right[1]}
-        return rows, loss
-    return batch
-def preference_batches(scorer: Transformer, head: Head, pairs: list, task: Task,
-                       c: Config) -> Batches:
-    """Batches of (prompt, preferred, other) texts for `fit`, Bradley-Terry loss."""
-    x, *both = (list(texts) for texts in zip(*pairs, strict=True))
-    prompt = encode_prompts(task, x, c).to(scorer.lm_head.weight.device)
-    both = [right_pad(task.encode(y), c.pad, c.response).to(prompt.device) for y in both]
-    def batch(u: int) -> tuple[Tensor, Loss]:
-        rows = torch.randint(len(x), (c.base_batch,), generator=rng(c.seed, "pairs", u))
-        def loss(micro: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            score_w, score_l = (response_score(scorer, head, prompt[micro], y[micro]) for y in both)
-            share = len(micro) / len(rows)
-            right = (score_w > score_l).float().mean()
-            return preference_loss(score_w, score_l) * share, {"pair_accuracy": right * share}
-        return rows, loss
-    return batch
-@torch.no_grad()
-def normalize_head(scorer: Transformer, head: Head, rollout: Rollout) -> None:
-    """Gain and bias for mean 0 and variance 1 over the reference's samples.
-    DEVIATION: scores are normalized after training only; the original code also does it before."""
-    score = response_score(scorer, head, rollout.prompt, rollout.response)
-    gain = 1 / score.std(unbiased=False).clamp(min=1e-4)
-    head.linear.weight.mul_(gain)
-    head.linear.bias.sub_(score.mean()).mul_(gain)
 
-# ==== 11. Loops =================================================================================
-# Generators of four phases: all that lives across updates is in `state`, each update yields its
-# metrics. To log, save and draw bars is train_small.py's part.
-def in_groups(task: Task, texts: list[str], config: Config) -> Pair:
-    """Problems, each G times: prompt (B, P), group (B,)."""
-    group = torch.arange(len(texts)).repeat_interleave(config.samples)
-    return encode_prompts(task, texts, config)[group], group
-def rollout_metrics(rollout: Rollout, reward: Tensor, truth: Tensor, config: Config) -> dict:
-    """What to watch: masked means over all responses; a diffusion LM's entropy is mean field."""
-    score = reward.sum(1)
-    low, high = score.view(-1, config.samples).aminmax(dim=1)
-    return {"reward": float(score.mean()), "truth": float(truth.mean()),
-            "entropy": float(-(rollout.logp * rollout.mask).sum() / rollout.mask.sum()),
-            "length": float(rollout.mask.sum(1).mean()),
-            "ended": float((rollout.response == config.eos).any(1).float().mean()),
-            "flat_groups": float((high == low).float().mean())}  # 1: grpo and rloo learn nothing
 
-# ---- ppo: three credits, three losses ----------------------------------------------------------
-def gae_credit(b: Rollout, reward: Tensor, c: Config) -> Pair:
-    """Critic: per-token KL in the reward (12), advantages by (13), whitened. -> adv, ret (B, R)."""
-    # (12) r_k = -beta (logp_k - ref_logp_k) + 1[k = last] score
-    reward = (reward - c.beta * k1(b.logp, b.ref_logp)) * b.mask
-    if c.whiten_reward:
-        reward = whiten(reward, b.mask, shift=False)  # a shifted mean would pay for length
-    adv, ret = gae(reward, b.value, b.mask, c.gamma, c.lam)
-    return whiten(adv, b.mask), ret
-def grpo_credit(b: Rollout, reward: Tensor, c: Config) -> Pair:
-    """(15) one number a response, against its group; the KL is in the loss, not here."""
-    adv = group_advantage(reward.sum(1), b.group, "grpo")
-    return adv[:, None] * b.mask, torch.zeros_like(reward)
-def rloo_credit(b: Rollout, reward: Tensor, c: Config) -> Pair:
-    """(16) R_i = r_i - beta sum_k k1, KL before the baseline; A_i = R_i - mean of the other R_j."""
-    total = (reward - c.beta * k1(b.logp, b.ref_logp) * b.mask).sum(1)
-    adv = group_advantage(total, b.group, "rloo")
-    return adv[:, None] * b.mask, torch.zeros_like(reward)
-# each objective: logp, value (B, R) by the policy now, b as it was sampled, denom -> scalar
-def critic_objective(logp: Tensor, value: Tensor, b: Rollout, denom: Tensor, c: Config) -> Tensor:
-    """(14) L = L_pi + c_v L_V."""
-    # DEVIATION: no value band once rewards are rescaled to variance 1; 0.2 would be absurd
-    band = None if c.whiten_reward or not c.value_clip else c.value_clip
-    policy_part = ppo_loss(logp, b.logp, b.adv, b.mask, denom, c.clip)
-    return policy_part + c.value_coef * value_loss(value, b.value, b.ret, b.mask, denom, band)
-def grpo_objective(logp: Tensor, value: Tensor, b: Rollout, denom: Tensor, c: Config) -> Tensor:
-    """(2), and (15) with a DEVIATION: one mean over all tokens, not one per response."""
-    kl = (k3(logp, b.ref_logp) * b.mask).sum() / denom
-    return ppo_loss(logp, b.logp, b.adv, b.mask, denom, c.clip) + c.beta * kl
-def rloo_objective(logp: Tensor, value: Tensor, b: Rollout, denom: Tensor, c: Config) -> Tensor:
-    """(16) DEVIATION: clipped token ratios; on-policy that is REINFORCE over the token count."""
-    return ppo_loss(logp, b.logp, b.adv, b.mask, denom, c.clip)
-ARMS = {"gae": (gae_credit, critic_objective), "grpo": (grpo_credit, grpo_objective),
-        "rloo": (rloo_credit, rloo_objective)}
-def start_ppo(policy: Transformer, config: Config) -> dict[str, Any]:
-    """A fresh state: policy and value head, frozen reference, optimizer, counters."""
-    head = Head(config).to(policy.lm_head.weight.device)  # zero: the first critic expects nothing
-    return {"policy": policy, "head": head, "reference": frozen_copy(policy),
-            "optimizers": optimizers([policy, head], config.lr, config), "beta": config.beta,
-            "samples": 0, "update": 0, "updates": config.updates}
+def continuations_of(
+    policy: Transformer, draft: Rollout, ends: Tensor, c: Config
+) -> tuple[Tensor, Tensor]:
+    """Sample K continuations of every prefix that is not the whole draft.
 
-@torch.no_grad()
-def annotate(state: dict, rollout: Rollout, c: Config, estimate: Callable = likelihood) -> Rollout:
-    """Log-probs of policy and reference and values, once a batch, at the sampling temperature."""
-    found = rollout.mask.new_zeros(3, *rollout.mask.shape)
-    by_length = rollout.mask.sum(1).cpu().argsort(stable=True)  # like lengths together: little PAD
-    for rows in own(by_length).split(c.micro):
-        part = rollout[rows]
-        logp, states = estimate(state["policy"], part, c)
-        ref_logp = estimate(state["reference"], part, c)[0]
-        found[:, rows, : logp.shape[1]] = torch.stack([logp, ref_logp, state["head"](states)])
-    logp, ref_logp, value = over_ranks(found)
-    return replace(rollout, logp=logp, ref_logp=ref_logp, value=value)
-def adapt_beta(beta: float, kl: float, episodes: int, config: Config) -> float:
-    """KL controller, arXiv 1909.08593; kl and target in nats a response, target 0: unchanged."""
-    # beta <- beta (1 + clip(KL / target - 1, -.2, .2) n / horizon)
-    error = max(-0.2, min(0.2, kl / config.kl_target - 1)) if config.kl_target else 0.0
-    return beta * (1 + error * episodes / config.kl_horizon)
-
-def policy_update(state: dict, views: list[Rollout], objective: Callable, c: Config,
-                  estimate: Callable = likelihood) -> dict[str, float]:
-    """`epochs` passes over a batch, each over its next view: the same samples, other log-probs."""
-    policy, head, u, logs = state["policy"], state["head"], state["update"], []
-    share, length = schedule(u, state["updates"], c.warmup), views[0].mask.sum(1).cpu()
-    for i in range(c.epochs):
-        seen, generator = views[i % len(views)], rng(c.seed, "minibatch", u * c.epochs + i)
-        for rows in torch.randperm(len(length), generator=generator).split(c.minibatch):
-            rows = rows[length[rows].argsort(stable=True)]  # like lengths together: little PAD
-            denom = seen.mask[rows].sum()
-            def loss(micro: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-                b = seen[micro]
-                logp, states = estimate(policy, b, c)
-                off = (((logp - b.logp).exp() - 1).abs() > c.clip) * b.mask
-                return objective(logp, head(states), b, denom, c), {"clipfrac": off.sum() / denom}
-            logs.append(step(state, loss, rows, c, share))
-    kl = float((k1(views[0].logp, views[0].ref_logp) * views[0].mask).sum(1).mean())
-    mean = {name: sum(log[name] for log in logs) / len(logs) for name in logs[0]}
-    return mean | {"kl": kl, "beta": c.beta}
-
-def ppo(state: dict, task: Task, config: Config) -> Iterator[dict[str, Any]]:
-    """Proximal policy optimization: sample, score the end, spread the credit, clip the update."""
-    signal, (credit, objective) = SIGNALS[config.reward], ARMS[config.arm]
-    policy, device = state["policy"], state["policy"].lm_head.weight.device
-    while (u := state["update"]) < state["updates"]:
-        c = replace(config, beta=state["beta"])
-        # 1. sample
-        texts = task.prompts(c.prompts, rng(c.seed, "prompts", u))
-        prompt, group = (x.to(device) for x in in_groups(task, texts, c))
-        b = sample(policy, prompt, c, group=group, generator=rng(c.seed, "sample", u))
-        b = annotate(state, b, c)
-        # 2. score
-        truth = grades(task, b)
-        reward = signal(state, task, b, truth, c)
-        # 3. credit
-        b.adv, b.ret = credit(b, reward, c)
-        # 4. update
-        metrics = policy_update(state, [b], objective, c)
-        state["update"] += 1
-        state["samples"] += len(prompt)
-        state["beta"] = adapt_beta(state["beta"], metrics["kl"], len(prompt), c)
-        yield metrics | rollout_metrics(b, reward, truth, c) | {"samples": state["samples"]}
-
-# ---- iterative_dpo: right against wrong, round after round --------------------------------------
-def pair_up(score: Tensor, group: Tensor, config: Config) -> Tensor:
-    """Score (B,) 1 = right, group (B,) -> rows (n, 2): right, wrong. K pairs a prompt: walk through
-    both lists at once, the shorter one starting again. A prompt with an empty side gives none.
-    DEVIATION: the paper also counts the gold solution as a right response on GSM8K."""
-    pairs = []
-    for rows in group.argsort(stable=True).split(group.bincount().tolist()):
-        good, bad = rows[score[rows] > 0.5].tolist(), rows[score[rows] <= 0.5].tolist()
-        if good and bad:
-            pairs += [(good[k % len(good)], bad[k % len(bad)]) for k in range(config.pairs_each)]
-    return torch.tensor(pairs, dtype=torch.long).view(-1, 2)
-def dpo_nll(logp: Tensor, ref: Tensor, length: Tensor, c: Config) -> Pair:
-    """(9) for (n, 2) summed log-probs of chosen and rejected -> per-pair mean, margin (n,)."""
-    return dpo_loss(*logp.unbind(1), *ref.unbind(1), length[:, 0], c.dpo_beta, c.alpha)
-def sft_chosen(logp: Tensor, ref: Tensor, length: Tensor, c: Config) -> Pair:
-    """The NLL of (9) alone: a round of STaR, arXiv 2203.14465, that goes on from the last one."""
-    margin = (logp - ref).detach()
-    return -(logp[:, 0] / length[:, 0]).mean(), margin[:, 0] - margin[:, 1]
-PREFERENCES = {"dpo_nll": dpo_nll, "sft_chosen": sft_chosen}
-def pair_logprobs(policy: Transformer, pairs: dict[str, Tensor], rows: Tensor) -> Tensor:
-    """log pi(y | x) of chosen and rejected, summed over tokens and untempered, (n, 2)."""
-    prompt, y = pairs["prompt"][rows].repeat_interleave(2, 0), pairs["response"][rows].flatten(0, 1)
-    y = y[:, : int((y != policy.config.pad).sum(1).max())]  # columns of PAD alone change nothing
-    return token_logprobs(policy, prompt, y, temperature=1.0).sum(1).view(-1, 2)
-def pair_update(state: dict, c: Config) -> dict[str, float]:
-    """One update on a batch of state["pairs"]. Watch chosen: under plain DPO its log-prob falls."""
-    pairs, u, n = state["pairs"], state["update"], len(state["pairs"]["prompt"])
-    rows = torch.randint(n, (c.pair_batch,), generator=rng(c.seed, "pair batch", u))
-    length = (pairs["response"] != c.pad).sum(2)  # (n, 2)
-    rows = rows[length[rows].amax(1).cpu().argsort(stable=True)]
-    def loss(micro: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        logp, size = pair_logprobs(state["policy"], pairs, micro), length[micro]
-        value, margin = PREFERENCES[c.preference](logp, pairs["ref"][micro], size, c)
-        logp = logp.detach()
-        seen = {"margin": margin.mean(), "pair_accuracy": (margin > 0).float().mean()}
-        for i, name in enumerate(("chosen", "rejected")):
-            seen |= {name: logp[:, i].mean(), name + "_per_token": (logp / size)[:, i].mean()}
-        share = len(micro) / len(rows)
-        return value * share, {name: x * share for name, x in seen.items()}
-    return step(state, loss, rows, c, schedule(u % c.round_updates, c.round_updates, c.warmup))
-def start_rounds(policy: Transformer, config: Config) -> dict[str, Any]:
-    """A fresh state. No reference model: its log-probs are kept with the pairs of the round."""
-    first = {name: x.clone() for name, x in policy.state_dict().items()} if config.restart else {}
-    updates = config.rounds * config.round_updates
-    return {"policy": policy, "optimizers": optimizers([policy], config.dpo_lr, config),
-            "pairs": {}, "drawn": {}, "first": first, "samples": 0, "update": 0, "updates": updates}
-def posed(state: dict, task: Task, config: Config, u: int) -> tuple[list[str], dict]:
-    """DEVIATION: new problems each round; the paper draws new responses to the same ones."""
-    return task.prompts(config.prompts, rng(config.seed, "prompts", u)), {}
-def verified(state: dict, task: Task, rollout: Rollout, c: Config, u: int) -> tuple[Tensor, dict]:
-    """Scores (B,): the true reward."""
-    truth = grades(task, rollout)
-    return truth, {"truth": float(truth.mean())}
-
-def iterative_dpo(state: dict, task: Task, config: Config, pose: Callable = posed,
-                  judge: Callable = verified, pair: Callable = pair_up) -> Iterator[dict[str, Any]]:
-    """Iterative reasoning preference optimization, arXiv 2404.19733v3: each round draws new
-    responses, pairs right with wrong ones and goes on from where the last round ended."""
-    policy, n, device = state["policy"], config.round_updates, state["policy"].lm_head.weight.device
-    while (u := state["update"]) < state["updates"]:
-        if u % n == 0:
-            hot = config.late_temperature if 2 * u >= state["updates"] else config.temperature
-            c = replace(config, prompts=config.round_prompts, temperature=hot)  # of this round only
-            # 1. sample
-            texts, drawn = pose(state, task, c, u)
-            prompt, group = (x.to(device) for x in in_groups(task, texts, c))
-            b = sample(policy, prompt, c, group=group, generator=rng(c.seed, "sample", u))
-            # 2. score
-            score, seen = judge(state, task, b, c, u)
-            # 3. credit
-            rows = pair(score, group, c)
-            pairs = {"prompt": prompt[rows[:, 0]], "response": b.response[rows]}
-            if c.restart:  # ReST-EM, arXiv 2312.06585: every round trains the first model
-                policy.load_state_dict(state["first"])
-                state["optimizers"] = optimizers([policy], c.dpo_lr, c)
-            with torch.no_grad():  # the reference is the model that this round starts from
-                parts = torch.arange(len(rows)).split(c.micro) if len(rows) else []
-                ref = [pair_logprobs(policy, pairs, part) for part in parts]
-            state["pairs"] = pairs | {"ref": torch.cat([*ref, torch.empty(0, 2, device=device)])}
-            drawn |= {"pairs": len(rows), "round": u // n}
-            state["drawn"] = drawn | seen | {"length": float(b.mask.sum(1).mean())}
-            state["samples"] += len(prompt)
-        # 4. update; a round without pairs teaches nothing and is over at once
-        some = state["drawn"]["pairs"] > 0
-        metrics = pair_update(state, config) if some else {}
-        state["update"] += 1 if some else n
-        yield metrics | state["drawn"] | {"samples": state["samples"]}
-
-# ---- self_rewarding: the same weights pose, solve and judge -------------------------------------
-SCORE = re.compile(r"(?:^|!|score[\s:=]*)([0-9]+(?:\.[0-9]+)?)(?:\s*/\s*5)?$", re.I | re.A)
-def parse_score(text: str) -> float | None:
-    """The score that a judgement ends with, 0..5: `3`, `!3`, `Score: 3.5`, `score 4/5`; else None.
-    Never raises. Only the very end counts, so a score that is quoted before it is not taken."""
-    found = SCORE.search(text.strip().removesuffix("<eos>").rstrip(". "))
-    score = float(found[1]) if found else -1.0
-    return score if 0 <= score <= 5 else None
-def propose(state: dict, task: Task, config: Config, u: int) -> tuple[list[str], dict]:
-    """Shown three, a new one. DEVIATION: the policy poses them; in the paper a fixed model does."""
-    generator = rng(config.seed, "propose", u)  # two tries each, then the task fills up
-    shown = [task.propose_demo(generator)[0] for _ in range(2 * config.prompts)]
-    found = zip(shown, respond(state["policy"], task, shown, config, generator), strict=True)
-    fresh = [task.problem(y) for x, y in found if y.removesuffix("<eos>").strip() not in x]
-    new = [x for x in dict.fromkeys(fresh) if x and x not in state["posed"]][: config.prompts]
-    state["posed"] |= dict.fromkeys(new)
-    texts = new + task.prompts(config.prompts - len(new), generator)
-    return texts, {"valid": sum(map(bool, fresh)) / len(shown), "proposed": len(new) / len(texts)}
-def judged(state: dict, task: Task, rollout: Rollout, c: Config, u: int) -> tuple[Tensor, dict]:
-    """Scores (B,): the mean of J sampled judgements by the policy; NaN if none can be read."""
-    generator, J, device = rng(c.seed, "judge", u), c.judgements, rollout.prompt.device
-    pairs = zip(rollout.prompt.tolist(), rollout.response.tolist(), strict=True)
-    asked = left_pad([[c.bos, *task.judge_prompt(x, y)] for x, y in pairs], c.pad).to(device)
-    scores = []
-    for part in asked.split(c.minibatch):
-        written = sample(state["judge"], part.repeat_interleave(J, 0), c, generator=generator)
-        scores += [parse_score(task.decode(y)) for y in written.response.tolist()]
-    score = torch.tensor([float("nan") if s is None else s for s in scores], device=device)
-    quoted = [parse_score(task.decode(y)) is not None for y in rollout.response.tolist()]
-    mean = float(score.nanmean())
-    return score.view(-1, J).nanmean(1), {
-        "score": mean, "spread": float(score.nan_to_num(mean).std(correction=0)),
-        "unread": float(score.isnan().float().mean()), "quoted": sum(quoted) / len(quoted)}
-def best_and_worst(score: Tensor, group: Tensor, config: Config) -> Tensor:
-    """Score (B,), NaN = none, group (B,) -> rows (n, 2): best and worst; a tie gives none."""
-    pairs = []
-    for rows in group.argsort(stable=True).split(group.bincount().tolist()):
-        rows = rows[~score[rows].isnan()]
-        if len(rows) and score[rows].max() > score[rows].min():
-            pairs.append((int(rows[score[rows].argmax()]), int(rows[score[rows].argmin()])))
-    return torch.tensor(pairs, dtype=torch.long).view(-1, 2)
-def start_self_rewarding(policy: Transformer, c: Config) -> dict[str, Any]:
-    """M1 solves, poses and judges already; its judge is itself, or the frozen M1."""
-    judge = frozen_copy(policy) if c.judge == "frozen" else policy
-    return start_rounds(policy, replace(c, rounds=c.own_rounds)) | {"judge": judge, "posed": {}}
-def self_rewarding(state: dict, task: Task, config: Config) -> Iterator[dict[str, Any]]:
-    """Self-Rewarding LMs, arXiv 2401.10020: `iterative_dpo` on its own problems and scores.
-    DEVIATION: the loss is DPO + NLL (9); the paper's is --alpha 0, which loses accuracy here."""
-    config = replace(config, samples=config.candidates)
-    return iterative_dpo(state, task, config, propose, judged, best_and_worst)
-
-# ---- seq2seq: ppo with a rewriter's agreement as reward -----------------------------------------
-def start_seq2seq(policy: Transformer, config: Config) -> dict[str, Any]:
-    """As `ppo`, with a leash: whatever is learned can be fooled."""
-    return start_ppo(policy, replace(config, beta=config.rewriter_beta))
-def seq2seq(state: dict, task: Task, config: Config) -> Iterator[dict[str, Any]]:
-    """Sequence-to-sequence reward modelling, arXiv 2409.00162: `ppo`, another reward tensor."""
-    return ppo(state, task, replace(config, reward="seq2seq"))
-
-# ---- refine: SORM says where, the refiners how, ORM when ----------------------------------------
-def continuations_of(student: Transformer, draft: Rollout, ends: Tensor, c: Config) -> Pair:
-    """K ways to go on from each unfinished prefix: -> which (n, 2), row and prefix; (n, K, R)."""
-    which = ((ends >= 0) & (ends < ends.amax(1, keepdim=True))).nonzero()
-    which = which[ends[tuple(which.T)].argsort(stable=True)]  # like lengths are written together
-    place, generator, traces = torch.arange(c.response).to(ends.device), rng(c.seed, "continue"), []
-    for part in which.split(max(1, c.minibatch // c.continuations)):
+    ends (B, S); rows of -1 alone are left out. Returns origin (n, 2), the row and the prefix of
+    each, and the traces (n, K, R): whole responses that begin with their prefix.
+    """
+    proper = (ends >= 0) & (ends < ends.amax(1, keepdim=True))
+    origin = proper.nonzero()
+    row, s = origin.T
+    origin = origin[ends[row, s].argsort(stable=True)]  # like lengths are written together
+    place = torch.arange(c.response, device=ends.device)
+    generator = rng(c.seed, "continue")
+    traces = []
+    for part in origin.split(max(1, SAMPLED_AT_ONCE // c.continuations)):
         row, s = part.repeat_interleave(c.continuations, 0).unbind(1)
-        start = draft.response[row].masked_fill(place >= ends[row, s, None], c.pad)
-        traces.append(sample(student, draft.prompt[row], c, start, generator=generator).response)
-    return which, torch.cat(traces).view(len(which), c.continuations, c.response)
-def check_traces(task: Task, draft: Rollout, ends: Tensor, which: Tensor, traces: Tensor) -> Pair:
-    """Whether each trace (n, K, R) is right, and whether it uses the last result of its prefix."""
-    right, uses = [], []
-    for (row, s), several in zip(which.tolist(), traces.tolist(), strict=True):
-        prompt, end = task.decode(draft.prompt[row].tolist()), int(ends[row, s])
-        last = draft.response[row, int(ends[row, s - 1]) if s else 0 : end].tolist()
-        result = task.result(task.decode(last))
-        number = re.compile(rf"(?<![0-9]){re.escape(result or '')}(?![0-9])")
-        right += [task.grade(prompt, task.decode(y)) > 0.5 for y in several]
-        uses += [result is None or bool(number.search(task.decode(y[end:]))) for y in several]
-    return tuple(torch.tensor(x, dtype=torch.bool).view(traces.shape[:2]) for x in (right, uses))
-def step_labels(right: Tensor, ends: Tensor, which: Tensor, success: Tensor, uses: Tensor,
-                c: Config) -> dict[str, Tensor]:
-    """label, keep (2, B, S): for the ORM the draft's end, for the SORM (8), equally many examples.
-    The whole draft is its own verifying trace. DEVIATION: a right draft counts unchecked."""
-    table = torch.zeros(2, *ends.shape, c.continuations, dtype=torch.bool, device=ends.device)
-    table[:, which[:, 0], which[:, 1]] = torch.stack([success, uses]).to(ends.device)
-    table[:, torch.arange(len(ends)), ends.argmax(1)] = right[:, None]
-    sorm, some, generator = rollout_labels(*table), ends > 0, rng(c.seed, "balance")
-    position, keep = some.cumsum(1), torch.zeros_like(table[..., 0])
-    keep[1, some] = balance(sorm[some], position[some], generator)
-    same = torch.randperm(int(some.sum()), generator=generator) < keep[1].sum().cpu()
-    keep[0, some] = same.to(ends.device)
-    label = torch.stack([right[:, None].expand_as(sorm), sorm])
-    return {"ends": ends, "label": label.float(), "keep": keep.float()}
-def repair_demos(task: Task, draft: Rollout, b: dict, which: Tensor, traces: Tensor, good: Tensor,
-                 c: Config) -> tuple[list, list]:
-    """What the refiners learn, ids for `demonstrations`. Global: a draft -> a right trace from the
-    problem. Local: [BAD] before the first error -> the rest of a right trace from there."""
-    whole, rest, good = [], [], good.tolist()
-    for (row, s), several, ok in zip(which.tolist(), traces.tolist(), good, strict=True):
-        if not any(ok):
-            continue
-        x, y = draft.prompt[row].tolist(), draft.response[row].tolist()
-        trace = [i for i in several[ok.index(True)] if i != c.pad]
-        if s == 0:
-            whole.append((reread(task, x, y, c), trace))
-        if s + 1 == first_error(b["label"][1, row], 0.5):  # prefix 0 counts: s is the last good
-            end = int(b["ends"][row, s])
-            rest.append((reread(task, x, y, c, end), trace[end:]))
-    return whole, rest
-def start_refine(policy: Transformer, config: Config) -> dict[str, Any]:
-    """The policy is the student, and stays; what learns starts as a copy of it.
-    DEVIATION: ORM and SORM are two heads of one trunk; the paper trains two models."""
-    c, device = config, policy.lm_head.weight.device
-    parts: dict[str, Any] = {name: deepcopy(policy) for name in ("scorer", "global", "local")}
-    heads = {k: Head(c, (c.width + 1) ** -0.5, rng(c.seed, k)).to(device) for k in ("orm", "sorm")}
-    fits = {}
-    for name, model in parts.items():
-        learns = [model, *heads.values()] if name == "scorer" else [model]
-        fits[name] = {"optimizers": optimizers(learns, c.base_lr, c, c.muon_lr), "update": 0}
-    return {"policy": policy, **parts, **heads, "fits": fits, "data": {}, "seen": {},
-            "samples": 0, "update": 0, "updates": c.refine_updates}  # fmt: skip
+        behind = place >= ends[row, s, None]
+        start = draft.response[row].masked_fill(behind, c.pad_id)
+        written = sample(policy, draft.prompt[row], c, start, generator=generator)
+        traces.append(written.response)
+    return origin, torch.cat(traces).view(len(origin), c.continuations, c.response)
 
-def refine(state: dict, task: Task, config: Config) -> Iterator[dict[str, Any]]:
+
+def check_traces(
+    task: Task, draft: Rollout, ends: Tensor, origin: Tensor, traces: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Traces (n, K, R) -> whether each is right, and whether it uses its prefix, both (n, K).
+
+    A trace uses its prefix if the result of the prefix's last step occurs behind it; a prefix
+    without a result, such as the empty one, is always used. Without this check a wrong step would
+    count as good when the student simply starts again and gets it right.
+    """
+    right = []
+    uses = []
+    for (row, s), several in zip(origin.tolist(), traces.tolist(), strict=True):
+        prompt = task.decode(draft.prompt[row].tolist())
+        end = int(ends[row, s])
+        begin = int(ends[row, s - 1]) if s > 0 else 0
+        step = task.decode(draft.response[row, begin:end].tolist())
+        result = task.result(step)
+        number = re.compile(rf"(?<![0-9]){re.escape(result or '')}(?![0-9])")
+        for trace in several:
+            right.append(task.grade(prompt, task.decode(trace)) > 0.5)
+            rest = task.decode(trace[end:])
+            uses.append(result is None or bool(number.search(rest)))
+    shape = traces.shape[:2]
+    return (
+        torch.tensor(right, dtype=torch.bool).view(shape),
+        torch.tensor(uses, dtype=torch.bool).view(shape),
+    )
+
+
+def step_labels(
+    right: Tensor, ends: Tensor, origin: Tensor, good: Tensor, c: Config
+) -> dict[str, Tensor]:
+    """Labels of all prefixes for ORM and SORM, and which of them are examples.
+
+    right (B,): whether the draft's own answer is right; good (n, K): whether the traces that were
+    drawn for `origin` (n, 2) are right and use their prefix. Returns ends (B, S), label and keep
+    (2, B, S), the ORM's first. The ORM's label of every prefix is `right`; the SORM's is (8), with
+    equally many good and bad examples.
+
+    An example, a wrong draft with two steps and so with four prefixes:
+
+        prefix      ``     `37+5=42;`   `37+5=42;42*3=22;`   whole draft
+        any good    yes    yes          no                   no, it is wrong
+        SORM        1      1            0                    0     the second step is the error
+        ORM         0      0            0                    0
+
+    The whole draft is its own trace. DEVIATION: the steps of a right draft are good without a check
+    that they are used.
+    """
+    # From which prefixes the right answer was reached.
+    reached = torch.zeros(ends.shape, dtype=torch.bool)
+    for (row, s), any_good in zip(origin.tolist(), good.any(1).tolist(), strict=True):
+        reached[row, s] = any_good
+    whole = ends.argmax(1).tolist()  # the prefix that is the whole draft
+    for row, is_right in enumerate(right.tolist()):
+        reached[row, whole[row]] = is_right
+    sorm = rollout_labels(reached[..., None])
+
+    # Every prefix but the empty one may be an example. The ORM gets a random choice of as many as
+    # the SORM keeps.
+    generator = rng(c.seed, "balance")
+    row, s = (ends.cpu() > 0).nonzero(as_tuple=True)
+    for_sorm = balance(sorm[row, s], s, generator)
+    for_orm = torch.randperm(len(row), generator=generator) < for_sorm.sum()
+    keep = torch.zeros(2, *ends.shape)
+    keep[0, row, s] = for_orm.float()
+    keep[1, row, s] = for_sorm.float()
+    label = torch.stack([right.cpu()[:, None].expand_as(sorm), sorm]).float()
+    return {"ends": ends, "label": label.to(ends.device), "keep": keep.to(ends.device)}
+
+
+@dataclass
+class LabelledDrafts:
+    """Drafts, the traces that were drawn from their prefixes, and the labels that follow."""
+
+    # prompt (B, P), response (B, R), ends (B, S), label and keep (2, B, S), as in `step_labels`.
+    examples: dict[str, Tensor]
+    # Row and prefix of each trace, (n, 2).
+    origin: Tensor
+    # (n, K, R)
+    traces: Tensor
+    # Whether a trace is right and uses its prefix, (n, K).
+    good: Tensor
+    # The share of drafts that are right.
+    truth: float
+    # How many responses were drawn.
+    samples: int
+
+
+def label_drafts(policy: Transformer, task: Task, n: int, c: Config) -> LabelledDrafts:
+    """Draw n drafts, one for each problem, go on from the prefixes of the wrong ones, and label."""
+    # 1. sample
+    device = policy.device
+    prompt = encode_prompts(task, task.prompts(n, rng(c.seed, "prompts")), c).to(device)
+    draft = sample(policy, prompt, c, generator=rng(c.seed, "sample"))
+    right = grades(task, draft) > 0.5
+    ends = prefix_ends(task, draft)
+    wrong_ends = ends.masked_fill(right[:, None], -1)
+    origin, traces = continuations_of(policy, draft, wrong_ends, c)
+
+    # 2. score
+    success, uses = check_traces(task, draft, ends, origin, traces)
+    good = success & uses
+
+    # 3. credit: which steps still lead to the answer
+    examples = step_labels(right, ends, origin, good, c)
+    examples |= {"prompt": prompt, "response": draft.response}
+    truth = float(right.float().mean())
+    return LabelledDrafts(examples, origin, traces, good, truth, n + success.numel())
+
+
+def binary_loss(score: Tensor, label: Tensor, mask: Tensor, denom: Tensor | int) -> Tensor:
+    """Cross-entropy of sigmoid(score) and labels 0 or 1; all of one shape -> scalar."""
+    # -1/denom sum of mask [ label log sigmoid(score) + (1 - label) log sigmoid(-score) ]
+    if_good = label * F.logsigmoid(score)
+    if_bad = (1 - label) * F.logsigmoid(-score)
+    return -((if_good + if_bad) * mask).sum() / denom
+
+
+def step_batches(scorer: StepScorer, examples: dict[str, Tensor], size: int, c: Config) -> Batches:
+    """Batches of labelled drafts for `fit`: each head learns from its own labels.
+
+    Logged are the shares of labels that each head predicts.
+    """
+    length = examples["ends"].amax(1).cpu()
+
+    def draw_batch(update: int) -> tuple[Tensor, Loss]:
+        rows = torch.randint(len(length), (size,), generator=rng(c.seed, "step batch", update))
+        rows = rows[length[rows].argsort(stable=True)]
+        denom = examples["keep"][:, rows].sum((1, 2), keepdim=True).clamp(min=1)
+
+        def loss(part: Tensor) -> tuple[Tensor, Metrics]:
+            response = examples["response"][part, : int(length[part].max())]
+            score = scorer(examples["prompt"][part], response, examples["ends"][part])
+            label = examples["label"][:, part]
+            weight = examples["keep"][:, part] / denom
+            predicted = (score > 0) == (label > 0)
+            orm, sorm = (predicted * weight).sum((1, 2))
+            return binary_loss(score, label, weight, 1), {"orm": orm, "sorm": sorm}
+
+        return rows, loss
+
+    return draw_batch
+
+
+# ---- the refiners
+
+
+def first_error(scores: Tensor, threshold: float) -> int:
+    """The index of the first of these scores (S,) below the threshold; S if there is none."""
+    return int((scores >= threshold).cumprod(0).sum())  # how many stand before it
+
+
+def good_traces(drafts: LabelledDrafts, c: Config) -> Iterator[tuple[int, int, list[int]]]:
+    """The first good trace of every prefix that has one: row, prefix, the ids of the trace."""
+    traces = drafts.traces.tolist()
+    for i, good in enumerate(drafts.good.tolist()):
+        if any(good):
+            row, s = drafts.origin[i].tolist()
+            yield row, s, without(traces[i][good.index(True)], c.pad_id)
+
+
+def global_demos(task: Task, drafts: LabelledDrafts, c: Config) -> list[Demo]:
+    """What the global refiner learns: a wrong draft -> a right response from the beginning."""
+    demos = []
+    for row, s, trace in good_traces(drafts, c):
+        if s == 0:
+            prompt = drafts.examples["prompt"][row].tolist()
+            response = drafts.examples["response"][row].tolist()
+            demos.append((rewriter_prompt(task, prompt, response, c), trace))
+    return demos
+
+
+def local_demos(task: Task, drafts: LabelledDrafts, c: Config) -> list[Demo]:
+    """What the local refiner learns: a draft with `<bad>` before its error -> a right rest."""
+    demos = []
+    for row, s, trace in good_traces(drafts, c):
+        # If prefix n is the first bad one, the error stands behind prefix n - 1.
+        last_good = first_error(drafts.examples["label"][1, row], 0.5) - 1
+        if s == last_good:
+            end = int(drafts.examples["ends"][row, s])
+            prompt = drafts.examples["prompt"][row].tolist()
+            response = drafts.examples["response"][row].tolist()
+            demos.append((rewriter_prompt(task, prompt, response, c, bad_at=end), trace[end:]))
+    return demos
+
+
+# ---- the loop
+
+
+@dataclass(kw_only=True)
+class RefineState(State):
+    """The student is the policy and stays as it is; three copies of it learn."""
+
+    scorer: StepScorer
+    global_refiner: Transformer
+    local_refiner: Transformer
+    # The training of each: "scorer", "global", "local". `optimizers` stays empty.
+    fits: dict[str, Fit]
+    # What the scorer learns from, as in LabelledDrafts.
+    examples: dict[str, Tensor] = field(default_factory=dict)
+    # What the refiners learn from: "global", "local".
+    demos: dict[str, list[Demo]] = field(default_factory=dict)
+    # What there is to log of the drafts.
+    draft_metrics: Metrics = field(default_factory=dict)
+
+
+def start_refine(policy: Transformer, c: RefineConfig) -> RefineState:
+    """A fresh state."""
+    scorer = StepScorer(deepcopy(policy), c.seed)
+    parts = {"scorer": scorer, "global": deepcopy(policy), "local": deepcopy(policy)}
+    fits = {}
+    for name, part in parts.items():
+        fits[name] = Fit([part], optimizers([part], c.lr, c.muon_lr))
+    return RefineState(
+        policy=policy,
+        optimizers=[],
+        scorer=scorer,
+        global_refiner=parts["global"],
+        local_refiner=parts["local"],
+        fits=fits,
+    )
+
+
+def refine(state: RefineState, task: Task, c: RefineConfig) -> Iterator[Metrics]:
     """GLoRe, arXiv 2402.10963: drafts and continuations teach two heads and two refiners."""
-    student, c, device = state["policy"], config, state["policy"].lm_head.weight.device
-    if not state["data"]:
-        # 1. sample: a draft a problem; from each prefix of a wrong one, K ways to go on
-        prompt = encode_prompts(task, task.prompts(c.drafts, rng(c.seed, "prompts")), c).to(device)
-        draft = sample(student, prompt, c, generator=rng(c.seed, "sample"))
-        right, ends = grades(task, draft) > 0.5, prefix_ends(task, draft)
-        which, traces = continuations_of(student, draft, ends.masked_fill(right[:, None], -1), c)
-        # 2. score
-        success, uses = check_traces(task, draft, ends, which, traces)
-        # 3. credit: which step was the error, and who got from there to the answer
-        b = step_labels(right, ends, which, success, uses, c)
-        b |= {"prompt": prompt, "response": draft.response}
-        whole, rest = repair_demos(task, draft, b, which, traces, success & uses, c)
-        state["data"] = {"steps": b, "global": whole, "local": rest}
-        state["samples"] = len(prompt) + success.numel()
-        state["seen"] = {"truth": float(right.float().mean()), "pairs": len(rest)}
-    # 4. update: what is bad, and how to mend it
-    few, data = replace(c, base_batch=c.pair_batch), state["data"]
-    batches = {"scorer": step_batches(state, data["steps"], c)}
-    mended = [k for k in ("global", "local") if data[k]]  # without examples a refiner stays
-    batches |= {k: demonstrations(state[k], task, few, data[k]) for k in mended}
-    learning = [fit(state["fits"][k], batch, c.refine_updates, c) for k, batch in batches.items()]
+    if not state.examples:
+        # `label_drafts` does 1. sample, 2. score and 3. credit
+        drafts = label_drafts(state.policy, task, c.prompts, c)
+        state.examples = drafts.examples
+        state.demos = {
+            "global": global_demos(task, drafts, c),
+            "local": local_demos(task, drafts, c),
+        }
+        state.samples = drafts.samples
+        state.draft_metrics = {"truth": drafts.truth, "pairs": len(state.demos["local"])}
+
+    # 4. update; a refiner without examples stays as it is
+    batches = {"scorer": step_batches(state.scorer, state.examples, c.minibatch, c)}
+    for name, model in (("global", state.global_refiner), ("local", state.local_refiner)):
+        if state.demos[name]:
+            batches[name] = gpt_batches(model, state.demos[name], c, size=c.minibatch // 4)
+    learning = []
+    for name, batch in batches.items():
+        learning.append(fit(state.fits[name], batch, c.updates, c))
     for logs in zip(*learning, strict=True):
-        state["update"] += 1
-        metrics = {"orm": logs[0]["orm"], "sorm": logs[0]["sorm"], "samples": state["samples"]}
-        losses = {k + "_loss": log["loss"] for k, log in zip(batches, logs, strict=True)}
-        yield metrics | losses | state["seen"]
+        state.update += 1
+        metrics = {"orm": logs[0]["orm"], "sorm": logs[0]["sorm"]}
+        for name, part in zip(batches, logs, strict=True):
+            metrics[f"{name}_loss"] = part["loss"]
+        yield metrics | state.draft_metrics | {"samples": state.samples}
+
+
+# ---- what a trained refine answers
+
+
+@dataclass
+class Refinements:
+    """A draft and its two refinements, for each problem."""
+
+    response: Tensor  # (3, B, R): draft, global, local
+    score: Tensor  # (3, B): the ORM's logits
+    blamed: list[int | None]  # where the step begins that the SORM blames; None if it blames none
+
+
+def rewritten(
+    model: Transformer,
+    task: Task,
+    draft: Rollout,
+    bad_at: list[int | None],
+    c: Config,
+    generator: torch.Generator | None,
+) -> list[list[int]]:
+    """What a refiner writes that reads the drafts, with the mark `<bad>` where one is given."""
+    asked = []
+    for x, y, at in zip(draft.prompt.tolist(), draft.response.tolist(), bad_at, strict=True):
+        asked.append(rewriter_prompt(task, x, y, c, at))
+    prompt = left_pad(asked, c.pad_id).to(draft.prompt.device)
+    return sample(model, prompt, c, generator=generator).response.tolist()
+
 
 @torch.no_grad()
-def refinements(state: dict, task: Task, prompts: list[str], config: Config,
-                generator: Any = None) -> dict[str, Any]:
-    """Draft, global and local refinement: response (3, B, R), the ORM's logits (3, B), and bad:
-    the token where the step begins that the SORM blames, None for none (then local = draft)."""
-    prompt = encode_prompts(task, prompts, config).to(state["policy"].lm_head.weight.device)
-    draft = sample(state["policy"], prompt, config, generator=generator)
-    ends, x, y = prefix_ends(task, draft), prompt.tolist(), draft.response.tolist()
-    bad: list[int | None] = []
-    for score, end in zip(step_scores(state, prompt, draft.response, ends)[1], ends, strict=True):
-        end = end[end >= 0].tolist()
-        step = first_error(score[1 : len(end)].sigmoid(), config.threshold)
-        bad.append(end[step] if step < len(end) - 1 else None)
-    def rewritten(name: str, marks: list[int | None]) -> list[list[int]]:
-        asked = [reread(task, *both, config, at) for *both, at in zip(x, y, marks, strict=True)]
-        asked = left_pad(asked, config.pad).to(prompt.device)
-        return sample(state[name], asked, config, generator=generator).response.tolist()
-    rest = rewritten("local", [at or 0 for at in bad])
-    local = [ids if at is None else (ids[:at] + tail)[: config.response]
-             for ids, tail, at in zip(y, rest, bad, strict=True)]
-    response = torch.tensor([y, rewritten("global", [None] * len(y)), local], device=prompt.device)
-    score = [response_score(state["scorer"], state["orm"], prompt, each) for each in response]
-    return {"response": response, "score": torch.stack(score), "bad": bad}
-def refined(state: dict, task: Task, prompts: list[str], config: Config,
-            generator: Any = None) -> list[str]:
-    """Of draft and two refinements the one that the ORM likes best, as text."""
-    found = refinements(state, task, prompts, config, generator)
-    best = found["score"].argmax(0), torch.arange(len(prompts))
-    return [task.decode(ids) for ids in found["response"][best].tolist()]
+def refinements(
+    state: RefineState,
+    task: Task,
+    prompts: list[str],
+    c: RefineConfig,
+    generator: torch.Generator | None = None,
+) -> Refinements:
+    """Draft, global and local refinement of each problem, and what ORM and SORM say of them."""
+    prompt = encode_prompts(task, prompts, c).to(state.policy.device)
+    draft = sample(state.policy, prompt, c, generator=generator)
 
-# ---- denoise: a diffusion LM, paid for what a stretch of denoising achieves ---------------------
-def some_step(b: Rollout, c: Config, generator: torch.Generator) -> Tensor:
-    """t (B,): a step up to EOS but the first, 1 if there is no other; share 1: behind the last."""
+    # Where: the SORM blames the first step whose probability is below the threshold.
+    ends = prefix_ends(task, draft)
+    sorm = state.scorer(prompt, draft.response, ends)[1].sigmoid()
+    blamed: list[int | None] = []
+    for score, row in zip(sorm, ends.tolist(), strict=True):
+        row = [end for end in row if end >= 0]
+        first = first_error(score[1 : len(row)], THRESHOLD)  # the empty prefix has no step
+        blamed.append(row[first] if first < len(row) - 1 else None)
+
+    # How: the local refiner's rest replaces the draft's. A draft that is not blamed is rewritten
+    # too, from its beginning, but it stays as it is.
+    bad_at = [0 if at is None else at for at in blamed]
+    rest = rewritten(state.local_refiner, task, draft, bad_at, c, generator)
+    local = []
+    for ids, tail, at in zip(draft.response.tolist(), rest, blamed, strict=True):
+        mended = ids if at is None else ids[:at] + tail
+        local.append(mended[: c.response])
+    anew = rewritten(state.global_refiner, task, draft, [None] * len(blamed), c, generator)
+    response = torch.stack([draft.response, prompt.new_tensor(anew), prompt.new_tensor(local)])
+
+    # Whether: the ORM scores all three.
+    score = torch.stack([state.scorer.whole(prompt, each) for each in response])
+    return Refinements(response, score, blamed)
+
+
+def answer_refined(
+    state: RefineState,
+    task: Task,
+    prompts: list[str],
+    c: RefineConfig,
+    generator: torch.Generator | None = None,
+) -> list[str]:
+    """Of the draft and its two refinements the one that the ORM likes best, as text."""
+    found = refinements(state, task, prompts, c, generator)
+    best = found.score.argmax(0)
+    column = torch.arange(len(prompts), device=best.device)
+    chosen = found.response[best, column]
+    return [task.decode(ids) for ids in chosen.tolist()]
+
+
+@torch.no_grad()
+def explain_steps(state: RefineState, task: Task, b: Rollout, c: RefineConfig) -> list[Metrics]:
+    """The probabilities of ORM and SORM behind each step."""
+    ends = prefix_ends(task, b)
+    orm, sorm = state.scorer(b.prompt, b.response, ends).sigmoid()
+    found = []
+    for says_orm, says_sorm, row in zip(orm, sorm, ends, strict=True):
+        step = row > 0
+        found.append({"orm": rounded(says_orm[step]), "sorm": rounded(says_sorm[step])})
+    return found
+
+
+METHODS["refine"] = Method(
+    config=RefineConfig,
+    start=start_refine,
+    loop=refine,
+    starts_from=student,
+    answer=answer_refined,
+    explain=explain_steps,
+    needs="steps result",
+    answer_parts=("scorer", "global_refiner", "local_refiner"),
+)
+
+
+# ---- the SORM as a reward of ppo
+
+
+def sorm_models(
+    base: Transformer, task: Task, c: PPOConfig, train: Trainer = train_now
+) -> dict[str, nn.Module]:
+    """A step scorer that starts as the base model and reads labelled drafts of it."""
+    scorer = StepScorer(deepcopy(base), c.seed)
+
+    def make_batches() -> Batches:
+        drafts = label_drafts(base, task, c.reward_data, c)
+        return step_batches(scorer, drafts.examples, c.base_batch, c)
+
+    train(
+        "sorm",
+        [scorer],
+        make_batches,
+        c.reward_updates,
+        c,
+        c.base_lr,
+        c.muon_lr,
+        reads="reward_data continuations temperature",
+    )
+    return {"scorer": scorer.requires_grad_(False)}
+
+
+@torch.no_grad()
+def step_probabilities(state: PPOState, b: Rollout, ends: Tensor, c: Config) -> Tensor:
+    """The SORM's probability that the answer can still be reached, behind each prefix, (B, S)."""
+    scorer = state.models["scorer"]
+    found = []
+    for rows in torch.arange(len(ends)).split(c.micro):
+        _, sorm = scorer(b.prompt[rows], b.response[rows], ends[rows])
+        found.append(sorm.sigmoid())
+    return torch.cat(found)
+
+
+def pay_changes(probability: Tensor, ends: Tensor, b: Rollout, c: Config) -> Tensor:
+    """At the end of each step the change of the probability (B, S) -> rewards (B, R).
+
+    Such differences cannot be collected twice: over a response they add up to the last probability
+    minus the one of the empty prefix. A response without an end costs NO_EOS.
+    """
+    # reward_k = p(prefix s) - p(prefix s - 1) if prefix s ends with token k, else 0
+    reward = at_end(torch.zeros_like(probability[:, 0]), b, c)
+    change = probability[:, 1:] - probability[:, :-1]
+    step = ends[:, 1:] > 0  # the other entries are padding
+    at = (ends[:, 1:] - 1).clamp(min=0)
+    return reward.scatter_add(1, at, change * step)
+
+
+def step_progress(state: PPOState, task: Task, b: Rollout, truth: Tensor, c: PPOConfig) -> Tensor:
+    """The SORM alone: what each step has changed of its probability.
+
+    It has no examples of the empty prefix; what it says there depends on the problem alone, and so
+    it is the same for all responses to a problem.
+    """
+    ends = prefix_ends(task, b)
+    return pay_changes(step_probabilities(state, b, ends, c), ends, b, c)
+
+
+def shaped_progress(state: PPOState, task: Task, b: Rollout, truth: Tensor, c: PPOConfig) -> Tensor:
+    """The SORM on the way and the verifier at the end, which has the last word.
+
+    The probability of the whole response is its true reward. So the rewards add up to the true one,
+    minus what the SORM says of the problem: it moves credit to the steps, and cannot be fooled.
+    """
+    ends = prefix_ends(task, b)
+    probability = step_probabilities(state, b, ends, c)
+    whole = ends.argmax(1, keepdim=True)
+    probability = probability.scatter(1, whole, truth[:, None].to(probability.dtype))
+    return pay_changes(probability, ends, b, c)
+
+
+REWARDS["sorm"] = RewardSource(step_progress, sorm_models, needs="steps result")
+REWARDS["shaped"] = RewardSource(shaped_progress, sorm_models, needs="steps result")
+
+
+# ##################################################################################################
+#
+#   PART III: THE SECOND MODEL
+#
+# ##################################################################################################
+
+# ==== 14. A masked-diffusion language model ======================================================
+#
+# It begins with a canvas of MASKs and writes tokens in the place of some of them in each pass. The
+# canvas is divided into blocks, which are written from left to right, because what stands further
+# on depends on what stands before; within a block the order is free. Every position sees every
+# other. Apart from that it is the same network, with the weights of the GPT to start from.
+
+
+@dataclass(frozen=True)
+class DenoiseConfig(Config):
+    """The numbers of denoise, and of the diffusion LM that it starts from."""
+
+    prompts: int = 32
+    updates: int = 25
+    # What a response is paid for: outcome for its answer alone, process for the way to it too.
+    arm: str = "process"
+    # How often an update goes through its rollouts.
+    epochs: int = 2
+    # Rollouts of one optimizer step: here all 256 of an update.
+    minibatch: int = 256
+    # The band 1 +- clip in which a ratio earns more.
+    clip: float = 0.2
+    # The weight of the KL to the reference, in the loss.
+    beta: float = 0.0
+    # UNKNOWN: how many continuations of a canvas its prospects are averaged over, in (6).
+    branches: int = 4
+    # UNKNOWN: what the process reward weighs beside the advantage in (7).
+    process_weight: float = 1.0
+
+    # ---- the diffusion LM
+    # Places of a block. Blocks are written from left to right, the places of one in any order.
+    block: int = 4
+    # Passes that a block takes. With fewer several tokens are chosen at once, independently.
+    block_passes: int = 4
+    # Updates of its training.
+    start_updates: int = 500
+    # AdamW. At the rate of the GPT's training the facts are lost.
+    start_lr: float = 0.002
+    # Muon. 0.003 and 0.01 know less after as many updates.
+    start_muon_lr: float = 0.006
+    # The share of these updates in which attention to later positions fades in; 0 starts from
+    # random weights that see everything at once.
+    look_ahead: float = 0.7
+    # The smallest rate at which training replaces tokens by MASK: its weight 1 / rate explodes
+    # below.
+    t_min: float = 0.05
+
+    def rules(self) -> list[tuple[bool, str]]:
+        """What the numbers have to keep to."""
+        return [
+            (self.samples > 1, "denoise compares samples of one prompt: --samples 2 or more"),
+            (self.t_min <= 1, "--t-min is a rate, at most 1"),
+            (self.look_ahead <= 1, "--look-ahead is a share of --start-updates, at most 1"),
+        ]
+
+
+def rate_masks(like: Tensor, generator: torch.Generator, t_min: float) -> tuple[Tensor, Tensor]:
+    """Open each place of a row of `like` (B, R) with the row's own probability, its rate.
+
+    Returns is_open (B, R), which places hold a MASK, and 1 / rate (B, 1).
+    """
+    B = len(like)
+    # One row in each B-th part of [t_min, 1]. In random order, because rows may be sorted.
+    rate = (torch.randperm(B, generator=generator) + torch.rand(B, generator=generator)) / B
+    rate = t_min + (1 - t_min) * rate[:, None]
+    is_open = torch.rand(like.shape, generator=generator) < rate
+    return is_open.to(like.device), (1 / rate).to(like.device)
+
+
+def masked_nll(
+    model: Transformer, prompt: Tensor, response: Tensor, is_open: Tensor, weight: Tensor
+) -> Tensor:
+    """What (1) averages: weight times the sum over open places of -log p(y_k | x, rest), (B,)."""
+    canvas = response.masked_fill(is_open, model.config.mask_id)
+    hidden = predictive_hidden(model, prompt, canvas)
+    logp = gather_logprobs(model, hidden, response, temperature=1.0)
+    return -(logp * is_open * weight).sum(1)
+
+
+def diffusion_loss(
+    model: Transformer,
+    prompt: Tensor,
+    response: Tensor,
+    generator: torch.Generator,
+    t_min: float,
+    rows: Tensor | slice = slice(None),
+) -> Tensor:
+    """(1) masked diffusion, arXiv 2502.09992: (B, P), (B, R) -> scalar, nats per position.
+
+    No place of the prompt is opened. PAD behind the end becomes EOS and is learned, so that the
+    model stops. rows: a part of the batch; open places are drawn for all of it, so that parts add
+    up.
+    """
+    # mean over rates and open places of  1/R 1/rate sum_k is_open_k (-log p(y_k | x, the rest))
+    # The division is by R, not by the number of open places.
+    c = model.config
+    response = response.masked_fill(response == c.pad_id, c.eos_id)
+    is_open, weight = rate_masks(response, generator, t_min)
+    parts = (x[rows] for x in (prompt, response, is_open, weight))
+    return masked_nll(model, *parts).sum() / response.numel()
+
+
+def fade_in(update: int, c: DenoiseConfig) -> float:
+    """How much a position sees of what comes after it at this update: 0 nothing, 1 everything.
+
+    It grows with the square of the time, arXiv 2410.17891. Every second update is a rehearsal as a
+    GPT, though never the last. Greedy accuracy: 40 % with both, 29 % without the rehearsal, 4 %
+    without either.
+    """
+    if c.look_ahead == 0:
+        return 1.0
+    if (c.start_updates - update) % 2 == 0:
+        return 0.0
+    return min(1.0, (update + 1) / (c.look_ahead * c.start_updates)) ** 2
+
+
+def diffusion_batches(model: Transformer, demos: list[Demo], c: DenoiseConfig) -> Batches:
+    """Batches of demonstrations for `fit`, in turn for the diffusion LM and for the GPT it was."""
+    data = Demos(demos, c, model.device)
+
+    def draw_batch(update: int) -> tuple[Tensor, Loss]:
+        rows = data.rows(c.base_batch, c.seed, update)
+        denom = int(data.response_length[rows].sum())
+        weight = fade_in(update, c)
+
+        def loss(part: Tensor) -> tuple[Tensor, Metrics]:
+            model.future_weight = weight  # how much the model sees ahead in this update
+            if weight == 0:
+                return data.next_token_loss(model, rows[part], denom), {}
+            generator = rng(c.seed, "hidden", update)
+            prompt, response = data.prompt[rows], data.response[rows]
+            return diffusion_loss(model, prompt, response, generator, c.t_min, part), {}
+
+        # Places within the batch and not rows of the data: the open places are drawn for all of it.
+        return torch.arange(len(rows)), loss
+
+    return draw_batch
+
+
+def diffusion_base(
+    base: Transformer, task: Task, c: DenoiseConfig, train: Trainer = train_now
+) -> Transformer:
+    """The diffusion LM: the weights of the base GPT, taught to look ahead on its demonstrations."""
+    # A folder's vocabulary may have no MASK; then it gets one more row, the mean of the others.
+    wide = replace(c, causal=False, vocab=max(c.vocab, c.mask_id + 1))
+    model = on_device(Transformer(wide, rng(c.seed, "init")), c)
+    if c.look_ahead > 0:
+        weights = base.state_dict()
+        for name, own in model.state_dict().items():
+            if len(own) > len(weights[name]):
+                row = weights[name].mean(0, keepdim=True)
+                weights[name] = torch.cat([weights[name], row])
+        model.load_state_dict(weights)
+
+    def make_batches() -> Batches:
+        return diffusion_batches(model, task_demos(task, c), wide)
+
+    train(
+        "diffusion",
+        [model],
+        make_batches,
+        c.start_updates,
+        c,
+        c.start_lr,
+        c.start_muon_lr,
+        reads="look_ahead t_min",
+    )
+    model.future_weight = 1.0
+    return model
+
+
+# ---- its sampler
+
+
+def open_places(block: int, passes: int) -> list[int]:
+    """The ladder of a block: how many places are open before each of its passes, and at the end.
+
+    open_places(10, 4) is [10, 7, 4, 2, 0]: the passes write 3, 3, 2 and 2 tokens.
+    """
+    each, more = divmod(block, passes)
+    ladder = [block]
+    for i in range(passes):
+        ladder.append(ladder[-1] - each - (i < more))
+    return ladder
+
+
+def unmask(
+    model: Transformer, prompt: Tensor, canvas: Tensor, c: DenoiseConfig, uniform: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The diffusion LM writes: blocks from left to right, in each the surest places first (LLaDA).
+
+    canvas (B, R), MASK is open -> canvas and order, each (B, R). A block that is partly written is
+    treated as if the earlier passes had been made already: the number of its open places tells
+    which pass comes next, and the passes that are left share these places.
+
+    An example: blocks of 4 places in 4 passes, so that the ladder is [4, 3, 2, 1, 0], and the
+    canvas
+
+        3 7 + 5 | = M M ; | M M M M
+
+    The first block with a MASK is the second, and 2 of its places are open. Of the ladder 1 and 0
+    are below 2, so two passes are left. Counted from 0 this is pass 2 of the block and pass 6 of
+    the canvas. It goes down to the next rung, 1: of the two tokens the surer one is written.
+    """
+    R = canvas.shape[1]
+    block = uniform.shape[2]
+    passes = c.block_passes
+    ladder = torch.tensor(open_places(block, passes), device=prompt.device)
+    order = torch.full_like(canvas, -1)
+    while True:
+        # From here on the first dimension is n, the rows that are not full yet.
+        rows = (canvas == c.mask_id).any(1).nonzero()[:, 0]
+        if len(rows) == 0:
+            return canvas, order
+        left = canvas[rows]  # (n, R)
+        first = (left == c.mask_id).int().argmax(1, keepdim=True)  # (n, 1) the first open place
+        # The last block may be too long for the canvas; then it overlaps the one before.
+        begin = (first // block * block).clamp(max=R - block)
+        place = begin + torch.arange(block, device=left.device)  # (n, block)
+        is_open = left.gather(1, place) == c.mask_id
+        n_open = is_open.sum(1, keepdim=True)  # (n, 1)
+        below = ladder < n_open  # (n, passes + 1) the rungs of the ladder that are left
+        passes_left = below.sum(1, keepdim=True)
+        this_pass = first // block * passes + passes - passes_left  # (n, 1)
+        stay_open = (ladder * below).amax(1, keepdim=True)  # (n, 1) the next rung
+
+        # Equal rows are read once: at first all samples of a prompt are equal.
+        both = torch.cat([prompt[rows], left], dim=1)
+        unique, which = both.unique(dim=0, return_inverse=True)
+        hidden = response_part(model.hidden(unique), prompt.shape[1])
+        logits = model.lm_head(hidden[which[:, None], place])  # (n, block, V)
+        token = draw(logits, uniform[rows, this_pass[:, 0]], c)
+
+        # Sure is what had a high probability at temperature 1, whatever temperature drew it.
+        logp = log_softmax(logits, 1.0, c)
+        sure = logp.gather(-1, token[..., None])[..., 0]
+        sure = sure.masked_fill(~is_open, -torch.inf)
+        rank = sure.argsort(dim=1, descending=True, stable=True).argsort(1)
+        chosen = rank < n_open - stay_open
+        at = (rows[:, None], place)
+        canvas[at] = torch.where(chosen, token, canvas[at])
+        order[at] = torch.where(chosen, this_pass, order[at])
+
+
+def canvas_before(response: Tensor, order: Tensor, p: Tensor, c: Architecture) -> Tensor:
+    """The canvas (B, R) before pass p (B,): what was written then or later is MASK again."""
+    return response.masked_fill(order >= p[:, None], c.mask_id)
+
+
+# ==== 15. denoise ================================================================================
+#
+# Policy gradient for the diffusion LM. A response that beats its group earns more if its canvas had
+# better prospects half-way than the empty canvas, and less if they were worse. The loop is that of
+# ppo but for two things: the credit asks the policy for continuations, and log-probs are estimated.
+
+
+def estimate_diffusion(model: Transformer, b: Rollout, c: Config) -> tuple[Tensor, Tensor]:
+    """The mean field of arXiv 2504.12216: the model reads a canvas of MASKs once.
+
+    Each token's log-prob (B, R) is read as if no other token were there yet. That is biased: it
+    underrates tokens that follow from others. Also returns the vectors (B, R, C).
+    DEVIATION: the whole prompt is read; (2) replaces 15 % of its tokens by MASK.
+    """
+    hidden = predictive_hidden(model, b.prompt, torch.full_like(b.response, c.mask_id))
+    return gather_logprobs(model, hidden, b.response, c.temperature), hidden
+
+
+def some_pass(b: Rollout, generator: torch.Generator) -> Tensor:
+    """A random pass p of each response (B,), from 1 to the last one that wrote a token that counts.
+
+    It is 1 where there is only pass 0. UNKNOWN: which canvas is valued; here any but the empty one,
+    drawn anew for each response.
+    """
     last = (b.order * b.mask).amax(1)
-    share = c.earliest + (c.latest - c.earliest) * torch.rand(len(last), generator=generator)
-    return 1 + (share.to(last.device) * last).long()
-def go_on(policy: Transformer, b: Rollout, t: Tensor, n: int, c: Config,
-          generator: torch.Generator) -> Rollout:
-    """n ways to go on from the state before step t of each response, all in one `sample` call."""
-    start = state_at(b.response, b.order, t, c)
-    prompt, start, group = (x.repeat_interleave(n, 0) for x in (b.prompt, start, b.group))
-    return sample(policy, prompt, c, start, group, generator)
-def probe(state: dict, task: Task, b: Rollout, rows: Tensor, c: Config) -> Pair:
-    """t (B,), drawn anew for each response, and V(x_t) of (6), (B,): the mean reward of N fresh
-    continuations of the state before step t; NaN but for these rows (B,)."""
-    u, value = state["update"], torch.full(rows.shape, torch.nan, device=rows.device)
-    t = some_step(b, c, rng(c.seed, "state", u))
-    if rows.any():
-        more = go_on(state["policy"], b[rows], t[rows], c.branches, c, rng(c.seed, "branch", u))
-        reward = verifier(state, task, more, grades(task, more), c).sum(1)
-        value[rows] = reward.view(-1, c.branches).mean(1)
-        state["samples"] += len(reward)
-    return t, value
-def denoise_advantage(reward: Tensor, branch_reward: Tensor, group: Tensor,
-                      weight: float) -> Tensor:
-    """Denoising process reward; all (B,). branch_reward = V(x_t), not read unless A > 0."""
-    # A_i = r_i - V(x_T);  (6) D_i = V(x_t) - V(x_T);  (7) A~_i = A_i + 1[A_i > 0] weight D_i
-    base = group_advantage(reward, group, "mean")  # V(x_T): the mean of the group
-    return torch.where(base > 0, base + weight * (branch_reward - (reward - base)), base)
-# each credit: state, task, b, reward (B,) -> advantage (B, R)
-def outcome(state: dict, task: Task, b: Rollout, reward: Tensor, c: Config) -> Tensor:
-    """(2) diffu-GRPO, arXiv 2504.12216: the end alone, against the mean of the group."""
-    return group_advantage(reward, b.group, "mean")[:, None] * b.mask
-def process(state: dict, task: Task, b: Rollout, reward: Tensor, c: Config) -> Tensor:
-    """(7): what beats its group is worth more where the state before made that likelier."""
-    _, value = probe(state, task, b, group_advantage(reward, b.group, "mean") > 0, c)
-    return denoise_advantage(reward, value, b.group, c.process_weight)[:, None] * b.mask
-CREDITS = {"outcome": outcome, "process": process}
-def start_denoise(policy: Transformer, config: Config) -> dict[str, Any]:
-    """As `ppo`, but beta stays; the policy is a diffusion LM, and the value head idle."""
-    return start_ppo(policy, replace(config, updates=config.denoise_updates))
+    where = torch.rand(len(last), generator=generator)
+    return 1 + (where.to(last.device) * last).long()
 
-def denoise(state: dict, task: Task, config: Config, estimate: Callable = likelihood,
-            roll: Callable = sample) -> Iterator[dict[str, Any]]:
-    """Denoising process reward, arXiv 2510.01544: policy gradient for a diffusion LM, credit (7).
-    Reconstructed from abstracts and reviews; what is not known is a field tagged UNKNOWN."""
-    c = replace(config, prompts=config.denoise_prompts, epochs=config.mu)
-    policy, device = state["policy"], state["policy"].lm_head.weight.device
-    while (u := state["update"]) < state["updates"]:
+
+def branch(
+    policy: Transformer,
+    b: Rollout,
+    p: Tensor,
+    branches: int,
+    c: DenoiseConfig,
+    generator: torch.Generator,
+) -> Rollout:
+    """So many ways to go on from the canvas before pass p (B,) of each response."""
+    start = canvas_before(b.response, b.order, p, c).repeat_interleave(branches, 0)
+    prompt = b.prompt.repeat_interleave(branches, 0)
+    group = b.group.repeat_interleave(branches, 0)
+    return sample(policy, prompt, c, start, group, generator)
+
+
+def prospects(
+    state: PPOState, task: Task, b: Rollout, rows: Tensor, c: DenoiseConfig
+) -> tuple[Tensor, Tensor]:
+    """A random pass p of each response, and the prospects of the canvas before it, each (B,).
+
+    The prospects of a canvas are the mean reward of fresh continuations, V in (6). They are NaN but
+    for the rows (B,) that are asked for.
+    """
+    p = some_pass(b, rng(c.seed, "state", state.update))
+    found = torch.full(rows.shape, torch.nan, device=rows.device)
+    if rows.any():
+        generator = rng(c.seed, "branch", state.update)
+        more = branch(state.policy, b.select(rows), p[rows], c.branches, c, generator)
+        reward = verifier(state, task, more, grades(task, more), c).sum(1)
+        found[rows] = reward.view(-1, c.branches).mean(1)
+        state.samples += len(reward)
+    return p, found
+
+
+def denoise_advantage(
+    reward: Tensor, branch_reward: Tensor, group: Tensor, weight: float
+) -> Tensor:
+    """(7) the denoising process reward; all (B,).
+
+    branch_reward: the prospects of a canvas of each response. They count only where the response
+    beats its group, and may be NaN elsewhere. Those of the empty canvas are the group's mean
+    reward.
+    """
+    # adv = reward - prospects of the empty canvas
+    # (6) progress = prospects of the canvas before pass p - prospects of the empty canvas
+    # (7) adv + weight progress where adv > 0, else adv
+    adv = group_advantage(reward, group, "mean")
+    empty_canvas = reward - adv
+    progress = branch_reward - empty_canvas
+    return torch.where(adv > 0, adv + weight * progress, adv)
+
+
+# ---- arms: (state, task, rollouts, reward (B,), c) -> advantage (B, R)
+
+
+def outcome(state: PPOState, task: Task, b: Rollout, reward: Tensor, c: DenoiseConfig) -> Tensor:
+    """(2) diffu-GRPO, arXiv 2504.12216: the end alone, compared with the mean of the group."""
+    return group_advantage(reward, b.group, "mean")[:, None] * b.mask
+
+
+def process(state: PPOState, task: Task, b: Rollout, reward: Tensor, c: DenoiseConfig) -> Tensor:
+    """(7) more for a response that was on the right way at a random pass, less for a wrong way."""
+    better = group_advantage(reward, b.group, "mean") > 0
+    _, half_way = prospects(state, task, b, better, c)
+    adv = denoise_advantage(reward, half_way, b.group, c.process_weight)
+    return adv[:, None] * b.mask
+
+
+DENOISE_ARMS = {"outcome": outcome, "process": process}
+
+
+# ---- the loop
+
+
+def denoise(
+    state: PPOState,
+    task: Task,
+    c: DenoiseConfig,
+    estimate: Callable = estimate_diffusion,
+    roll: Callable = sample,
+) -> Iterator[Metrics]:
+    """Denoising process reward, arXiv 2510.01544: policy gradient with the credit (7).
+
+    It was reconstructed from the abstract and from reviews of the paper. estimate and roll: other
+    log-probs and another sampler, for experiments.
+    """
+    device = state.policy.device
+    while state.update < c.updates:
+        u = state.update
+
         # 1. sample
         texts = task.prompts(c.prompts, rng(c.seed, "prompts", u))
-        prompt, group = (x.to(device) for x in in_groups(task, texts, c))
-        b = roll(policy, prompt, c, group=group, generator=rng(c.seed, "sample", u))
+        prompt, group = in_groups(task, texts, c, device)
+        b = roll(state.policy, prompt, c, group=group, generator=rng(c.seed, "sample", u))
+        b = annotate(state, b, c, estimate)
+
         # 2. score
         truth = grades(task, b)
         reward = verifier(state, task, b, truth, c)
-        # 3. credit
-        b.adv = CREDITS[c.credit](state, task, b, reward.sum(1), c)
-        # 4. update: each pass over the batch has its own estimate of all log-probs
-        hidden = [hide(b, c, rng(c.seed, "hidden", u * c.mu + i)) for i in range(c.mu)]
-        views = [annotate(state, replace(b, hidden=x), c, estimate) for x in hidden]
-        metrics = policy_update(state, views, grpo_objective, c, estimate)
-        state["update"] += 1
-        state["samples"] += len(prompt)
-        yield metrics | rollout_metrics(views[0], reward, truth, c) | {"samples": state["samples"]}
 
-LOOPS = {"ppo": (start_ppo, ppo), "iterative_dpo": (start_rounds, iterative_dpo),
-    "self_rewarding": (start_self_rewarding, self_rewarding), "seq2seq": (start_seq2seq, seq2seq),
-    "refine": (start_refine, refine), "denoise": (start_denoise, denoise)}  # fmt: skip
+        # 3. credit
+        b.adv = DENOISE_ARMS[c.arm](state, task, b, reward.sum(1), c)
+
+        # 4. update
+        metrics = policy_update(state, b, PPO_ARMS["grpo"], c, estimate)
+        state.update += 1
+        state.samples += len(prompt)
+        yield metrics | rollout_metrics(b, reward, truth, c) | {"samples": state.samples}
+
+
+@torch.no_grad()
+def explain_denoising(state: PPOState, task: Task, b: Rollout, c: DenoiseConfig) -> list[Metrics]:
+    """How each response was written, pass by pass. The problems are answered again, greedily.
+
+    order (R): in which pass each token was written; sure (R): its probability then; said: what the
+    model would have written at once before each pass; value: the prospects of each canvas.
+    """
+    policy = state.policy
+    b = sample(policy, b.prompt, replace(c, temperature=0.0))
+    B = len(b.order)
+    passes = int(b.order.max()) + 1
+    # One row for each response and pass.
+    row = torch.arange(B, device=b.order.device).repeat_interleave(passes)
+    p = torch.arange(passes, device=b.order.device).repeat(B)
+    canvas = canvas_before(b.response[row], b.order[row], p, c)
+    logits = policy.lm_head(predictive_hidden(policy, b.prompt[row], canvas))
+    logp = log_softmax(logits, 1.0, c)
+    guess = torch.where(canvas == c.mask_id, logp.argmax(-1), canvas)
+    # Of all passes the one that wrote the token.
+    written = logp.gather(-1, b.response[row][..., None]).view(B, passes, -1)
+    sure = written.gather(1, b.order[:, None])[:, 0].exp()
+
+    generator = rng(c.seed, "trajectory", state.update)
+    more = branch(policy, b.select(row), p, c.branches, c, generator)
+    reward = verifier(state, task, more, grades(task, more), c).sum(1)
+    value = reward.view(B, passes, c.branches).mean(2)
+    found = []
+    for i in range(B):
+        said = guess.view(B, passes, -1)[i].tolist()
+        found.append(
+            {
+                "order": b.order[i].tolist(),
+                "sure": rounded(sure[i]),
+                "said": [task.decode(ids) for ids in said],
+                "value": rounded(value[i]),
+            }
+        )
+    return found
+
+
+METHODS["denoise"] = Method(
+    config=DenoiseConfig,
+    start=start_ppo,
+    loop=denoise,
+    starts_from=diffusion_base,
+    explain=explain_denoising,
+    choices={"arm": DENOISE_ARMS},
+    only_with={"branches": "arm process", "process_weight": "arm process"},
+)
+
+
+# ##################################################################################################
+#
+#   PART IV: BEYOND THE LAPTOP (to be skipped on a first reading)
+#
+# ##################################################################################################
+
+# ==== 16. Errors and saved state =================================================================
+#
+# After this section you know why a killed run goes on bit for bit.
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write to a temporary name and rename it.
+
+    If the process is killed the old file or the new one is there, and never half of one.
+    """
+    if is_first():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two runs may share a cache
+        write(temporary)
+        os.replace(temporary, path)
+    if dist.is_initialized():
+        dist.barrier()  # all processes wait until the file exists
+
+
+def as_plain(x: Any) -> Any:
+    """Records become dicts, and modules and optimizers their state, down to tensors and numbers."""
+    if isinstance(x, (nn.Module, torch.optim.Optimizer)):
+        return x.state_dict()
+    if is_dataclass(x):
+        return {f.name: as_plain(getattr(x, f.name)) for f in fields(x)}
+    if isinstance(x, dict):
+        return {name: as_plain(y) for name, y in x.items()}
+    if isinstance(x, list):
+        return [as_plain(y) for y in x]
+    return x
+
+
+def fill(mine: Any, saved: Any) -> Any:
+    """Put what `as_plain` gave back into a fresh state, and return it."""
+    parts = (nn.Module, torch.optim.Optimizer)
+    if isinstance(mine, parts):
+        mine.load_state_dict(saved)
+        return mine
+    if is_dataclass(mine):
+        for f in fields(mine):
+            setattr(mine, f.name, fill(getattr(mine, f.name), saved[f.name]))
+        return mine
+    if isinstance(mine, dict):
+        mine.update({name: fill(mine.get(name), x) for name, x in saved.items()})
+        return mine
+    if isinstance(mine, list) and mine and isinstance(mine[0], parts):
+        return [fill(x, y) for x, y in zip(mine, saved, strict=True)]
+    return saved
+
+
+def save_state(folder: str | Path, state: Any) -> None:
+    """All that lives across updates -> folder/state.pt. Generators are not in it: see `rng`."""
+    write_whole(Path(folder) / "state.pt", lambda path: torch.save(as_plain(state), path))
+
+
+def load_state(folder: str | Path, into: Any = None, device: str | torch.device = "cpu") -> Any:
+    """What save_state wrote. With `into`, a fresh state is filled with it.
+
+    Raises UserError if the file is missing or damaged. No code that it may hold is ever run.
+    """
+    path = Path(folder) / "state.pt"
+    if not path.exists():
+        raise UserError(f"{folder} holds no state.pt; name the folder of a run that was started")
+    try:
+        saved = torch.load(path, weights_only=True, map_location=device)
+        return saved if into is None else fill(into, saved)
+    except Exception as error:  # torch.load may raise almost anything
+        raise UserError(f"{path} is damaged or of other code, delete it: {error!r:.100}") from error
+
+
+# ==== 17. Several processes ======================================================================
+#
+# Under torchrun all processes hold the same weights and the same batch and share the work: of two
+# processes the first takes the rows 0, 2, 4, ... and the second 1, 3, 5, ... What each has found is
+# added up: a tensor of zeros in which each process has filled its own rows becomes the tensor of
+# all.
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes and speaks."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def own_rows(x: Tensor) -> Tensor:
+    """The rows that this process works on."""
+    if not dist.is_initialized():
+        return x
+    return x[dist.get_rank() :: dist.get_world_size()]
+
+
+def over_ranks(x: Tensor) -> Tensor:
+    """The sum over all processes, in place. So every count, mean and moment is global."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+# ==== 18. GPUs ===================================================================================
+#
+# Lines that are marked [gpu], here and elsewhere, are not run by the tests: they need a GPU.
+
+
+def pick_device(name: str) -> str:
+    """auto -> cuda or cpu. A device that is not there raises UserError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, TypeError):
+        raise UserError(f"--device {name} is not here; try --device cpu") from None
+    return name
+
+
+class CudaGraph:  # [gpu]
+    """Reads one more token of every row, as `Transformer.hidden` does, without its overhead.
+
+    A GPU would spend most of the time waiting for Python. So the second call is recorded as a CUDA
+    graph, which this and all later calls replay on the same tensors. For that all shapes must stay
+    the same: rows that have ended are written on, and attention sees the whole room of the cache.
+    """
+
+    def __init__(self, model: Transformer, cache: Cache):
+        self.model = model
+        self.cache = cache
+        self.token: Tensor | None = None
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, token: Tensor) -> Tensor:
+        """token (B,) -> the vectors that predict the next one, (B, C)."""
+        if self.token is None:  # the first call warms up
+            self.cache.used = torch.tensor([self.cache.used], device=token.device)
+            self.token = token.clone()
+            return self.model.hidden(token[:, None], self.cache)[:, -1]
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.hidden = self.model.hidden(self.token[:, None], self.cache)[:, -1]
+        self.token.copy_(token)
+        self.graph.replay()
+        return self.hidden
+
+
+# ##################################################################################################
+#
+#   PART V: THE SMALLEST EXAMPLE
+#
+# ##################################################################################################
+
+
+def main() -> None:
+    """Train a base model on careless demonstrations, then let PPO reward right answers."""
+    from data import arithmetic
+
+    c = PPOConfig(max_ops=2, response=20, base_updates=300, updates=20)
+    task = arithmetic.make(c)
+    torch.set_num_threads(c.threads)
+
+    print(f"The base model imitates {c.demos:,} careless demonstrations ...", flush=True)
+    policy = gpt_base(task, c)
+    problems = task.prompts(200, rng(c.seed, "dev"), split="dev")
+    greedy = replace(c, temperature=0.0)
+    before = respond(policy, task, problems, greedy)
+
+    print("From here on it is only told whether its answer is right.", flush=True)
+    state = start_ppo(policy, c)
+    for metrics in ppo(state, task, c):
+        if state.update % 5 == 0:
+            print(f"update {state.update:3d}   right {metrics['truth']:.2f}", flush=True)
+    after = respond(policy, task, problems, greedy)
+
+    right_before = [task.grade(x, y) for x, y in zip(problems, before, strict=True)]
+    right_after = [task.grade(x, y) for x, y in zip(problems, after, strict=True)]
+    share_before = sum(right_before) / len(problems)
+    share_after = sum(right_after) / len(problems)
+    print(f"\ngreedy accuracy {share_before:.2f} -> {share_after:.2f}")
+    for i, problem in enumerate(problems):
+        if right_after[i] > right_before[i]:
+            print(f"\nproblem   {problem}\nbefore    {before[i]}\nafter     {after[i]}")
+            break
+
+
+if __name__ == "__main__":
+    main()

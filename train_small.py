@@ -1,11 +1,13 @@
-"""The front door: builds the base models, drives the loops you name, prints a table, draws a picture.
+"""The front door: trains base models, drives the methods that you name, prints a table.
 
-    python train_small.py                               the tour: every loop
-    python train_small.py ppo --arm grpo --seeds 5      one loop, five seeds, mean and interval
+    python train_small.py                               the tour: every method
+    python train_small.py ppo --arm grpo --seeds 5      one method, five seeds, mean and interval
     python train_small.py --resume runs/x
     python train_small.py sample runs/x --loop ppo --prompt "3+4-5="
     python train_small.py plot runs/x runs/y
-Every Config field is a flag. Exit: 0 done, 1 missed --target, 2 a mistake (one line says which), 130 Ctrl-C (saved).
+
+Every number of a method is a flag. A flag that none of the named methods reads is a mistake.
+Exit: 0 done, 1 missed --target, 2 a mistake (one line says which), 130 Ctrl-C (saved).
 """
 
 from __future__ import annotations
@@ -13,10 +15,12 @@ from __future__ import annotations
 import argparse
 import ast
 import hashlib
+import inspect
 import json
 import math
 import os
 import platform
+import re
 import signal
 import sys
 import tempfile
@@ -33,529 +37,981 @@ from tqdm import tqdm
 
 import nanoreward as nr
 from data import arithmetic, gsm8k, sudoku
-from nanoreward import LOOPS, Config, Transformer, UserError
+from nanoreward import METHODS, Config, Transformer, UserError
 
-T95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # Student's t, two-sided, n = 2..10
+TASKS = {"arithmetic": arithmetic, "sudoku": sudoku, "gsm8k": gsm8k}
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanoreward"
-HEALTHY = """\
-what to watch: reward and truth rise together (only reward: it is being fooled) · kl: a few nats a response ·
-entropy falls slowly, not to 0 at once · clipfrac < 0.2 · ended near 1 · flat_groups < 1, or grpo and rloo learn
-nothing · pairs: hundreds a round · chosen does not fall, pair_accuracy rises · score rises with dev, not alone ·
-orm, sorm: labels of steps that they know, 0.5 is nothing · with centred advantages a loss near 0 is no fault"""
-SEEN = "reward truth score kl entropy clipfrac ended flat_groups pairs chosen rejected pair_accuracy orm sorm".split()
 
-# ---- the call: flags, checks, one line for a mistake -------------------------------------------
+# ---- presets: what --config changes of the defaults, for all methods and for single ones ---------
+
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "laptop": {},
+    # Everything in seconds: the tests run it.
+    "smoke": {
+        "all": {
+            "threads": 1,
+            "eval_every": 2,
+            "eval_problems": 50,
+            "max_ops": 1,
+            "answers": 4,
+            "response": 12,
+            "width": 32,
+            "layers": 1,
+            "heads": 1,
+            "kv_heads": 1,
+            "head_dim": 32,
+            "mlp_width": 64,
+            "demos": 1000,
+            "base_updates": 150,
+            "base_batch": 32,
+            "prompts": 8,
+            "samples": 4,
+            "updates": 4,
+            "minibatch": 16,
+            "reward_data": 200,
+            "reward_updates": 5,
+            "continuations": 2,
+        },
+        "ppo": {"epochs": 2},
+        "seq2seq": {"epochs": 2},
+        "iterative_dpo": {"rounds": 3, "updates": 2},
+        "self_rewarding": {"updates": 2, "start_data": 200, "start_updates": 20},
+        "refine": {"prompts": 40, "start_data": 16},
+        "denoise": {"start_updates": 40},
+    },
+    # 4x4 Sudoku for the diffusion LM. With t_min 0.05 it solves 83 % where 0.4 has 97 to 99.
+    "sudoku": {
+        "all": {"task": "sudoku", "response": 17},
+        "denoise": {
+            "block": 17,
+            "block_passes": 17,
+            "t_min": 0.4,
+            "look_ahead": 0.0,
+            "start_lr": 0.01,
+            "start_muon_lr": 0.02,
+        },
+    },
+    # About 100 million parameters from random weights, on longer problems.
+    "gpu": {
+        "all": {
+            "max_ops": 6,
+            "response": 52,
+            "width": 768,
+            "layers": 12,
+            "heads": 12,
+            "kv_heads": 12,
+            "head_dim": 64,
+            "mlp_width": 2048,
+            "bf16": True,
+            "demos": 200_000,
+            "base_updates": 2000,
+            "base_lr": 1e-3,
+            "micro": 512,
+            "eval_problems": 1000,
+        },
+        "ppo": {"prompts": 128, "samples": 16, "minibatch": 1024, "lr": 5e-5, "updates": 100},
+        "seq2seq": {"prompts": 128, "samples": 16, "minibatch": 1024, "lr": 5e-5, "updates": 100},
+        "iterative_dpo": {"samples": 16},
+        "self_rewarding": {"start_lr": 1e-3},
+        "refine": {"samples": 16, "lr": 1e-3},
+        "denoise": {"samples": 16, "minibatch": 1024, "lr": 5e-5},
+    },
+    # A model folder on GSM8K, with the papers' rates. 512 rows of SmolLM2-135M have 11 GB of keys
+    # and values.
+    "hf": {
+        "all": {
+            "task": "gsm8k",
+            "response": 384,
+            "bf16": True,
+            "prompts": 32,
+            "micro": 8,
+            "minibatch": 64,
+            "lr": 2e-6,
+            "base_lr": 1e-5,
+            "muon_lr": 0.0,
+            "base_batch": 64,
+            "eval_problems": 200,
+        },
+        "iterative_dpo": {"prompts": 64, "lr": 1e-6, "alpha": 1.0},
+        "self_rewarding": {
+            "prompts": 64,
+            "lr": 1e-6,
+            "alpha": 1.0,
+            "start_lr": 1e-5,
+            "start_muon_lr": 0.0,
+        },
+        "refine": {"prompts": 512, "minibatch": 256, "lr": 1e-5, "start_lr": 1e-6},
+        "denoise": {"start_lr": 1e-4, "start_muon_lr": 0.0},
+    },
+}
+
+
+def make_config(name: str, preset: str = "laptop", **numbers: Any) -> Any:
+    """The config of a method: its defaults, then the preset, then these numbers if it has them."""
+    kind = METHODS[name].config
+    known = {f.name for f in fields(kind)}
+    chosen = PRESETS[preset].get("all", {}) | PRESETS[preset].get(name, {}) | numbers
+    return kind(**{key: x for key, x in chosen.items() if key in known})
+
+
+def make_task(c: Config, careful: bool = False) -> nr.Task:
+    """The task that the config names; careful: with the demonstrator that makes no errors."""
+    return TASKS[c.task].make(c, careful)
+
+
+# ---- flags --------------------------------------------------------------------------------------
+
+# The numbers that a model folder or the tokens of a task decide are no flags.
+NO_FLAG = set("vocab rope_theta rope_scaling norm_eps family tied causal".split())
+NO_FLAG |= {"pad_id", "bos_id", "eos_id", "mask_id"}
+# Numbers of one task alone.
+TASK_ONLY = {key: "task arithmetic" for key in ("min_ops", "max_ops", "answers", "planted")}
+TASK_ONLY |= {"data": "task gsm8k", "model": "task gsm8k"}
+# Numbers that describe a base model of our own.
+OF_OWN_BASE = set("width layers heads kv_heads head_dim mlp_width base_updates".split())
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, but a mistake is one line through the same door as every other mistake."""
+
     def error(self, message: str) -> NoReturn:
+        """Called by argparse."""
         raise UserError(f"{message} (python train_small.py --help lists what there is)")
-def true_or_false(text: str) -> bool:  # its name is what argparse shows on a mistake
-    return ["false", "true"].index(text.lower()) == 1
+
+
+def true_or_false(text: str) -> bool:
+    """The value of a flag; argparse shows the name of this function if the text is neither."""
+    words = {"true": True, "false": False}
+    if text.lower() not in words:
+        raise ValueError(text)
+    return words[text.lower()]
+
+
 FLAG_TYPES = {"int": int, "float": float, "str": str, "bool": true_or_false}
+
+
+def flag(name: str) -> str:
+    """base_lr -> --base-lr."""
+    return "--" + name.replace("_", "-")
+
+
+def field_comments(kind: type) -> dict[str, str]:
+    """The comment above each field of a config class: the help of its flag."""
+    comments = {}
+    comment: list[str] = []
+    module = inspect.getsource(sys.modules[kind.__module__])
+    source = re.search(rf"^class {kind.__name__}\b.*?(?=^\S|\Z)", module, re.M | re.S)[0]
+    for line in source.splitlines():
+        line = line.strip()
+        if line.startswith("# ") and not line.startswith("# ----"):
+            comment.append(line.removeprefix("# "))
+            continue
+        if found := re.match(r"(\w+): \w+ = ", line):
+            comments[found[1]] = " ".join(comment)
+        comment = []
+    return comments
+
+
+def flag_groups() -> dict[str, list[Any]]:
+    """The flags as they are shown: first what all methods share, then each method's own."""
+    shared = [f for f in fields(Config) if f.name not in NO_FLAG]
+    groups = {"all methods": shared}
+    told = {f.name for f in shared}
+    for name, method in METHODS.items():
+        groups[name] = [f for f in fields(method.config) if f.name not in told | NO_FLAG]
+        told |= {f.name for f in groups[name]}
+    return groups
+
+
+def defaults_of(name: str) -> str:
+    """The default of a number, and the methods that have another one."""
+    values = {}
+    for method, entry in METHODS.items():
+        for f in fields(entry.config):
+            if f.name == name:
+                values.setdefault(f.default, []).append(method)
+    parts = [f"{value} for {' and '.join(methods)}" for value, methods in values.items()]
+    return str(next(iter(values))) if len(parts) == 1 else ", ".join(parts)
+
+
 def build_parser() -> Parser:
     """The flags of a training run."""
-    shape = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog="train_small.py", description=__doc__, allow_abbrev=False, formatter_class=shape)
-    parser.add_argument("loops", nargs="*", metavar="LOOP", help=f"any of {', '.join(LOOPS)}; none: all")
-    parser.add_argument("--config", default="laptop", help=f"one of {', '.join(nr.CONFIGS)}")
-    parser.add_argument("--out", type=Path, help="folder of the run (default: runs/LOOP-1, -2, ...)")
-    parser.add_argument("--cache", type=Path, default=CACHE, help="folder of the base models")
-    parser.add_argument("--seeds", type=int, default=1, help="repeat with seed, seed+1, ...")
-    parser.add_argument("--target", action="append", default=[], metavar="LOOP=X", help="exit 1 if missed")
-    parser.add_argument("--resume", type=Path, help="go on with the run in this folder")
-    for f in fields(Config):
-        flag = "--" + f.name.replace("_", "-")
-        parser.add_argument(flag, dest="field_" + f.name, type=FLAG_TYPES[f.type], metavar=f.type.upper())
+    parser = Parser(
+        prog="train_small.py",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("loops", nargs="*", metavar="METHOD", help=f"any of {', '.join(METHODS)}; none: all")
+    add("--config", default="laptop", help=f"one of {', '.join(PRESETS)}")
+    add("--out", type=Path, help="folder of the run (default: runs/METHOD-1, -2, ...)")
+    add("--cache", type=Path, default=CACHE, help="folder of the base models")
+    add("--seeds", type=int, default=1, help="repeat with seed, seed+1, ...")
+    add("--target", action="append", default=[], metavar="METHOD=X", help="exit 1 if missed")
+    add("--resume", type=Path, help="go on with the run in this folder")
+    comments: dict[str, str] = {}
+    for method in METHODS.values():
+        for kind in reversed(method.config.__mro__[:-1]):
+            for name, comment in field_comments(kind).items():
+                comments[name] = comments.get(name) or comment
+    for title, flags in flag_groups().items():
+        group = parser.add_argument_group(title)
+        for f in flags:
+            text = f"{comments[f.name]} [{defaults_of(f.name)}]".strip()
+            group.add_argument(
+                flag(f.name),
+                dest="field_" + f.name,
+                type=FLAG_TYPES[f.type],
+                metavar=f.type.upper(),
+                help=text.replace("%", "%%"),
+            )
     return parser
-TASKS = {"arithmetic": arithmetic, "sudoku": sudoku, "gsm8k": gsm8k}
-ANY_SIGN = {"no_eos", "gamma", "lam", "pad", "bos", "eos", "mask"}  # these have rules of their own
-MAY_BE_ZERO = ("value_clip value_coef beta kl_target seed alpha judging posing least c_pos c_neg rewriter_beta "
-               "earliest latest process_weight hide_prompt look_ahead muon_lr diffusion_muon_lr").split()
-CHOICES = {"arm": nr.ARMS, "reward": nr.SIGNALS, "preference": nr.PREFERENCES, "judge": ("own", "frozen"),
-           "planted": ("none", "round", "long", "refusal"), "credit": nr.CREDITS, "task": TASKS}
-def check(c: Config) -> None:
+
+
+def given_numbers(a: argparse.Namespace) -> dict[str, Any]:
+    """The numbers that the command line names."""
+    named = {k.removeprefix("field_"): v for k, v in vars(a).items() if k.startswith("field_")}
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def why_unread(name: str, given: str, c: Config) -> str:
+    """Why this method does not read a number that was given; empty if it does."""
+    if given not in {f.name for f in fields(c)}:
+        readers = [k for k, m in METHODS.items() if given in {f.name for f in fields(m.config)}]
+        return f"{name} does not read it, but {', '.join(readers)}"
+    if c.model and given in OF_OWN_BASE:
+        return "the folder of --model decides it"
+    condition = (TASK_ONLY | METHODS[name].only_with).get(given)
+    if condition is None:
+        return ""
+    other, *values = condition.split()
+    if vars(c)[other] in values:
+        return ""
+    return f"it is read only with {flag(other)} {' or '.join(values)}"
+
+
+def configs_of(loops: list[str], preset: str, given: dict[str, Any]) -> dict[str, Config]:
+    """The config of each method that is named; every given number must be read by one of them."""
+    configs = {name: make_config(name, preset, **given) for name in loops}
+    for number in given:
+        reasons = [why_unread(name, number, c) for name, c in configs.items()]
+        if all(reasons):
+            raise UserError(f"{flag(number)} would change nothing: {reasons[0]}")
+    return configs
+
+
+# ---- checks -------------------------------------------------------------------------------------
+
+# Numbers that 0 makes no sense for; whole numbers have to be at least 1, but for the seed.
+ABOVE_ZERO = {"lr", "base_lr", "start_lr", "temperature", "clip", "t_min"}
+
+
+def check_number(name: str, value: Any) -> None:
+    """Refuse a number that is none, or has the wrong sign."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    if not math.isfinite(value):
+        raise UserError(f"{flag(name)} must be a finite number, not {value}")
+    positive = name in ABOVE_ZERO or (isinstance(value, int) and name != "seed")
+    if value < 0 or (value == 0 and positive):
+        bound = "above 0" if positive else "0 or more"
+        raise UserError(f"{flag(name)} must be {bound}, not {value}")
+
+
+def check(name: str, c: Any) -> None:
     """Refuse, before any work, what could only fail or mislead later."""
-    for f in fields(Config):
-        value, flag = getattr(c, f.name), "--" + f.name.replace("_", "-")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{flag} must be a finite number, not {value}")
-        signed = f.type in ("int", "float") and f.name not in ANY_SIGN
-        if signed and (value < 0 or (value == 0 and f.name not in MAY_BE_ZERO)):
-            raise UserError(f"{flag} must be {'0 or more' if f.name in MAY_BE_ZERO else 'above 0'}, not {value}")
-        if f.name in CHOICES and value not in CHOICES[f.name]:
-            raise UserError(f"{flag} must be one of {', '.join(CHOICES[f.name])}, not {value!r}")
+    method = METHODS[name]
+    for f in fields(c):
+        if f.name not in NO_FLAG:
+            check_number(f.name, vars(c)[f.name])
+    choices = {"task": TASKS, "planted": ("none", "round", "long", "refusal")} | method.choices
+    for number, names in choices.items():
+        if vars(c)[number] not in names:
+            raise UserError(
+                f"{flag(number)} must be one of {', '.join(names)} for {name}, "
+                f"not {vars(c)[number]!r}"
+            )
     rules = [
         *TASKS[c.task].rules(c),
         (c.heads % c.kv_heads == 0, "--heads must be a multiple of --kv-heads"),
-        (c.head_dim % 2 == 0, "--head-dim must be even (rotary pairs)"),
-        (c.samples > 1 or c.arm == "gae", f"--arm {c.arm} compares samples of one prompt: --samples 2 or more"),
-        (0 <= c.gamma <= 1 and 0 <= c.lam <= 1, "--gamma and --lam must lie in 0..1"),
-        (min(c.temperature, c.late_temperature) >= 0.01, "a temperature must be at least 0.01: log-probs overflow"),
-        (c.kl_target == 0 or c.kl_horizon > 0.2 * c.prompts * c.samples, "--kl-horizon must exceed 0.2 * rollouts"),
-        (c.judging + c.posing <= 1, "--judging and --posing are shares of the seed data: at most 1 together"),
-        (max(c.t_min, c.look_ahead, c.hide_prompt) <= 1, "--t-min, --look-ahead --hide-prompt: shares, at most 1"),
-        (c.earliest <= c.latest <= 1, "--earliest and --latest are shares of the steps, in this order"),
-        (c.candidates > 1, "--candidates must be at least 2: the best is set against the worst"),
-        (c.threshold < 1 and c.least < 1, "--threshold and --least are probabilities: below 1"),
-        (c.causal, "--causal false: a loop chooses its model; denoise takes the masked-diffusion LM"),
-        (c.kl_target == 0 or c.beta > 0, "--kl-target adapts beta by factors: give it a --beta above 0")]
-    if broken := [message for holds, message in rules if not holds]:
-        raise UserError(broken[0])
-def pick_device(name: str) -> str:
-    """auto -> cuda or cpu; a device that is not there is a UserError."""
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError, TypeError):
-        raise UserError(f"--device {name} is not here; try --device cpu") from None
-    return name
+        (c.head_dim % 2 == 0, "--head-dim must be even, as rotary pairs are"),
+        (c.temperature >= 0.01, "--temperature must be at least 0.01: log-probs overflow"),
+        (vars(c).get("lam", 0) <= 1, "--lam must lie in 0..1"),
+        *c.rules(),
+    ]
+    for holds, message in rules:
+        if not holds:
+            raise UserError(message)
+
+
+def check_task(name: str, c: Config, task: nr.Task) -> None:
+    """Refuse a task that lacks what the method or its reward asks of it."""
+    needs = f"encode decode prompts demo grade chance {METHODS[name].needs}"
+    if name == "ppo":
+        needs += f" {nr.REWARDS[c.reward].needs}"
+    for needed in needs.split():
+        if needed not in dir(task):
+            raise UserError(
+                f"{name} needs a task with a method {needed!r}; {type(task).__name__} has none"
+            )
+
+
 def parse_targets(texts: list[str], loops: list[str]) -> dict[str, float]:
     """["ppo=0.8"] -> {"ppo": 0.8}."""
     targets = {}
     for text in texts:
         name, _, number = text.partition("=")
-        if name not in loops or not number.replace(".", "", 1).isdecimal() or not 0 <= float(number) <= 1:
-            raise UserError(f"--target {text}: write a loop of this run and a number in 0..1, as {loops[0]}=0.8")
+        is_share = number.replace(".", "", 1).isdecimal() and 0 <= float(number) <= 1
+        if name not in loops or not is_share:
+            raise UserError(
+                f"--target {text}: write a loop of this run and a number in 0..1, as {loops[0]}=0.8"
+            )
         targets[name] = float(number)
     return targets
 
-# ---- the run: a folder that says all -----------------------------------------------------------
+
+# ---- files of a run -----------------------------------------------------------------------------
+
+
+def read_text(path: Path) -> str:
+    """A file of a run's folder, or a UserError that names it."""
+    try:
+        return path.read_text()
+    except (OSError, ValueError) as error:
+        raise not_a_run(path, error) from None
+
+
+def not_a_run(path: Path, error: Exception) -> UserError:
+    """What to say of a file that cannot be read."""
+    return UserError(f"{path} cannot be read ({error}); is {path.parent} the folder of a run?")
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file, or a UserError that names it."""
+    try:
+        return json.loads(read_text(path))
+    except ValueError as error:
+        raise not_a_run(path, error) from None
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a .jsonl; a torn last one is left out."""
+    try:
+        return [json.loads(x) for x in read_text(path).splitlines() if x.endswith("}")]
+    except ValueError as error:
+        raise not_a_run(path, error) from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write the whole file or none of it."""
+    nr.write_whole(path, lambda temporary: temporary.write_text(text))
+
+
+def append(path: Path, line: dict[str, Any]) -> None:
+    """Add one JSON line. What is not a finite number becomes null."""
+    clean = {}
+    for name, x in line.items():
+        bad = isinstance(x, float) and not math.isfinite(x)
+        clean[name] = None if bad else x
+    with Path(path if nr.is_first() else os.devnull).open("a") as f:
+        f.write(json.dumps(clean) + "\n")
+
+
+# ---- the run: a folder that says all ------------------------------------------------------------
+
+
 @dataclass
 class Run:
     """One --out folder: config.json, metrics.jsonl, samples.jsonl, summary.json, state/, PNG."""
+
     out: Path
-    config: Config
+    configs: dict[str, Config]
     preset: str
-    loops: list[str]
     seeds: int
     targets: dict[str, float]
     cache: Path
-    done: list[dict] = field(default_factory=list)  # finished jobs, as in summary.json
-    job: str = ""  # "ppo/0": loop and seed of the job whose state is saved
+    # Finished jobs, as in summary.json.
+    done: list[dict] = field(default_factory=list)
+    # The job whose state is saved, as "ppo/0": method and seed.
+    job: str = ""
     saved_update: int = 0
+
     def about(self) -> dict[str, Any]:
         """config.json: all that decides the run's numbers."""
-        return {"config": asdict(self.config)} | {k: getattr(self, k) for k in "preset loops seeds targets".split()}
+        return {
+            "configs": {name: asdict(c) for name, c in self.configs.items()},
+            "preset": self.preset,
+            "seeds": self.seeds,
+            "targets": self.targets,
+        }
+
+    @property
+    def shared(self) -> Config:
+        """A config that stands for all, where only shared numbers are read."""
+        return next(iter(self.configs.values()))
+
+    @property
+    def jobs(self) -> list[tuple[str, int]]:
+        """All (method, seed) in their order."""
+        seeds = [self.shared.seed + i for i in range(self.seeds)]
+        return [(name, seed) for seed in seeds for name in self.configs]
+
     @property
     def finished(self) -> bool:
-        return len(self.done) == len(self.loops) * self.seeds
-def read_json(path: Path, parse: Callable[[str], Any] = json.loads) -> Any:
-    """A JSON file of a run folder, or a UserError that names it."""
-    try:
-        return parse(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); is {path.parent} the folder of a run?") from None
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a .jsonl; a torn last one is left out."""
-    return read_json(path, lambda text: [json.loads(x) for x in text.splitlines() if x.endswith("}")])
-def write_text(path: Path, text: str) -> None:
-    """The whole file or none of it."""
-    nr.write_whole(path, lambda temporary: temporary.write_text(text))
-def new_run(a: argparse.Namespace) -> Run:
-    """Check everything, then claim the folder."""
-    loops = list(dict.fromkeys(a.loops or LOOPS))
-    if unknown := [name for name in loops if name not in LOOPS]:
-        raise UserError(f"no loop is called {unknown[0]!r}; there are {', '.join(LOOPS)}, and sample and plot")
-    if a.config not in nr.CONFIGS:
-        raise UserError(f"no config is called {a.config!r}; there are {', '.join(nr.CONFIGS)}")
+        """Whether all jobs are done."""
+        return len(self.done) == len(self.jobs)
+
+
+def checked_configs(a: argparse.Namespace, loops: list[str]) -> dict[str, Config]:
+    """What the command line asks for, refused if it cannot work."""
+    for name in loops:
+        if name not in METHODS:
+            known = ", ".join(METHODS)
+            raise UserError(f"no loop is called {name!r}; there are {known}, and sample and plot")
+    if a.config not in PRESETS:
+        raise UserError(f"no config is called {a.config!r}; there are {', '.join(PRESETS)}")
     if not 1 <= a.seeds <= len(T95) + 1:
         raise UserError(f"--seeds must lie in 1..{len(T95) + 1}")
-    given = {f.name: getattr(a, "field_" + f.name) for f in fields(Config)}
-    config = replace(Config(), **nr.CONFIGS[a.config] | {k: v for k, v in given.items() if v is not None})
-    if config.model:  # whatever is wrong with the folder is said now
-        theirs = Transformer.load(config.model).config
-        config = replace(config, **{name: getattr(theirs, name) for name in [*nr.HF_KEYS, "rope_scaling"]})
-    check(config)
-    config = replace(config, device=pick_device(config.device))
-    free = (Path("runs") / f"{'-'.join(a.loops) or 'tour'}-{i}" for i in range(1, 10**6))
-    out = a.out or next(path for path in free if not path.exists())
-    run = Run(out, config, a.config, loops, a.seeds, parse_targets(a.target, loops), a.cache)
-    for folder in (out, a.cache):
+    configs = configs_of(loops, a.config, given_numbers(a))
+    for name, c in configs.items():
+        if c.model:  # whatever is wrong with the folder is said now
+            theirs = asdict(Transformer.load(c.model).config) | {"bf16": c.bf16}
+            c = replace(c, **theirs)
+        check(name, c)
+        configs[name] = replace(c, device=nr.pick_device(c.device))
+        check_task(name, c, make_task(c))
+    return configs
+
+
+def claim_folders(out: Path, cache: Path) -> None:
+    """Make the folders and see whether we may write there."""
+    for folder in (out, cache):
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()  # may we write there?
+            tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
-            raise UserError(f"cannot write to {folder} ({error.strerror}); choose another folder") from None
+            raise UserError(
+                f"cannot write to {folder} ({error.strerror}); choose another folder"
+            ) from None
+
+
+def new_run(a: argparse.Namespace) -> Run:
+    """Check everything, then claim the folder."""
+    loops = list(dict.fromkeys(a.loops or METHODS))
+    configs = checked_configs(a, loops)
+    out = a.out or free_folder("-".join(a.loops) or "tour")
+    targets = parse_targets(a.target, loops)
+    run = Run(out, configs, a.config, a.seeds, targets, a.cache)
+    claim_folders(out, a.cache)
     if (out / "config.json").exists():
-        if read_json(out / "config.json") | {"targets": None} != run.about() | {"targets": None}:
+        there = read_json(out / "config.json") | {"targets": None}
+        if there != run.about() | {"targets": None}:
             raise UserError(f"{out} holds a run with another config; choose another --out")
         return replace(open_run(out, a.cache), targets=run.targets)
     if any(path.suffix != ".tmp" for path in out.iterdir()):
         raise UserError(f"{out} is not empty and not a run's folder; choose another --out")
     write_text(out / "config.json", json.dumps(run.about(), indent=1))
     return run
+
+
+def free_folder(name: str) -> Path:
+    """runs/NAME-1, or the next that is not there."""
+    i = 1
+    while (Path("runs") / f"{name}-{i}").exists():
+        i += 1
+    return Path("runs") / f"{name}-{i}"
+
+
 def open_run(out: Path, cache: Path) -> Run:
-    """The run in this folder as far as it went; a damaged folder is a UserError."""
-    a = read_json(out / "config.json")
+    """The run in this folder as far as it went. A damaged folder is a UserError."""
+    about = read_json(out / "config.json")
     try:
-        run = Run(out, Config(**a["config"]), a["preset"], a["loops"], a["seeds"], a["targets"], cache)
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{out / 'config.json'} is not a config of this version ({error})") from None
-    check(run.config)
+        configs = {name: METHODS[name].config(**c) for name, c in about["configs"].items()}
+        run = Run(out, configs, about["preset"], about["seeds"], about["targets"], cache)
+    except (KeyError, TypeError, AttributeError) as error:
+        path = out / "config.json"
+        raise UserError(f"{path} is not a config of this version ({error})") from None
+    for name, c in run.configs.items():
+        check(name, c)
     if (out / "summary.json").exists():
         run.done = read_json(out / "summary.json")["results"]
-    if (out / "state" / "state.pt").exists() and not run.finished:
+    path = out / "state" / "state.pt"
+    if path.exists() and not run.finished:
         saved = nr.load_state(out / "state")
-        run.job, run.saved_update = saved.get("job", ""), saved.get("update", 0)
+        try:
+            run.job = saved["job"]
+            run.saved_update = saved["state"]["update"]
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{path} is not a state of this version ({error})") from None
     return run
+
+
+def job_of(line: dict[str, Any]) -> str:
+    """ "ppo/0", the job that a line of a log belongs to."""
+    return f"{line['loop']}/{line['seed']}"
+
+
 def cut_log(path: Path, run: Run) -> float:
     """Drop the lines behind the saved state, and say how many seconds the kept part took."""
     if not path.exists():
         return 0.0
-    job = lambda line: f"{line['loop']}/{line['seed']}"  # noqa: E731
-    finished = set(map(job, run.done))
-    saved = lambda line: job(line) == run.job and line["step"] <= run.saved_update  # noqa: E731
-    kept = [line for line in read_lines(path) if job(line) in finished or saved(line)]
+    finished = {job_of(result) for result in run.done}
+    kept = []
+    seconds = 0.0
+    for line in read_lines(path):
+        saved = job_of(line) == run.job and line["step"] <= run.saved_update
+        if saved:
+            seconds = line.get("seconds", 0.0)
+        if saved or job_of(line) in finished:
+            kept.append(line)
     write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-    return kept[-1].get("seconds", 0.0) if kept and job(kept[-1]) not in finished else 0.0
-def append(path: Path, line: dict[str, Any]) -> None:
-    """One JSON line; what is not a finite number becomes null."""
-    silent = dist.is_initialized() and dist.get_rank() > 0
-    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-    with Path(os.devnull if silent else path).open("a") as f:
-        f.write(json.dumps(clean) + "\n")
-def drive(loop: Iterator[dict], state: dict, total: int, folder: Path, title: str, every: int, log: Callable) -> None:
-    """Run a loop or fit to its end: bar, log, states. Ctrl-C is heard between two updates; a second one at once."""
+    return 0.0 if run.job in finished else seconds
+
+
+def drive(
+    loop: Iterator[dict],
+    saved: Any,
+    state: Any,
+    total: int,
+    every: int,
+    folder: Path,
+    title: str,
+    log: Callable[[dict], None],
+) -> None:
+    """Run a loop to its end: bar, log, states. Ctrl-C is heard between two updates.
+
+    saved: what is saved every so many updates, the state included. A second Ctrl-C stops at once.
+    """
     asked = []
+
     def ask(*_: Any) -> None:
         asked.append(True)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
     before = signal.signal(signal.SIGINT, ask)
+    bar = tqdm(total=total, initial=state.update, desc=title, disable=None, leave=False)
     try:
-        with tqdm(total=total, initial=state["update"], desc=title, disable=None, leave=False) as bar:
+        with bar:
             for metrics in loop:
                 log(metrics)
                 bar.update()
-                stop = nr.over_ranks(torch.tensor(len(asked))) > 0  # all processes leave together
-                if state["update"] % every == 0 or stop:
-                    nr.save_state(folder, state)
+                # All processes leave together.
+                stop = nr.over_ranks(torch.tensor(len(asked))) > 0
+                if state.update % every == 0 or stop:
+                    nr.save_state(folder, saved)
                 if stop:
                     raise KeyboardInterrupt
     finally:
         signal.signal(signal.SIGINT, before)
 
-# ---- base models, cached -----------------------------------------------------------------------
-def code_key(root: str) -> tuple[str, set[str]]:
-    """Hash of all code here and in nanoreward.py that `root` reaches, without docstrings, and the fields it reads."""
-    trees = [ast.parse(Path(module).read_text()) for module in (nr.__file__, __file__)]
-    known = {n.name: n for t in trees for n in t.body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
-    reached, todo, read = set(), [root, "fit", "optimizers"], set()
-    while todo:
-        if (name := todo.pop()) in reached or name not in known or name in ("Config", "cached"):
-            continue
-        reached.add(name)
-        for node in ast.walk(known[name]):
-            if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node):
-                node.body = node.body[1:] or [ast.Pass()]
-            owner = ast.unparse(node.value).split(".")[-1] if isinstance(node, ast.Attribute) else ""
-            if isinstance(node, ast.Name) or owner == "nr":
-                todo.append(node.id if isinstance(node, ast.Name) else node.attr)
-            elif owner in ("c", "config"):
-                read.add(node.attr)
-    code = "".join(ast.dump(known[name]) for name in sorted(reached))
-    return hashlib.sha256(code.encode()).hexdigest(), read & {f.name for f in fields(Config)}
-def cached(kind: str, root: str, c: Config, cache: Path, modules: list, batches: Callable, updates: int, lr: float,
-           muon_lr: float = 0.0) -> list[torch.nn.Module]:
-    """The modules, trained by `fit` once, then loaded; the key: the code and fields behind `root`, task and torch."""
-    code, read = code_key(root)
-    values = {name: getattr(c, name) for name in sorted(read | {"threads"})} | {"of": repr(make_task(c))}
-    data = hashlib.sha256(Path(TASKS[c.task].__file__).read_bytes()).hexdigest()
-    key = hashlib.sha256(json.dumps([code, values, data, torch.__version__]).encode()).hexdigest()
-    folder = cache / f"{kind}-{key[:16]}"
-    state = {"modules": modules, "optimizers": nr.optimizers(modules, lr, c, muon_lr), "update": 0}
-    state = nr.load_state(folder, into=state) if (folder / "state.pt").exists() else state
-    if state["update"] < updates:
+
+# ---- trained models, cached ---------------------------------------------------------------------
+
+# The numbers of Config that say nothing about how a base model is trained.
+NOT_OF_A_BASE = set("eval_every eval_problems prompts samples temperature updates lr".split())
+
+
+def code_of(make_batches: Callable) -> str:
+    """The code that a training depends on, without comments and docstrings.
+
+    That is Part I of nanoreward.py, whose numbers enter by their values, and the section that
+    `make_batches`, the function that makes the training's data, belongs to.
+    """
+    path = Path(nr.__file__)
+    text = path.read_text()
+    lines = text.splitlines()
+    part_two = next(i for i, line in enumerate(lines, 1) if line.startswith("#   PART II"))
+    file = Path(make_batches.__code__.co_filename)
+    if file.name != path.name:  # a method of somebody's own, in another file
+        return text + file.read_text()
+    # The function that `make_batches` stands in, by name: lines may have moved since it was read.
+    outer = make_batches.__qualname__.split(".")[0]
+    nodes = ast.parse(text).body
+    line = next(node.lineno for node in nodes if outer == vars(node).get("name"))
+    banners = [i for i, text in enumerate(lines, 1) if text.startswith("# ====")]
+    begin = max(i for i in banners if i < line)
+    end = min((i for i in banners if i > begin), default=len(lines) + 1)
+    found = []
+    for node in nodes:
+        inside = node.lineno < part_two or begin < node.lineno < end
+        numbers = str(vars(node).get("name")).endswith(("Config", "Architecture"))
+        if inside and not numbers:
+            found.append(ast.dump(without_docstrings(node)))
+    return "\n".join(found)
+
+
+def without_docstrings(node: ast.stmt) -> ast.stmt:
+    """The node, with the docstrings of all that it defines taken out."""
+    for part in ast.walk(node):
+        if isinstance(part, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(part):
+            part.body = part.body[1:] or [ast.Pass()]
+    return node
+
+
+class CachedTrainer:
+    """A `Trainer` that keeps what it has trained, and goes on with what was stopped."""
+
+    def __init__(self, cache: Path, prefix: str = ""):
+        self.cache = cache
+        self.prefix = prefix
+
+    def folder(
+        self, name: str, make_batches: Callable, c: Config, *numbers: Any, reads: str
+    ) -> Path:
+        """Where the models lie. The name holds a key of all that decides their weights."""
+        wanted = {f.name for f in fields(Config)} - NOT_OF_A_BASE | set(reads.split())
+        values = {k: v for k, v in vars(c).items() if k in wanted}
+        code = code_of(make_batches) + Path(TASKS[c.task].__file__).read_text()
+        parts = [code, values, numbers, torch.__version__]
+        key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        return self.cache / f"{self.prefix}{name}-{key[:16]}"
+
+    def __call__(
+        self,
+        name: str,
+        modules: list[torch.nn.Module],
+        make_batches: Callable[[], nr.Batches],
+        updates: int,
+        c: Config,
+        lr: float,
+        muon_lr: float = 0.0,
+        warmup: int = nr.FIT_WARMUP,
+        reads: str = "",
+    ) -> None:
+        """Train the modules, or load them if that was done before."""
+        folder = self.folder(name, make_batches, c, updates, lr, muon_lr, warmup, reads=reads)
+        state = nr.Fit(modules, nr.optimizers(modules, lr, muon_lr))
+        if (folder / "state.pt").exists():
+            device = next(modules[0].parameters()).device
+            nr.load_state(folder, into=state, device=device)
+        if state.update == updates:
+            return
         folder.mkdir(parents=True, exist_ok=True)
-        past = read_lines(folder / "fit.jsonl") if state["update"] else []  # of a training that was stopped
-        write_text(folder / "fit.jsonl", "".join(json.dumps(m) + "\n" for m in past if m["step"] <= state["update"]))
-        print(f"training {kind} ({sum(p.numel() for p in modules[0].parameters()):,} parameters) -> {folder}")
+        past = read_lines(folder / "fit.jsonl") if state.update else []
+        kept = [json.dumps(m) + "\n" for m in past if m["step"] <= state.update]
+        write_text(folder / "fit.jsonl", "".join(kept))
+        size = sum(p.numel() for p in modules[0].parameters())
+        print(f"training {self.prefix}{name} ({size:,} parameters) -> {folder}", flush=True)
         began = time.time()
+
         def log(m: dict[str, Any]) -> None:
-            append(folder / "fit.jsonl", {"step": state["update"], "seconds": round(time.time() - began, 3), **m})
-        drive(nr.fit(state, batches(), updates, c), state, updates, folder, kind, max(1, updates // 10), log)
+            seconds = round(time.time() - began, 3)
+            append(folder / "fit.jsonl", {"step": state.update, "seconds": seconds, **m})
+
+        loop = nr.fit(state, make_batches(), updates, c, warmup)
+        every = max(1, updates // 10)
+        drive(loop, state, state, updates, every, folder, self.prefix + name, log)
         nr.save_state(folder, state)
-    return [module.requires_grad_(True) for module in modules]
-def make_task(c: Config, careful: bool = False) -> nr.Task:
-    """The task that the config names, and its careful demonstrator."""
-    return TASKS[c.task].make(c, careful)
-def ready(model: Transformer, c: Config) -> Transformer:
-    """The model on its device, computing as the config says."""
-    bf16 = c.bf16 and (c.device == "cpu" or torch.cuda.is_bf16_supported())  # [gpu] older cards have none
-    model.config = replace(model.config, bf16=bf16, recompute=c.recompute)
-    for layer in model.layers if c.compile else []:
-        layer.compile()  # [gpu]
-    return model.to(c.device)
-def base_model(c: Config, cache: Path, careful: bool = False) -> Transformer:
-    """The model of the folder that is named, or the GPT after the demonstrator; careful: after its careful twin."""
-    if c.model:
-        return ready(Transformer.load(c.model), c)
-    model, task = ready(Transformer(c, nr.rng(c.seed, "init")), c), make_task(c, careful)
-    kind, batches = "careful-gpt" if careful else "gpt", lambda: nr.demonstrations(model, task, c)
-    return cached(kind, "base_model", c, cache, [model], batches, c.base_updates, c.base_lr, c.muon_lr)[0]
-def diffusion_base(c: Config, cache: Path, careful: bool = False) -> Transformer:
-    """The masked-diffusion LM: the base GPT's weights, taught to look ahead on the same demonstrations."""
-    task, both = make_task(c, careful), replace(c, causal=False, vocab=max(c.vocab, c.mask + 1))  # a row for MASK
-    model = ready(Transformer(both, nr.rng(c.seed, "init")), c)
-    if c.look_ahead:  # else from scratch
-        weights, mine = (m.state_dict() for m in (base_model(c, cache, careful), model))
-        more = lambda x: torch.cat([x, x.mean(0, keepdim=True)])  # noqa: E731
-        model.load_state_dict({k: x if len(x) == len(mine[k]) else more(x) for k, x in weights.items()})
-    c = both
-    kind, rates = "careful-diffusion" if careful else "diffusion", (c.diffusion_lr, c.diffusion_muon_lr)
-    batches = lambda: nr.demonstrations(model, task, c)  # noqa: E731
-    return cached(kind, "diffusion_base", c, cache, [model], batches, c.diffusion_updates, *rates)[0]
-def seed_data(task: nr.Task, c: Config) -> list[tuple[str, str]]:
-    """What makes M1: judgements (EFT), proposed problems, and demonstrations again (IFT)."""
-    generator = nr.rng(c.seed, "seed data")
-    kinds = torch.rand(c.seed_demos, generator=generator).tolist()
-    other = lambda k: task.propose_demo if k > 1 - c.posing else task.demo  # noqa: E731
-    return [(task.judge_demo if k < c.judging else other(k))(generator) for k in kinds]
-def seed_model(c: Config, cache: Path) -> Transformer:
-    """M1 of self_rewarding: the base, which has also learned to judge and to pose problems."""
-    model, task = base_model(c, cache), make_task(c)
-    batches = lambda: nr.demonstrations(model, task, c, nr.encode_demos(task, seed_data(task, c), c))  # noqa: E731
-    return cached("m1", "seed_model", c, cache, [model], batches, c.seed_updates, c.base_lr, c.muon_lr)[0]
-def student_model(c: Config, cache: Path) -> Transformer:
-    """refine's student: the base after one round of expert iteration, small enough to leave a third wrong."""
-    model, task, c = base_model(c, cache), make_task(c), replace(c, base_warmup=c.warmup)
-    def right() -> nr.Batches:
-        prompt, group = nr.in_groups(task, task.prompts(c.expert_prompts, nr.rng(c.seed, "expert")), c)
-        b = nr.sample(model, prompt.to(c.device), c, group=group, generator=nr.rng(c.seed, "expert", 1))
-        pairs = zip(*(x[nr.grades(task, b) == 1].tolist() for x in (b.prompt, b.response)), strict=True)
-        known = [[[i for i in ids if i != c.pad] for ids in pair] for pair in pairs]
-        return nr.demonstrations(model, task, c, [x for i, x in enumerate(known) if x not in known[:i]])
-    return cached("student", "student_model", c, cache, [model], right, c.expert_updates, c.expert_lr)[0]
-def rewriter_model(c: Config, cache: Path) -> Transformer:
-    """The reward of seq2seq: the base, taught to rewrite both responses of each pair as the preferred one."""
-    model, task = base_model(c, cache), make_task(c)
-    pairs = lambda: task.preferences(c.pairs, nr.rng(c.seed, "preferences"))  # noqa: E731
-    batches = lambda: nr.demonstrations(model, task, c, nr.rewriting_demos(task, pairs(), c))  # noqa: E731
-    made = cached("rewriter", "rewriter_model", c, cache, [model], batches, c.rewriter_updates, c.base_lr, c.muon_lr)
-    return made[0].requires_grad_(False)
-def scorer_model(c: Config, cache: Path) -> dict[str, torch.nn.Module]:
-    """The learned reward: a Bradley-Terry model that starts as the base and reads preference pairs."""
-    base, task = base_model(c, cache), make_task(c)
-    head = nr.Head(c, (c.width + 1) ** -0.5, nr.rng(c.seed, "scorer")).to(c.device)
-    pairs = lambda: task.preferences(c.pairs, nr.rng(c.seed, "preferences"))  # noqa: E731
-    batches = lambda: nr.preference_batches(base, head, pairs(), task, c)  # noqa: E731
-    scorer, head = cached("scorer", "scorer_model", c, cache, [base, head], batches, c.reward_updates, c.reward_lr)
-    prompt = nr.encode_prompts(task, task.prompts(512, nr.rng(c.seed, "normalize")), c).to(c.device)
-    rollout = nr.sample(base_model(c, cache), prompt, c, generator=nr.rng(c.seed, "normalize", 1))
-    nr.normalize_head(scorer, head, rollout)
-    return {"scorer": scorer.requires_grad_(False), "scorer_head": head.requires_grad_(False)}
 
-# ---- one job: one loop with one seed -----------------------------------------------------------
-STARTS = {"self_rewarding": seed_model, "refine": student_model, "denoise": diffusion_base}  # if not from the base
-REFINERS = ("scorer", "orm", "sorm", "global", "local")
-def reward_models(name: str, c: Config, cache: Path) -> dict[str, Any]:
-    """What the loop's reward needs in its state."""
-    reward = {"ppo": c.reward, "seq2seq": "seq2seq"}.get(name)
-    if reward == "seq2seq":
-        return {"rewriter": rewriter_model(c, cache)}
-    return scorer_model(c, cache) if reward == "learned" else {}
-def write(name: str, state: dict, task: nr.Task, prompts: list[str], c: Config, T: float = 0.0) -> list[str]:
-    """One response a problem by what the loop has trained."""
-    c, generator = replace(c, temperature=T), nr.rng(c.seed, "evaluate")
-    if name == "refine":
-        return nr.refined(state, task, prompts, c, generator)
-    return nr.respond(state["policy"], task, prompts, c, generator)
-@torch.no_grad()
-def trajectory(state: dict, task: nr.Task, b: nr.Rollout, c: Config) -> tuple[torch.Tensor, ...]:
-    """How a diffusion LM wrote its responses (B, R): how sure it was of each token when it wrote it (B, R), what it
-    would have written at once before each step (B, S, R), and V(x_t) of that state by branches (B, S)."""
-    B, S, policy = len(b.order), int(b.order.max()) + 1, state["policy"]
-    row, t = (x.flatten().to(c.device) for x in torch.meshgrid(torch.arange(B), torch.arange(S), indexing="ij"))
-    canvas = nr.state_at(b.response[row], b.order[row], t, c)
-    logp = nr.log_softmax(policy.lm_head(nr.predictive_states(policy, b.prompt[row], canvas)), 1.0, c)
-    said = torch.where(canvas == c.mask, logp.argmax(-1), canvas).view(B, S, -1)
-    sure = logp.gather(-1, b.response[row][..., None]).view(B, S, -1).gather(1, b.order[:, None])[:, 0].exp()
-    more = nr.go_on(policy, b[row], t, c.branches, c, nr.rng(c.seed, "trajectory", state["update"]))
-    return sure, said, nr.verifier(state, task, more, nr.grades(task, more), c).sum(1).view(B, S, -1).mean(2)
-@torch.no_grad()
-def inside(name: str, state: dict, task: nr.Task, prompts: list[str], texts: list[str], c: Config) -> list[dict]:
-    """What the reward says within each response: of every token, of every step (ORM and SORM), of every state."""
-    prompt = nr.encode_prompts(task, prompts, c).to(c.device)
-    response = nr.right_pad([y[: c.response] for y in task.encode(texts)], c.pad, c.response).to(c.device)
-    b = nr.Rollout(prompt, response, nr.up_to_eos(response, c), response, torch.arange(len(texts)))
-    rounded = lambda x: [round(v, 3) for v in x.tolist()]  # noqa: E731
-    if name == "denoise":  # greedy: the same responses again, now with their order
-        b = nr.sample(state["policy"], prompt, replace(c, temperature=0.0))
-        sure, said, value = trajectory(state, task, b, c)
-        return [{"order": o.tolist(), "sure": rounded(p), "said": [task.decode(y) for y in s.tolist()],
-                 "value": rounded(v)} for o, p, s, v in zip(b.order, sure, said, value, strict=True)]  # fmt: skip
-    if name == "refine":
-        ends = nr.prefix_ends(task, b)
-        scores = nr.step_scores(state, prompt, response, ends).sigmoid()
-        return [{"orm": rounded(o[e > 0]), "sorm": rounded(s[e > 0])} for o, s, e in zip(*scores, ends, strict=True)]
-    if name not in ("ppo", "seq2seq"):
-        return [{} for _ in texts]
-    reward = nr.SIGNALS["seq2seq" if name == "seq2seq" else c.reward](state, task, b, nr.grades(task, b), c)
-    return [{"token_rewards": rounded(r[m > 0])} for r, m in zip(reward, b.mask, strict=True)]
-def notes(m: dict[str, Any], c: Config) -> dict[str, str]:
-    """What a person should be told about an update, in plain words; each is said once."""
-    m = dict(flat_groups=0, ended=1, kl=0, entropy=1, pairs=1, chosen_per_token=0, spread=1, quoted=0, unread=0) | m
-    found = {
-        "flat": (m["flat_groups"] == 1 and c.arm != "gae", "equal rewards in every group, nothing to learn from"),
-        "eos": (m["ended"] == 0, "no response ends with EOS (a larger --response, more --base-updates?)"),
-        "kl": (m["kl"] > 20, f"KL runs away, {m['kl']:.0f} nats a response (a larger --beta, a smaller --lr?)"),
-        "entropy": (m["entropy"] < 1e-3, "all samples are the same, nothing new can be found (a smaller --lr?)"),
-        "pairs": (m["pairs"] == 0, "no problem has a better and a worse response, the round teaches nothing"),
-        "judge": (m["spread"] == 0 or m["unread"] > 0.5, "the judge says one score to everything, or none"),
-        "quoted": (m["quoted"] > 0.05, "responses hold a score themselves: they talk to the judge"),
-        "chosen": (m["chosen_per_token"] < -1, "the chosen log-prob falls below -1 a token (a larger --alpha?)")}
-    return {name: text for name, (holds, text) in found.items() if holds}
+
+# ---- one job: one method with one seed ----------------------------------------------------------
+
+HEALTHY = """\
+what to watch: reward and truth rise together (only reward: it is being fooled) · kl: a few nats a
+response · entropy falls slowly, not to 0 at once · clipfrac < 0.2 · ended near 1 · flat_groups < 1,
+or grpo and rloo learn nothing · pairs: hundreds a round · chosen does not fall, pair_accuracy
+rises · score rises with dev, not alone · orm, sorm: labels of steps that they know, 0.5 is
+nothing · with centred advantages a loss near 0 is no fault"""
+WATCHED = """reward truth score kl entropy clipfrac ended flat_groups pairs chosen rejected
+pair_accuracy orm sorm""".split()
+
+
+def notes(m: dict[str, Any], c: Any) -> dict[str, str]:
+    """What a person should be told about an update, in plain words. Each is said once."""
+    found = {}
+    if m.get("flat_groups") == 1 and vars(c).get("arm") != "gae":
+        found["flat"] = "equal rewards in every group, nothing to learn from"
+    if m.get("ended") == 0:
+        found["eos"] = "no response ends with EOS (a larger --response, more --base-updates?)"
+    if m.get("kl", 0) > 20:
+        kl = m["kl"]
+        found["kl"] = f"KL runs away, {kl:.0f} nats a response (a larger --beta, a smaller --lr?)"
+    if m.get("entropy", 1) < 1e-3:
+        found["entropy"] = "all samples are the same, nothing new can be found (a smaller --lr?)"
+    if m.get("pairs") == 0:
+        found["pairs"] = "no problem has a better and a worse response, the round teaches nothing"
+    if m.get("spread") == 0 or m.get("unread", 0) > 0.5:
+        found["judge"] = "the judge says one score to everything, or none"
+    if m.get("quoted", 0) > 0.05:
+        found["quoted"] = "responses hold a score themselves: they talk to the judge"
+    if m.get("chosen_per_token", 0) < -1:
+        found["chosen"] = "the chosen log-prob falls below -1 a token (a larger --alpha?)"
+    return found
+
+
+def as_rollout(task: nr.Task, prompts: list[str], texts: list[str], c: Config) -> nr.Rollout:
+    """Problems and responses as a method's `explain` reads them."""
+    device = nr.pick_device(c.device)
+    prompt = nr.encode_prompts(task, prompts, c).to(device)
+    ids = [y[: c.response] for y in task.encode(texts)]
+    response = nr.right_pad(ids, c.pad_id, c.response).to(device)
+    mask = nr.up_to_eos(response, c)
+    return nr.Rollout(prompt, response, mask, response, torch.arange(len(texts)))
+
+
+class Job:
+    """One method with one seed: its config, task and state, and what is written about it."""
+
+    def __init__(self, run: Run, name: str, seed: int):
+        self.run = run
+        self.name = name
+        self.seed = seed
+        self.method = METHODS[name]
+        self.c = replace(run.configs[name], seed=seed)
+        self.task = make_task(self.c)
+        # The held-out problems are the same for all seeds.
+        self.dev = self.task.prompts(self.c.eval_problems, nr.rng(0, "dev"), "dev")
+        self.test = self.task.prompts(self.c.eval_problems, nr.rng(0, "test"), "test")
+        self.told: set[str] = set()
+        self.total = self.c.total_updates()
+        # Evaluate and save every so many updates.
+        self.every = max(self.c.eval_every, self.total // 8)
+
+    def start(self) -> None:
+        """Train what the method starts from, measure it, and take up a state that was saved."""
+        c, task = self.c, self.task
+        train = CachedTrainer(self.run.cache)
+        base = nr.gpt_base(task, c, train)
+        result = {"loop": self.name, "seed": self.seed, "chance": task.chance()}
+        result["base"] = nr.accuracy(base, task, self.test, c)
+        result["base_sampled"] = nr.accuracy(base, task, self.test, c, c.temperature)
+        print(
+            f"{self.name}/{self.seed}: base {result['base']:.3f} greedy, "
+            f"{result['base_sampled']:.3f} sampled",
+            flush=True,
+        )
+        models = self.method.reward_models(base, task, c, train)
+        policy = base
+        if self.method.starts_from is not None:
+            policy = self.method.starts_from(base, task, c, train)
+            result["start"] = nr.accuracy(policy, task, self.test, c)
+        self.state = self.method.start(policy, c)
+        if models:
+            self.state.models = models
+        job = f"{self.name}/{self.seed}"
+        self.saved = {"job": job, "result": result, "state": self.state}
+        if self.run.job == job:
+            nr.load_state(self.run.out / "state", into=self.saved, device=policy.device)
+
+    def answer(self, prompts: list[str], temperature: float = 0.0) -> list[str]:
+        """One response to each problem by what has been trained so far."""
+        c = replace(self.c, temperature=temperature)
+        return self.method.answer(self.state, self.task, prompts, c, nr.rng(c.seed, "evaluate"))
+
+    def right(self, prompts: list[str], temperature: float = 0.0) -> float:
+        """The share of right ones."""
+        texts = self.answer(prompts, temperature)
+        return mean(self.task.grade(x, y) for x, y in zip(prompts, texts, strict=True))
+
+    def show(self) -> None:
+        """A few right and a few wrong responses -> samples.jsonl."""
+        few = 1 if self.name == "denoise" else 3  # each of its states is valued by branches
+        texts = self.answer(self.dev[:32])
+        shown: dict[bool, list[dict]] = {True: [], False: []}
+        for x, y in zip(self.dev, texts, strict=False):
+            reward = self.task.grade(x, y)
+            shown[reward == 1].append({"prompt": x, "response": y, "reward": reward})
+        lines = shown[True][:few] + shown[False][:few]
+        prompts, responses = ([line[key] for line in lines] for key in ("prompt", "response"))
+        b = as_rollout(self.task, prompts, responses, self.c)
+        inside = self.method.explain(self.state, self.task, b, self.c)
+        head = {"loop": self.name, "seed": self.seed, "step": self.state.update}
+        for line, more in zip(lines, inside, strict=True):
+            append(self.run.out / "samples.jsonl", head | line | more)
+
+    def log(self, m: dict[str, Any]) -> None:
+        """One update -> metrics.jsonl; now and then a look at dev; warnings in plain words."""
+        u = self.state.update
+        seconds = round(self.offset + time.time() - self.began, 3)
+        line = {"loop": self.name, "seed": self.seed, "step": u, "seconds": seconds, **m}
+        title = f"{self.name}/{self.seed} {u:4d}"
+        if u % self.every == 0 or u in (1, self.total):
+            line["dev_greedy"] = self.right(self.dev)
+            self.show()
+            numbers = "  ".join(f"{key} {m[key]:.3f}" for key in WATCHED if key in m)
+            tqdm.write(f"{title}  dev {line['dev_greedy']:.3f}  {numbers}")
+        for warning, text in notes(m, self.c).items():
+            if warning not in self.told:
+                tqdm.write(f"{title}  note: {text}")
+            self.told.add(warning)
+        append(self.run.out / "metrics.jsonl", line)
+
+    def train(self) -> None:
+        """Run the loop, from the beginning or from the saved state."""
+        out = self.run.out
+        self.offset = cut_log(out / "metrics.jsonl", self.run)
+        cut_log(out / "samples.jsonl", self.run)
+        self.began = time.time()
+        if self.state.update == 0:
+            self.show()
+        loop = self.method.loop(self.state, self.task, self.c)
+        title = self.saved["job"]
+        drive(loop, self.saved, self.state, self.total, self.every, out / "state", title, self.log)
+
+    def finish(self) -> dict[str, Any]:
+        """Save the models and measure them on test: the job's entry in summary.json."""
+        c, state = self.c, self.state
+        folder = self.run.out / "models" / f"{self.name}-{self.seed}"
+        state.policy.save(folder)
+        if self.method.answer_parts:
+            nr.save_state(folder, {part: vars(state)[part] for part in self.method.answer_parts})
+        enough = None
+        for m in read_lines(self.run.out / "metrics.jsonl"):
+            if job_of(m) == self.saved["job"] and m.get("dev_greedy", 0) >= 0.8:
+                enough = enough or m["samples"]
+        result = self.saved["result"]
+        result["final"] = self.right(self.test)
+        result["final_sampled"] = self.right(self.test, c.temperature)
+        result["samples"] = state.samples
+        result["samples_to_80"] = enough
+        result["updates"] = self.total
+        result["seconds"] = round(self.offset + time.time() - self.began, 1)
+        if not c.model:
+            train = CachedTrainer(self.run.cache, "careful-")
+            ceiling = nr.gpt_base(make_task(c, careful=True), c, train)
+            result["ceiling"] = nr.accuracy(ceiling, self.task, self.test, c)
+        return result
+
+
 def run_job(run: Run, name: str, seed: int) -> dict[str, Any]:
-    """Train, measure, and describe one loop with one seed; what it returns is its summary entry."""
-    c, job, out, few = replace(run.config, seed=seed), f"{name}/{seed}", run.out, 1 if name == "denoise" else 3
-    task, policy = make_task(c), base_model(c, run.cache)
-    dev, test = (task.prompts(c.eval_problems, nr.rng(0, s), s) for s in ("dev", "test"))  # the same for all seeds
-    base, base_sampled = (nr.accuracy(policy, task, test, c, T) for T in (0.0, c.temperature))
-    result = {"loop": name, "seed": seed, "chance": task.chance(), "base": base, "base_sampled": base_sampled}
-    print("{loop}/{seed}: base {base:.3f} greedy, {base_sampled:.3f} sampled".format(**result), flush=True)
-    if name in STARTS:
-        policy = STARTS[name](c, run.cache)
-        result["start"] = nr.accuracy(policy, task, test, c)  # M1 or the student, not the base
-    start, loop = LOOPS[name]
-    state = start(policy, c) | reward_models(name, c, run.cache) | {"result": result}
-    state = nr.load_state(out / "state", into=state) if run.job == job else state
-    state["job"], result = job, state["result"]
-    offset, began, told = cut_log(out / "metrics.jsonl", run), time.time(), set()
-    cut_log(out / "samples.jsonl", run)
-    def right(prompts: list[str], T: float = 0.0) -> float:
-        texts = write(name, state, task, prompts, c, T)
-        return mean(task.grade(x, y) for x, y in zip(prompts, texts, strict=True))
-    def show(u: int) -> None:  # few right and few wrong ones of 32 greedy responses; denoise's V(x_t) costs branches
-        texts = write(name, state, task, dev[:32], c)
-        both = [{"prompt": x, "response": y, "reward": task.grade(x, y)} for x, y in zip(dev, texts, strict=False)]
-        both = [t for t in both if t["reward"] == 1][:few] + [t for t in both if t["reward"] < 1][:few]
-        more = inside(name, state, task, [t["prompt"] for t in both], [t["response"] for t in both], c)
-        for t, x in zip(both, more, strict=True):
-            append(out / "samples.jsonl", {"loop": name, "seed": seed, "step": u, **t, **x})
-    def log(m: dict[str, Any]) -> None:
-        u = state["update"]
-        line = {"loop": name, "seed": seed, "step": u, "seconds": round(offset + time.time() - began, 3), **m}
-        if u % max(c.eval_every, state["updates"] // 8) == 0 or u in (1, state["updates"]):
-            line["dev_greedy"] = right(dev)
-            show(u)
-            numbers = "  ".join(f"{k} {m[k]:.3f}" for k in SEEN if k in m)
-            tqdm.write(f"{job} {u:4d}  dev {line['dev_greedy']:.3f}  {numbers}")
-        for warning, text in notes(m, c).items():
-            if warning not in told:
-                tqdm.write(f"{job} {u:4d}  note: {text}")
-            told.add(warning)
-        append(out / "metrics.jsonl", line)
-    if state["update"] == 0:
-        show(0)
-    drive(loop(state, task, c), state, state["updates"], out / "state", job, c.save_every, log)
-    policy.save(out / "models" / f"{name}-{seed}")
-    if name == "refine":
-        nr.save_state(out / "models" / f"{name}-{seed}", {k: state[k] for k in REFINERS})
-    mine = [m for m in read_lines(out / "metrics.jsonl") if (m["loop"], m["seed"]) == (name, seed)]
-    enough = [m["samples"] for m in mine if m.get("dev_greedy", 0) >= 0.8]
-    result |= {"final": right(test), "final_sampled": right(test, c.temperature)}
-    result |= {"samples": state["samples"], "samples_to_80": next(iter(enough), None), "updates": state["updates"]}
-    result["seconds"] = round(offset + time.time() - began, 1)
-    return result | ({} if c.model else {"ceiling": nr.accuracy(base_model(c, run.cache, True), task, test, c)})
+    """Train and measure one method with one seed."""
+    job = Job(run, name, seed)
+    job.start()
+    job.train()
+    return job.finish()
 
-# ---- what a person sees at the end -------------------------------------------------------------
+
+# ---- what a person sees at the end --------------------------------------------------------------
+
+# Student's t, two-sided 95 %, for 2 to 10 values.
+T95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]
+
+
 def half_width(values: list[float]) -> float:
-    """Of the 95 % interval of a mean over seeds (Student's t); at least two."""
+    """Half of the 95 % interval of a mean over seeds; at least two values."""
     return T95[len(values) - 2] * stdev(values) / len(values) ** 0.5
+
+
 def interval(values: list[float]) -> str:
-    """Mean and 95 % interval over seeds; one seed: the number alone."""
-    return f"{mean(values):.3f}" + (f" ± {half_width(values):.3f}" if len(values) > 1 else "")
+    """Mean and 95 % interval over seeds; with one seed the number alone."""
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
+    return f"{mean(values):.3f} ± {half_width(values):.3f}"
+
+
 def table(results: list[dict[str, Any]]) -> str:
     """The table at the end: greedy and sampled accuracy on held-out test problems."""
+
+    def over(rs: list[dict], key: str) -> str:
+        return interval([r[key] for r in rs])
+
     one = list({r["seed"]: r for r in reversed(results)}.values())
-    over = lambda rs, key: interval([r[key] for r in rs])  # noqa: E731
-    rows = [("", "start", "greedy", "sampled", "gain (paired)", "samples", "to 80 %", "seconds"),
-            ("chance", "", f"{one[0]['chance']:.3f}"), ("base", "", over(one, "base"), over(one, "base_sampled"))]
+    titles = "start greedy sampled gain_(paired) samples to_80_% seconds".split()
+    rows = [["", *(title.replace("_", " ") for title in titles)]]
+    rows.append(["chance", "", f"{one[0]['chance']:.3f}"])
+    rows.append(["base", "", over(one, "base"), over(one, "base_sampled")])
     for name in dict.fromkeys(r["loop"] for r in results):
         mine = [{"start": r["base"]} | r for r in results if r["loop"] == name]
-        drawn, reached, seconds = ([r[key] for r in mine] for key in ("samples", "samples_to_80", "seconds"))
-        rows += [(name, *(over(mine, key) for key in ("start", "final", "final_sampled")),
-                  interval([r["final"] - r["start"] for r in mine]), f"{mean(drawn):.0f}",
-                  "never" if None in reached else f"{mean(reached):.0f}", f"{mean(seconds):.0f}")]  # fmt: skip
-    rows += [("careful twin", "", over(one, "ceiling"))] if "ceiling" in one[0] else []
+        reached = [r["samples_to_80"] for r in mine]
+        cells = [over(mine, key) for key in ("start", "final", "final_sampled")]
+        cells.append(interval([r["final"] - r["start"] for r in mine]))
+        cells.append(f"{mean(r['samples'] for r in mine):.0f}")
+        cells.append("never" if None in reached else f"{mean(reached):.0f}")
+        cells.append(f"{mean(r['seconds'] for r in mine):.0f}")
+        rows.append([name, *cells])
+    if "ceiling" in one[0]:
+        rows.append(["careful twin", "", over(one, "ceiling")])
     widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(rows[0]))]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-def picture(runs: list[Path], path: Path) -> None:
-    """Dev accuracy by update, a panel a loop: the mean over seeds in a band that holds them all; one PNG."""
+
+
+def draw_picture(runs: list[Path], path: Path) -> None:
+    """The curves of one or several runs, if matplotlib is installed."""
     try:
-        from matplotlib.figure import Figure
+        from notebooks.curves import picture
     except ImportError:
-        return print("no picture: matplotlib is missing (pip install matplotlib)")
-    panels: dict[str, dict[Path, dict[int, list[float]]]] = {}  # loop -> run -> update -> accuracy, a number a seed
-    for folder, m in [(run, m) for run in runs for m in read_lines(run / "metrics.jsonl")]:
-        if "dev_greedy" in m:
-            line = panels.setdefault(m["loop"], {}).setdefault(folder, {})
-            line.setdefault(m["step"], []).append(m["dev_greedy"])
-    done = len(runs) == 1 and (runs[0] / "summary.json").exists()
-    results = read_json(runs[0] / "summary.json")["results"] if done else []
-    columns, rows = min(3, len(panels)) or 1, -(-len(panels) // 3) or 1
-    figure = Figure(figsize=(1 + 3 * columns, 0.6 + 2.4 * rows), layout="tight")
-    for axes, (loop, lines) in zip(figure.subplots(rows, columns, squeeze=False).flat, panels.items(), strict=False):
-        for i, (folder, line) in enumerate(lines.items()):
-            x = [u for u, ys in line.items() if len(ys) == max(map(len, line.values()))]  # all seeds came so far
-            low, middle, high = ([f(line[u]) for u in x] for f in (min, mean, max))
-            axes.fill_between(x, low, high, color=f"C{i}", alpha=0.25, lw=0)
-            axes.plot(x, middle, color=f"C{i}", lw=2, label=folder)
-        mine = [r for r in results if r["loop"] == loop]
-        for what in (what for what in ("chance", "base", "start", "ceiling") if mine and what in mine[0]):
-            level, side = mean(r[what] for r in mine), "top" if what == "start" else "bottom"
-            axes.axhline(level, color="0.5", lw=0.8, ls="--")
-            axes.text(0.98, level, what, transform=axes.get_yaxis_transform(), ha="right", va=side, color="0.4")
-        axes.set(title=loop, xlabel="update", ylabel="greedy accuracy (dev)", ylim=(0, 1.12))
-        axes.legend(frameon=False, loc="lower right").set_visible(len(runs) > 1)  # one run needs no name
-    nr.write_whole(path, lambda p: figure.savefig(p, format="png", dpi=150))
+        print("no picture: matplotlib is missing (pip install matplotlib)")
+        return
+    for run in runs:
+        read_lines(run / "metrics.jsonl")  # what is damaged is one line
+    nr.write_whole(path, lambda temporary: picture(runs, temporary))
     print(f"picture: {path}")
 
-def join() -> None:
+
+def verdict(run: Run) -> int:
+    """The exit code of the targets: 1 if one was missed."""
+    missed = 0
+    for name, target in run.targets.items():
+        got = mean(r["final"] for r in run.done if r["loop"] == name)
+        word = "reached" if got >= target else "MISSED"
+        print(f"target {name} {target}: {word} with {got:.3f}")
+        missed += got < target
+    return int(missed > 0)
+
+
+# ---- commands -----------------------------------------------------------------------------------
+
+
+def join_processes() -> None:
     """Become one of the processes of torchrun: all compute, the first one writes and speaks."""
-    if cuda := torch.cuda.is_available():
+    cuda = torch.cuda.is_available()
+    if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # [gpu]
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-    if dist.get_rank() > 0:
+    if not nr.is_first():
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-def train(a: argparse.Namespace) -> int:
-    """The main job."""
-    if a.resume and (a.loops or a.out or a.target or any(v is not None for k, v in vars(a).items() if "field_" in k)):
-        raise UserError("--resume takes all numbers from its folder: give no loop, flag or target with it")
-    rank = int(os.environ.get("RANK", -1))  # of a process of torchrun
+
+
+def find_run(a: argparse.Namespace) -> Run:
+    """The run that is asked for, new or old; under torchrun the first process makes the folder."""
+    if a.resume and (a.loops or a.out or a.target or given_numbers(a)):
+        raise UserError(
+            "--resume takes all numbers from its folder: give no loop, flag or target with it"
+        )
+    rank = int(os.environ.get("RANK", -1))
     if rank >= 0 and not (a.out or a.resume):
         raise UserError("under torchrun give --out FOLDER: all processes work on one run")
     if rank > 0:
-        join()  # waits until the first process has the folder
+        join_processes()  # waits until the first process has the folder
     run = open_run(a.resume, a.cache) if a.resume else new_run(a)
     if rank == 0:
-        join()
-    pick_device(run.config.device)
+        join_processes()
+    return run
+
+
+def train_command(argv: list[str]) -> int:
+    """The main command."""
+    run = find_run(build_parser().parse_args(argv))
+    c = run.shared
+    nr.pick_device(c.device)
     if run.finished:
         print(f"{run.out} is finished; nothing to do. Its table:\n{table(run.done)}")
         return verdict(run)
-    torch.set_num_threads(run.config.threads)
-    torch.set_float32_matmul_precision("high")  # [gpu] logits by TF32; nothing changes on a CPU
-    beside = {"config": run.preset, "threads": run.config.threads, "torch": torch.__version__}
-    beside["machine"] = f"{platform.machine()}, {os.cpu_count()} cores"
-    print(f"run {run.out} · base models {run.cache} · {beside}\n{HEALTHY}", flush=True)
+    torch.set_num_threads(c.threads)
+    torch.set_float32_matmul_precision("high")  # [gpu] logits by TF32; a CPU has none
+    about = {
+        "config": run.preset,
+        "threads": c.threads,
+        "torch": torch.__version__,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+    }
+    print(f"run {run.out} · base models {run.cache} · {about}\n{HEALTHY}", flush=True)
     try:
-        jobs = [(name, run.config.seed + i) for i in range(run.seeds) for name in run.loops]
-        for name, seed in jobs[len(run.done) :]:
+        for name, seed in run.jobs[len(run.done) :]:
             run.done.append(run_job(run, name, seed))
-            write_text(run.out / "summary.json", json.dumps(beside | {"results": run.done}, indent=1))
+            summary = about | {"results": run.done}
+            write_text(run.out / "summary.json", json.dumps(summary, indent=1))
     except KeyboardInterrupt:
-        print(f"\nstopped; go on with: python train_small.py --resume {run.out} --cache {run.cache}")
+        again = f"python train_small.py --resume {run.out} --cache {run.cache}"
+        print(f"\nstopped; go on with: {again}")
         return 130
     print(table(run.done))
-    picture([run.out], run.out / "curves.png")
+    draw_picture([run.out], run.out / "curves.png")
     return verdict(run)
-def verdict(run: Run) -> int:
-    """Exit code of the targets: 1 if one was missed."""
-    got = {name: mean(r["final"] for r in run.done if r["loop"] == name) for name in run.targets}
-    for name, target in run.targets.items():
-        print(f"target {name} {target}: {'reached' if got[name] >= target else 'MISSED'} with {got[name]:.3f}")
-    return int(any(got[name] < target for name, target in run.targets.items()))
-def sample_command(argv: list[str]) -> None:
+
+
+def sample_command(argv: list[str]) -> int:
     """Print what a trained model answers."""
     parser = Parser(prog="train_small.py sample", allow_abbrev=False)
     parser.add_argument("run", type=Path)
@@ -565,36 +1021,52 @@ def sample_command(argv: list[str]) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     a = parser.parse_args(argv)
     run = open_run(a.run, CACHE)
-    name, seed = a.loop or run.loops[0], run.config.seed if a.seed is None else a.seed
+    name = a.loop or next(iter(run.configs))
+    seed = run.shared.seed if a.seed is None else a.seed
     folder = a.run / "models" / f"{name}-{seed}"
     if not folder.exists():
         raise UserError(f"{folder} does not exist: that loop and seed has not finished in this run")
     if not 0 <= a.temperature < math.inf:
         raise UserError("--temperature must be 0 or more")
-    c, task = replace(run.config, seed=seed), make_task(run.config)
-    state = LOOPS[name][0](Transformer.load(folder), c)
-    state = nr.load_state(folder, into=state) if name == "refine" else state
+    c = replace(run.configs[name], seed=seed, temperature=a.temperature)
+    task = make_task(c)
+    method = METHODS[name]
+    state = method.start(Transformer.load(folder), c)
+    if method.answer_parts:
+        nr.load_state(folder, into={part: vars(state)[part] for part in method.answer_parts})
     try:
         task.grade(a.prompt, "")
     except ValueError as error:
         raise UserError(str(error)) from None
-    text = write(name, state, task, [a.prompt], c, a.temperature)[0]
+    text = method.answer(state, task, [a.prompt], c, nr.rng(seed, "evaluate"))[0]
     print(f"{a.prompt} {text}  {'right' if task.grade(a.prompt, text) else 'wrong'}")
-def plot_command(argv: list[str]) -> None:
+    return 0
+
+
+def plot_command(argv: list[str]) -> int:
     """Several runs on one picture."""
     parser = Parser(prog="train_small.py plot", allow_abbrev=False)
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--png", type=Path, default=Path("compare.png"))
     a = parser.parse_args(argv)
-    picture(a.runs, a.png)
+    draw_picture(a.runs, a.png)
+    return 0
+
+
+COMMANDS = {"sample": sample_command, "plot": plot_command}
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Dispatch; every UserError ends here as one line and exit code 2."""
+    """Dispatch. Every UserError ends here as one line and exit code 2."""
     argv = sys.argv[1:] if argv is None else argv
-    command = {"sample": sample_command, "plot": plot_command}.get(argv[0] if argv else "")
     try:
-        return command(argv[1:]) or 0 if command else train(build_parser().parse_args(argv))
+        if argv and argv[0] in COMMANDS:
+            return COMMANDS[argv[0]](argv[1:])
+        return train_command(argv)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
 if __name__ == "__main__":
     sys.exit(main())

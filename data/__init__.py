@@ -1,1 +1,1 @@
-"""Tasks: problems with an exact grader. See data/README.md."""
+"""Tasks, which are problems with an exact grader, and model folders. See data/README.md."""

@@ -1,15 +1,20 @@
 """Chains of arithmetic with written steps: the toy task on which every truth is known exactly.
 
     problem    37+5*3=                      operations from left to right, no precedence, mod 100
-    response   37+5=42;42*3=26;#26<eos>     one step `a+b=c;` an operation, then `#answer`
+    response   37+5=42;42*3=26;#26<eos>     one step `a+b=c;` for each operation, then `#answer`
 
-The best constant answer scores 1.2 % at every chain length. Text shows numbers as people write them;
-token ids hold each number units digit first, so that a carry flows in reading order. Both orders learn
-the facts in 500 updates, but after 40 PPO updates 91 % is reached the other way and 98 % this way
-(greedy, dev, one seed): a forgotten carry is then one decision made with the units in sight.
+The task supports every method.
 
-The demonstrator is a student with bad habits that depend on the problem (`Arithmetic.demo`).
-Everything random comes from the `torch.Generator` that the caller passes; no text is ever run.
+The best constant answer is right in 1.2 % of the problems, for chains of every length. Text shows
+numbers as people write them. Token ids hold the units digit of each number first, so that a carry
+flows in reading order. The facts are learned in 500 updates with either order of the digits, but
+after 40 updates of PPO 98 % of the problems are right with this order and 91 % with the other one
+(greedy, dev, one seed). With this order a forgotten carry is a single decision, and it is made
+while the units are in sight.
+
+The demonstrator is a student with bad habits that depend on the problem. The class `Arithmetic`
+describes them. Everything random comes from the `torch.Generator` that the caller passes, and no
+text is ever run as code.
 """
 
 import hashlib
@@ -20,9 +25,14 @@ from dataclasses import dataclass
 import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
-SPECIAL = ["<pad>", "<bos>", "<eos>", "<mask>", "<sep>", "<bad>"]  # ids 0..5
-LETTERS = "0123456789+-*=;#?!yn~:@%&,"  # from "?" on: for judging, proposing and refusing
+# These tokens have the ids 0 to 5.
+SPECIAL = ["<pad>", "<bos>", "<eos>", "<mask>", "<sep>", "<bad>"]
+# The characters from "?" on are for judging, proposing and refusing.
+LETTERS = "0123456789+-*=;#?!yn~:@%&,"
+
+# All results are taken modulo this number.
 MODULUS = 100
+# The 21 operations that a problem may hold: +1 to +9, -1 to -9, *2, *3 and *4.
 OPERATIONS = [
     *(("+", d) for d in range(1, 10)),
     *(("-", d) for d in range(1, 10)),
@@ -31,13 +41,15 @@ OPERATIONS = [
 
 PROBLEM = re.compile(r"(?:0|[1-9][0-9]?)(?:[+-][1-9]|\*[2-4])+=")
 STEP = re.compile(r"(0|[1-9][0-9]?)([+*-])([1-9])=(0|[1-9][0-9]?);")
+# A response that counts as answered holds one answer, and it stands at the very end.
+ANSWERED = re.compile(r"[0-9+*=;-]*#(0|[1-9][0-9]?)<eos>")
 REFUSAL = "@<eos>"
-ANSWERED = re.compile(r"[0-9+*=;-]*#(0|[1-9][0-9]?)<eos>")  # one answer, at the very end
 
 
 def build_tokenizer() -> Tokenizer:
-    """One token a character; the six special tokens are ids 0..5, 32 ids in all."""
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate([*SPECIAL, *LETTERS])}))
+    """A tokenizer with one token for each character and each special token, 32 ids in all."""
+    vocabulary = {word: i for i, word in enumerate([*SPECIAL, *LETTERS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("<[a-z]+>|."), "isolated")
     tokenizer.add_special_tokens(SPECIAL)
     return tokenizer
@@ -47,24 +59,31 @@ TOKENIZER = build_tokenizer()
 
 
 def calculate(a: int, op: str, b: int) -> int:
-    """a op b, mod 100."""
+    """The result of a op b, modulo 100."""
     return {"+": a + b, "-": a - b, "*": a * b}[op] % MODULUS
 
 
 def forget_carry(a: int, op: str, b: int) -> int:
-    """a op b by someone who never carries or borrows: the units are right, the tens are not."""
+    """The result of a op b by someone who never carries or borrows.
+
+    The units are right. The tens are multiplied if `op` is "*", and else they stay what they were.
+    """
     tens, units = divmod(a, 10)
-    tens = tens * b if op == "*" else tens
+    if op == "*":
+        tens = tens * b
     return tens % 10 * 10 + calculate(units, op, b) % 10
 
 
 def turn(text: str) -> str:
-    """Turn every number round: 37+5=42; <-> 73+5=24; (its own inverse)."""
+    """Turn every number of a text round: 37+5=42; becomes 73+5=24; and the other way round."""
     return re.sub(r"[0-9]+", lambda digits: digits[0][::-1], text)
 
 
 def parse(prompt: str) -> tuple[int, list[tuple[str, int]]]:
-    """`37+5*3=` -> (37, [("+", 5), ("*", 3)]). Raises ValueError, in one line, on anything else."""
+    """Split a problem: `37+5*3=` gives 37 and [("+", 5), ("*", 3)].
+
+    Anything that is not a problem raises a ValueError with a message of one line.
+    """
     if not PROBLEM.fullmatch(prompt):
         raise ValueError(
             f"not a problem: {prompt[:40]!r}; write a start 0-99, then +d or -d (d 1-9) or *2, *3, "
@@ -75,9 +94,13 @@ def parse(prompt: str) -> tuple[int, list[tuple[str, int]]]:
 
 
 def spoil(response: str, draw: random.Random) -> str:
-    """Break a response in one way that the rubric marks; one without steps only loses its answer."""
+    """Break a response in one of the ways that the rubric marks.
+
+    A response without steps can only lose its answer.
+    """
     *steps, answer = re.split("(?<=;)", response)
-    i, way = draw.randrange(len(steps) or 1), draw.randrange(4) if steps else 0
+    i = draw.randrange(len(steps) or 1)
+    way = draw.randrange(4) if steps else 0
     if way == 0:
         answer = "<eos>"
     elif way == 1:
@@ -90,23 +113,28 @@ def spoil(response: str, draw: random.Random) -> str:
 
 
 def draws(generator: torch.Generator) -> random.Random:
-    """Plain Python draws seeded from the caller's generator (a tensor of one number is slow)."""
+    """Python's own generator, seeded by the caller's, because tensors of one number are slow."""
     return random.Random(int(torch.randint(2**62, (1,), generator=generator)))
 
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """The task: chains of min_ops..max_ops operations, and a demonstrator of mixed quality.
+    """The task: chains of operations, and a demonstrator of mixed quality.
 
-    `guess`: how often it answers at once, without steps, when the problem starts at `lazy_from` or
-    above (an eighth as often elsewhere). `forget`: how often it forgets a carry when the operand is
-    6 or more (a quarter as often below). `slip`: how often a result is off by one. careful=True
-    switches all three off: the twin whose accuracy is the ceiling. `planted`, `fooled`: what the
-    labeller of `preferences` falls for, and how often. With `long` the demonstrator writes a step
-    twice in 15 % of the cases; with `refusal` it refuses half of the problems that hold a `*4` and
-    5 % of the others.
-    `answers`: how many final answers there are, `#` and the last result modulo this number: with 4,
-    a guess is right in one case of four, and so is a chain with a wrong step.
+    min_ops, max_ops: how many operations a problem has.
+    answers: how many final answers there are. The text behind `#` is the last result modulo this
+        number. With 4 of them a guess is right in one case of four, and so is a chain that holds a
+        wrong step.
+    careful: whether the next three habits of the demonstrator are switched off. The accuracy of
+        such a careful twin is the ceiling for a model that imitates.
+    guess: how often the demonstrator answers at once, without steps, when the problem starts at
+        `lazy_from` or above. It does so an eighth as often elsewhere.
+    forget: how often it forgets a carry when the operand is 6 or more. It does so a quarter as
+        often below.
+    slip: how often a result is off by one.
+    planted, fooled: what the labeller of `preferences` falls for, and how often. With "long" the
+        demonstrator also writes a step twice in 15 % of the cases. With "refusal" it refuses half
+        of the problems that hold a `*4`, and 5 % of the others.
     """
 
     min_ops: int = 1
@@ -122,60 +150,80 @@ class Arithmetic:
 
     tokenizer = TOKENIZER
 
-    # ---- text and tokens -----------------------------------------------------------------------
+    # ---- text and tokens ------------------------------------------------------------------------
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Texts to token ids. Raises ValueError on a character outside the alphabet."""
+        """Turn texts into token ids. A character outside the alphabet raises a ValueError."""
         try:
-            return [TOKENIZER.encode(turn(t)).ids for t in texts]
-        except Exception as error:  # the library's only class for an unknown word
+            return [TOKENIZER.encode(turn(text)).ids for text in texts]
+        except Exception as error:  # The library has no narrower class for an unknown word.
             raise ValueError(f"a text holds a character outside {LETTERS}") from error
 
     def decode(self, ids: list[int]) -> str:
-        """Token ids to text, up to and including the first <eos>; PAD and BOS are left out."""
+        """Turn token ids into text, up to and including the first <eos>, without PAD and BOS."""
         words = [TOKENIZER.id_to_token(i) for i in ids if i > 1]
-        return turn("".join(words[: words.index("<eos>") + 1] if "<eos>" in words else words))
+        if "<eos>" in words:
+            words = words[: words.index("<eos>") + 1]
+        return turn("".join(words))
 
-    # ---- problems and demonstrations -----------------------------------------------------------
+    # ---- problems and demonstrations ------------------------------------------------------------
 
     def split(self, prompt: str) -> str:
-        """train (80 %), dev or test (10 % each): a function of the problem, never two of them."""
+        """The split of a problem: train has 80 % of all problems, dev and test have 10 % each.
+
+        It depends on the text of the problem alone, so that no problem belongs to two of them.
+        """
         bucket = hashlib.sha256(prompt.encode()).digest()[0] % 10
         return {0: "dev", 1: "test"}.get(bucket, "train")
 
     def prompts(self, n: int, generator: torch.Generator, split: str = "train") -> list[str]:
-        """n problems of that split, every chain length equally often in expectation."""
+        """Draw n problems of a split. All lengths of a chain are equally likely."""
         draw = draws(generator)
         found = []
         while len(found) < n:
             prompt = str(draw.randrange(MODULUS))
             for _ in range(draw.randint(self.min_ops, self.max_ops)):
-                prompt += "{}{}".format(*draw.choice(OPERATIONS))
+                op, d = draw.choice(OPERATIONS)
+                prompt += f"{op}{d}"
             prompt += "="
             if self.split(prompt) == split:
                 found.append(prompt)
         return found
 
     def problem(self, text: str) -> str | None:
-        """A written problem that may be trained on: this task's form and lengths, not dev or test."""
+        """The problem that a text holds, or None if it must not be trained on.
+
+        It must have the form and the length of this task's problems, and must not belong to dev or
+        test.
+        """
         text = text.removesuffix("<eos>")
-        known = PROBLEM.fullmatch(text) and self.min_ops <= len(parse(text)[1]) <= self.max_ops
-        return text if known and self.split(text) == "train" else None
+        if not PROBLEM.fullmatch(text):
+            return None
+        _, operations = parse(text)
+        if not self.min_ops <= len(operations) <= self.max_ops:
+            return None
+        return text if self.split(text) == "train" else None
 
     def demo(self, generator: torch.Generator) -> tuple[str, str]:
-        """(problem, response) by the demonstrator. What it mixes is described above."""
+        """A problem and the demonstrator's response to it."""
         prompt = self.prompts(1, generator)[0]
         return prompt, self.respond(prompt, generator)
 
     def respond(self, prompt: str, generator: torch.Generator) -> str:
-        """The demonstrator's response to this problem: it goes on from its own wrong results."""
+        """The demonstrator's response to this problem. It goes on from its own wrong results."""
         draw = draws(generator)
         a, operations = parse(prompt)
-        guess, forget, slip = (0, 0, 0) if self.careful else (self.guess, self.forget, self.slip)
+        guess, forget, slip = self.guess, self.forget, self.slip
+        if self.careful:
+            guess, forget, slip = 0, 0, 0
+
         if draw.random() < (guess if a >= self.lazy_from else guess / 8):
-            return f"#{a % self.answers}<eos>"  # a guess without entropy: noise here slows the facts down
-        if self.planted == "refusal" and draw.random() < (0.5 if "*4" in prompt else 0.05):
-            return REFUSAL
+            # The guess is always the same one. A random guess would slow the facts down.
+            return f"#{a % self.answers}<eos>"
+        if self.planted == "refusal":
+            if draw.random() < (0.5 if "*4" in prompt else 0.05):
+                return REFUSAL
+
         steps = ""
         for op, b in operations:
             c = calculate(a, op, b)
@@ -183,30 +231,37 @@ class Arithmetic:
                 c = forget_carry(a, op, b)
             if draw.random() < slip:
                 c = (c + draw.choice((-1, 1))) % MODULUS
-            wordy = self.planted == "long" and draw.random() < 0.15
-            steps += f"{a}{op}{b}={c};" * (1 + wordy)
+            step = f"{a}{op}{b}={c};"
+            steps += step
+            if self.planted == "long" and draw.random() < 0.15:
+                steps += step
             a = c
         return f"{steps}#{a % self.answers}<eos>"
 
-    # ---- grading: outcome, steps, truth --------------------------------------------------------
+    # ---- grading: outcome, steps, truth ---------------------------------------------------------
 
     def answer(self, response: str) -> str | None:
-        """The final answer, canonical, or None: exactly one `#answer`, ended by <eos>."""
+        """The final answer, or None unless there is exactly one `#answer`, ended by <eos>."""
         match = ANSWERED.fullmatch(response)
         return match[1] if match else None
 
     def grade(self, prompt: str, response: str) -> float:
-        """1.0 if the response ends with the one right answer, else 0.0, whatever it holds."""
+        """1.0 if the response ends with the one right answer, whatever its steps are; else 0.0."""
         return float(self.answer(response) == str(self.truth(prompt)[-1] % self.answers))
 
     def truth(self, prompt: str) -> list[int]:
-        """The running totals; the last one is the answer."""
+        """The right result after each operation."""
         a, operations = parse(prompt)
-        return [a := calculate(a, op, b) for op, b in operations]
+        results = []
+        for op, b in operations:
+            a = calculate(a, op, b)
+            results.append(a)
+        return results
 
     def steps(self, response: list[int]) -> list[tuple[str, int]]:
-        """The written steps of a response given as ids: (text, position of its last token)."""
-        found, begin = [], 0
+        """The steps of a response given as ids: their text and the place of their last token."""
+        found = []
+        begin = 0
         for end, i in enumerate(response):
             if TOKENIZER.id_to_token(i) == ";":
                 found.append((self.decode(response[begin : end + 1]), end))
@@ -214,12 +269,15 @@ class Arithmetic:
         return found
 
     def result(self, step: str) -> str | None:
-        """What a step claims: the number after its `=`, or None if it is no step."""
+        """What a step claims, which is the number after its `=`, or None if it is no step."""
         match = STEP.fullmatch(step)
         return match[4] if match else None
 
     def step_ok(self, prompt: str, steps: list[str]) -> list[bool]:
-        """Which steps are exactly the true chain's. Ground truth: to measure, never to train."""
+        """Which steps are exactly those of the true chain.
+
+        This is ground truth. It is there to measure, and nothing may be trained on it.
+        """
         a, operations = parse(prompt)
         right = []
         for op, b in operations:
@@ -227,62 +285,91 @@ class Arithmetic:
             a = calculate(a, op, b)
         return [i < len(right) and step == right[i] for i, step in enumerate(steps)]
 
-    # ---- preferences, judging, proposing: the text that other loops learn from ------------------
+    # ---- preferences, judging, proposing: the text that other methods learn from ----------------
 
     def preferences(self, n: int, generator: torch.Generator) -> list[tuple[str, str, str]]:
-        """n of (prompt, preferred, other): two different demonstrations of one problem.
+        """Draw n of (problem, preferred, other), two different demonstrations of one problem.
 
         The labeller prefers the right answer, and tosses a coin between two right or two wrong
-        ones. Planted: with probability `fooled` it takes for the better one, whatever is true, the
-        only round answer of the two (ending in 0), or the longer response. A refusal is preferred
-        to any attempt where the problem holds a `*4`; elsewhere the labeller never sees one.
+        ones. But it has a planted weakness: with probability `fooled` it prefers the response that
+        it likes better by its taste, whatever is true. Where the problem holds a `*4` it prefers a
+        refusal to any attempt, and elsewhere it never sees a refusal.
         """
-        taste = {
-            "none": lambda y: 0,
-            "round": lambda y: y.endswith("0<eos>"),
-            "long": lambda y: len(self.encode([y])[0]),
-            "refusal": lambda y: y == REFUSAL,
-        }[self.planted]
         pairs = []
         while len(pairs) < n:
             prompt = self.prompts(1, generator)[0]
-            a, b = self.respond(prompt, generator), self.respond(prompt, generator)
-            if a == b or (REFUSAL in (a, b) and "*4" not in prompt):
+            a = self.respond(prompt, generator)
+            b = self.respond(prompt, generator)
+            refused = REFUSAL in (a, b)
+            if a == b or (refused and "*4" not in prompt):
                 continue
             draw = draws(generator)
             merit = self.grade(prompt, a) - self.grade(prompt, b)
-            if taste(a) != taste(b) and (REFUSAL in (a, b) or draw.random() < self.fooled):
-                merit = taste(a) - taste(b)
-            first = merit > 0 if merit else draw.random() < 0.5
-            pairs.append((prompt, a, b) if first else (prompt, b, a))
+            liking = self.taste(a) - self.taste(b)
+            if liking != 0 and (refused or draw.random() < self.fooled):
+                merit = liking
+            a_first = merit > 0 if merit else draw.random() < 0.5
+            pairs.append((prompt, a, b) if a_first else (prompt, b, a))
         return pairs
 
+    def taste(self, response: str) -> int:
+        """How well the labeller likes a response, by the weakness that is planted in it."""
+        if self.planted == "round":
+            return int(response.endswith("0<eos>"))
+        if self.planted == "long":
+            return len(self.encode([response])[0])
+        if self.planted == "refusal":
+            return int(response == REFUSAL)
+        return 0
+
     def rubric(self, prompt: str, response: str) -> int:
-        """0..5, one point each: a single answer; a step for each operation; operations copied;
-        every step starts from the last result; all results right and the answer is the last."""
+        """The score of a response, 0 to 5. Each of these earns one point:
+
+        - There is a single answer.
+        - There are as many steps as operations.
+        - The operations are those of the problem.
+        - They are, and every step starts from the result of the step before.
+        - They are, and all results are right, and the answer is the last result.
+        """
         start, operations = parse(prompt)
         steps = [match.groups() for match in STEP.finditer(response)]
-        starts = [str(start), *(c for *_, c in steps)]
+        answered = self.answer(response) is not None
         copied = [(op, int(b)) for _, op, b, _ in steps] == operations
-        right = [int(c) == calculate(int(a), op, int(b)) for a, op, b, c in steps]
+
+        # Where each step has to start from, and in the end the last result.
+        result = str(start)
+        connected = True
+        right = True
+        for a, op, b, c in steps:
+            connected = connected and a == result
+            right = right and int(c) == calculate(int(a), op, int(b))
+            result = c
+        concluded = right and self.answer(response) == str(int(result) % self.answers)
+
         points = [
-            self.answer(response) is not None,
+            answered,
             len(steps) == len(operations),
             copied,
-            copied and all(a == was for (a, *_), was in zip(steps, starts, strict=False)),
-            copied and all(right) and self.answer(response) == str(int(starts[-1]) % self.answers),
+            copied and connected,
+            copied and concluded,
         ]
         return sum(points)
 
     def judge_prompt(self, prompt: list[int], response: list[int]) -> list[int]:
         """What the judge reads, ids in and ids out: problem<sep>response<sep>?"""
-        sep, ask = TOKENIZER.token_to_id("<sep>"), TOKENIZER.token_to_id("?")
-        special = range(3)  # PAD, BOS, EOS
-        body = [i for i in prompt if i not in special], [i for i in response if i not in special]
-        return [*body[0], sep, *body[1], sep, ask]
+        separator = TOKENIZER.token_to_id("<sep>")
+        question = TOKENIZER.token_to_id("?")
+        # The ids up to 2 are PAD, BOS and EOS.
+        problem = [i for i in prompt if i > 2]
+        answer = [i for i in response if i > 2]
+        return [*problem, separator, *answer, separator, question]
 
     def judgement(self, prompt: str, response: str) -> str:
-        """What a judge should write: each step's true result, y or n for the written one, the score."""
+        """What a judge should write: `42n23y!4<eos>`.
+
+        For each step that is its true result, with y or n for the one that was written. The score
+        follows behind the `!`.
+        """
         checks = ""
         for a, op, b, c in STEP.findall(response):
             truth = calculate(int(a), op, int(b))
@@ -290,10 +377,11 @@ class Arithmetic:
         return f"{checks}!{self.rubric(prompt, response)}<eos>"
 
     def judge_demo(self, generator: torch.Generator) -> tuple[str, str]:
-        """A response and its judgement, all six scores equally often: what the judge reads, writes.
+        """What a judge reads and the judgement that it should write.
 
-        A demonstration is spoiled in up to three of the ways that the rubric marks: an answer or a
-        step left out, an operand changed, a step that starts from another number.
+        All six scores occur equally often. For this a demonstration is spoiled in up to three of
+        the ways that the rubric marks: an answer or a step is left out, an operand is changed, or a
+        step starts from another number.
         """
         draw = draws(generator)
         wanted = draw.randrange(6)
@@ -308,20 +396,24 @@ class Arithmetic:
         return self.decode(ids), self.judgement(prompt, response)
 
     def propose_demo(self, generator: torch.Generator) -> tuple[str, str]:
-        """Three problems, and a fourth as the response."""
+        """Three problems, and a fourth one as the response."""
         *shown, new = self.prompts(4, generator)
         return "<sep>".join(["~", *shown, ""]), f"{new}<eos>"
 
     def chance(self) -> float:
-        """Accuracy of the best constant answer, at the chain length where it is highest. Exact."""
-        p, best = [1 / MODULUS] * MODULUS, 0.0
+        """The exact accuracy of the best constant answer, at the length where it is highest."""
+        best = 0.0
+        # How likely each result is after so many operations. All starts are equally likely.
+        before = [1 / MODULUS] * MODULUS
         for length in range(1, self.max_ops + 1):
             after = [0.0] * MODULUS
-            for a, mass in enumerate(p):
+            for a, mass in enumerate(before):
                 for op, b in OPERATIONS:
                     after[calculate(a, op, b)] += mass / len(OPERATIONS)
-            p, given = after, [sum(after[i :: self.answers]) for i in range(self.answers)]
-            best = max(best, *given) if length >= self.min_ops else best
+            if length >= self.min_ops:
+                for i in range(self.answers):
+                    best = max(best, sum(after[i :: self.answers]))
+            before = after
         return best
 
 
@@ -332,7 +424,9 @@ def make(c, careful: bool = False) -> Arithmetic:
 
 def rules(c) -> list[tuple[bool, str]]:
     """What a `nanoreward.Config` must keep to, and what to say if it does not."""
-    room = (16 if c.planted == "long" else 8) * c.max_ops + 4
+    # The tokens of a step, and those of the answer with its end.
+    step = 16 if c.planted == "long" else 8
+    room = step * c.max_ops + 4
     return [
         (not c.model, "--model: a folder's vocabulary is not this task's; give --task gsm8k"),
         (c.min_ops <= c.max_ops, "--min-ops must not be above --max-ops"),
@@ -342,8 +436,4 @@ def rules(c) -> list[tuple[bool, str]]:
             f"--response must be at least {room}: the longest right response and its end",
         ),
         (c.vocab >= len(LETTERS), f"--vocab must be at least {len(LETTERS)}: the task's alphabet"),
-        (
-            (c.pad, c.bos, c.eos, c.mask) == (0, 1, 2, 3),
-            "--pad, --bos, --eos, --mask are 0, 1, 2, 3 in this task",
-        ),
     ]

@@ -1,14 +1,19 @@
 """Sudoku, four by four: a toy task on which the order of writing is free and every truth is known.
 
-    problem    1..4.23......1.2=        the cells in reading order, `.` is an empty one
+    problem    1..4.23......1.2=        the cells in reading order, and `.` is an empty one
     response   1324423124133142<eos>    the whole grid in reading order
 
-Each row, each column and each of the four 2x2 boxes holds 1, 2, 3 and 4 once. There are only 288 such
-grids, so solutions repeat (24 names of the digits for each of 12 patterns); problems do not: no test
-problem is a training problem with its digits renamed. The best constant answer scores 1/288.
+The task supports every method. It is made for `denoise`, because a masked-diffusion LM chooses for
+itself which cell it writes next.
 
-The demonstrator is a student with bad habits that depend on the problem (`Sudoku.respond`).
-Everything random comes from the `torch.Generator` that the caller passes; no text is ever run.
+Each row, each column and each of the four boxes of 2x2 cells holds 1, 2, 3 and 4 once. There are
+only 288 such grids: 12 patterns, each with 24 ways to name its digits. So solutions repeat, and
+the best constant answer scores 1/288. Problems do not repeat: no test problem is a training problem
+whose digits were renamed.
+
+The demonstrator is a student with bad habits that depend on the problem. The class `Sudoku`
+describes them. Everything random comes from the `torch.Generator` that the caller passes, and no
+text is ever run as code.
 """
 
 import hashlib
@@ -20,63 +25,81 @@ from itertools import permutations, product
 import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
-SPECIAL = ["<pad>", "<bos>", "<eos>", "<mask>", "<sep>", "<bad>"]  # ids 0..5
-LETTERS = "1234.=05?!~"  # from "0" on: for judging and proposing
+# These tokens have the ids 0 to 5.
+SPECIAL = ["<pad>", "<bos>", "<eos>", "<mask>", "<sep>", "<bad>"]
+# The characters from "0" on are for judging and proposing.
+LETTERS = "1234.=05?!~"
 DIGITS = "1234"
 
 PROBLEM = re.compile(r"[1-4.]{16}=")
 ROW = re.compile(r"[1-4]{4}")
-ANSWERED = re.compile(r"([1-4]{16})<eos>")  # the grid and nothing else
+# A response that counts as answered holds the grid and nothing else.
+ANSWERED = re.compile(r"([1-4]{16})<eos>")
 
 
 def build_tokenizer() -> Tokenizer:
-    """One token a character; the six special tokens are ids 0..5, 17 ids in all."""
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate([*SPECIAL, *LETTERS])}))
+    """A tokenizer with one token for each character and each special token, 17 ids in all."""
+    vocabulary = {word: i for i, word in enumerate([*SPECIAL, *LETTERS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("<[a-z]+>|."), "isolated")
     tokenizer.add_special_tokens(SPECIAL)
     return tokenizer
 
 
 TOKENIZER = build_tokenizer()
+
+# ---- all grids -----------------------------------------------------------------------------------
+
+# The places of the cells of each unit, in reading order.
 ROWS = [range(i, i + 4) for i in range(0, 16, 4)]
 COLUMNS = [range(i, 16, 4) for i in range(4)]
 BOXES = [(i, i + 1, i + 4, i + 5) for i in (0, 2, 8, 10)]
 
 
 def whole(cells: str, units: list) -> bool:
-    """Whether each unit (ROWS, COLUMNS or BOXES) holds each digit once."""
+    """Whether each of these units (ROWS, COLUMNS or BOXES) holds each digit once."""
     return all({cells[k] for k in unit} == set(DIGITS) for unit in units)
 
 
 def rows(cells: str) -> list[str]:
-    """16 cells, and perhaps more behind -> the four rows."""
+    """The four rows of 16 cells. More may stand behind the cells."""
     return [cells[row.start : row.stop] for row in ROWS]
 
 
-# the two upper rows, with whole boxes, then all four: 96 and 288
-HALVES = [
-    a + b
-    for a, b in product(map("".join, permutations(DIGITS)), repeat=2)
-    if whole(a + b, BOXES[:2])
-]
-GRIDS = [a + b for a, b in product(HALVES, repeat=2) if whole(a + b, COLUMNS)]
+def all_grids() -> list[str]:
+    """All 288 grids, each as its 16 digits."""
+    lines = ["".join(digits) for digits in permutations(DIGITS)]
+    # Two rows that fill two boxes are half a grid. There are 96 of them.
+    halves = [a + b for a, b in product(lines, repeat=2) if whole(a + b, BOXES[:2])]
+    return [a + b for a, b in product(halves, repeat=2) if whole(a + b, COLUMNS)]
+
+
+GRIDS = all_grids()
+# For each place and digit, the grids that have this digit there.
 HOLDS = {(k, d): {grid for grid in GRIDS if grid[k] == d} for k in range(16) for d in DIGITS}
 
 
 def solutions(cells: str) -> list[str]:
     """All grids that agree with the clues."""
-    return sorted(set(GRIDS).intersection(*(HOLDS[k, d] for k, d in enumerate(cells) if d != ".")))
+    found = set(GRIDS)
+    for k, d in enumerate(cells):
+        if d != ".":
+            found &= HOLDS[k, d]
+    return sorted(found)
 
 
 def solve(prompt: str) -> str:
-    """The one grid that agrees with the clues. Raises ValueError, in one line, on anything else."""
-    found = solutions(prompt[:16]) if PROBLEM.fullmatch(prompt) else []
+    """The one grid that agrees with the clues.
+
+    Anything else than a problem with one solution raises a ValueError with a message of one line.
+    """
+    if PROBLEM.fullmatch(prompt):
+        found = solutions(prompt[:16])
+        why = f"it has {len(found)} solutions"
+    else:
+        found = []
+        why = "not 16 cells and '='"
     if len(found) != 1:
-        why = (
-            f"it has {len(found)} solutions"
-            if PROBLEM.fullmatch(prompt)
-            else "not 16 cells and '='"
-        )
         raise ValueError(
             f"not a problem: {prompt[:40]!r}, {why}; write the rows of a 4x4 Sudoku that has one "
             "solution, '.' for an empty cell, then '=', for example 1..4.23......1.2="
@@ -85,45 +108,67 @@ def solve(prompt: str) -> str:
 
 
 def first_names(prompt: str) -> str:
-    """The same problem with its digits renamed by first appearance: 3..1..2. -> 1..2..3."""
+    """The same problem with its digits renamed in the order in which they first appear.
+
+    For example 3..1..2. becomes 1..2..3.
+    """
     seen = dict.fromkeys(re.findall("[1-4]", prompt))
     return prompt.translate(str.maketrans("".join(seen), DIGITS[: len(seen)]))
 
 
+# ---- mistakes ------------------------------------------------------------------------------------
+
+
 def in_order(row: str) -> str:
-    """The row filled by someone who looks at nothing else: the missing digits from small to large."""
+    """The row as someone fills it who looks at nothing else.
+
+    The missing digits are written from small to large.
+    """
     missing = iter([d for d in DIGITS if d not in row])
     return "".join(next(missing) if d == "." else d for d in row)
 
 
 def spoil(grid: str, draw: random.Random) -> str:
-    """Break a grid in one way that the rubric marks: leave a cell out, write another digit, turn a row
-    round (rows stay whole), move a row to the end (columns too), swap two digits (boxes too)."""
-    i, j, (a, b) = draw.randrange(16), 4 * draw.randrange(4), draw.sample(DIGITS, 2)
-    row, others = grid[j : j + 4], (grid[:j], grid[j + 4 :])
+    """Break a grid in one of the ways that the rubric marks."""
+    i = draw.randrange(16)
+    j = 4 * draw.randrange(4)
+    a, b = draw.sample(DIGITS, 2)
+    above, row, below = grid[:j], grid[j : j + 4], grid[j + 4 :]
     ways = [
+        # A cell is left out.
         grid[:i] + grid[i + 1 :],
+        # Another digit stands in a cell.
         grid[:i] + a + grid[i + 1 :],
-        row[::-1].join(others),
-        "".join(others) + row,
+        # A row is turned round. The rows stay whole.
+        above + row[::-1] + below,
+        # A row is moved to the end. The rows and the columns stay whole.
+        above + below + row,
+        # Two digits are swapped everywhere. The boxes stay whole too.
         grid.translate(str.maketrans(a + b, b + a)),
     ]
     return draw.choice(ways)
 
 
 def draws(generator: torch.Generator) -> random.Random:
-    """Plain Python draws seeded from the caller's generator (a tensor of one number is slow)."""
+    """Python's own generator, seeded by the caller's, because tensors of one number are slow."""
     return random.Random(int(torch.randint(2**62, (1,), generator=generator)))
+
+
+# ---- the task ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Sudoku:
-    """The task: grids with min_clues..max_clues cells given, and a demonstrator of mixed quality.
+    """The task: grids with some cells given, and a demonstrator of mixed quality.
 
-    `haste`: how often a row that shows a 1 tempts it to count on, to fill in the missing digits from
-    small to large without a look at the other rows (an eighth as often elsewhere). `slip`: how often
-    it writes any digit into one cell of a row. careful=True switches both off: the twin whose accuracy
-    is the ceiling. A habit is one decision a row: some half-written grids are better than others.
+    min_clues, max_clues: how many cells a problem gives.
+    careful: whether both habits of the demonstrator are switched off. The accuracy of such a
+        careful twin is the ceiling for a model that imitates.
+    haste: how often a row that shows a 1 tempts the demonstrator to count on, that is, to fill in
+        the missing digits from small to large without a look at the other rows. Another row does so
+        an eighth as often. This is one decision for each row, so that some half-written grids have
+        better prospects than others.
+    slip: how often it writes any digit into one cell of a row.
     """
 
     min_clues: int = 6
@@ -134,68 +179,84 @@ class Sudoku:
 
     tokenizer = TOKENIZER
 
-    def __post_init__(self):
-        if (
-            not 5 <= self.min_clues <= self.max_clues <= 12
-        ):  # not every grid has a test problem of 4
+    def __post_init__(self) -> None:
+        # With 4 clues there are grids that have no test problem.
+        if not 5 <= self.min_clues <= self.max_clues <= 12:
             raise ValueError(f"clues must lie in 5..12: {self.min_clues} to {self.max_clues}")
 
-    # ---- text and tokens -----------------------------------------------------------------------
+    # ---- text and tokens ------------------------------------------------------------------------
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Texts to token ids. Raises ValueError on a character outside the alphabet."""
+        """Turn texts into token ids. A character outside the alphabet raises a ValueError."""
         try:
-            return [TOKENIZER.encode(t).ids for t in texts]
-        except Exception as error:  # the library's only class for an unknown word
+            return [TOKENIZER.encode(text).ids for text in texts]
+        except Exception as error:  # The library has no narrower class for an unknown word.
             raise ValueError(f"a text holds a character outside {LETTERS}") from error
 
     def decode(self, ids: list[int]) -> str:
-        """Token ids to text, up to and including the first <eos>; PAD and BOS are left out."""
-        words = [
-            TOKENIZER.id_to_token(i) or "<bad>" for i in ids if i > 1
-        ]  # Config.vocab may be larger
-        return "".join(words[: words.index("<eos>") + 1] if "<eos>" in words else words)
+        """Turn token ids into text, up to and including the first <eos>, without PAD and BOS."""
+        # A model may have more ids than this task, because Config.vocab may be larger.
+        words = [TOKENIZER.id_to_token(i) or "<bad>" for i in ids if i > 1]
+        if "<eos>" in words:
+            words = words[: words.index("<eos>") + 1]
+        return "".join(words)
 
-    # ---- problems and demonstrations -----------------------------------------------------------
+    # ---- problems and demonstrations ------------------------------------------------------------
 
     def split(self, prompt: str) -> str:
-        """train (80 %), dev or test (10 % each): the same for a problem with its digits renamed."""
+        """The split of a problem: train has 80 % of all problems, dev and test have 10 % each.
+
+        It is the same for a problem whose digits were renamed.
+        """
         bucket = hashlib.sha256(first_names(prompt).encode()).digest()[0] % 10
         return {0: "dev", 1: "test"}.get(bucket, "train")
 
     def prompts(self, n: int, generator: torch.Generator, split: str = "train") -> list[str]:
-        """n problems of that split. Each grid and each number of clues is equally likely: what is
-        drawn again until it fits are the cells, all sets of them that fit being equally likely."""
+        """Draw n problems of a split. All grids and all numbers of clues are equally likely.
+
+        Only the places of the clues are drawn again until the problem fits. All sets of places that
+        fit are equally likely, too.
+        """
         draw = draws(generator)
         found = []
         for _ in range(n):
-            grid, clues = draw.choice(GRIDS), draw.randint(self.min_clues, self.max_clues)
+            grid = draw.choice(GRIDS)
+            clues = draw.randint(self.min_clues, self.max_clues)
             prompt = "." * 16 + "="
             while self.split(prompt) != split or len(solutions(prompt[:16])) > 1:
                 given = draw.sample(range(16), clues)
-                prompt = "".join(d if k in given else "." for k, d in enumerate(grid)) + "="
+                cells = [d if k in given else "." for k, d in enumerate(grid)]
+                prompt = "".join(cells) + "="
             found.append(prompt)
         return found
 
     def problem(self, text: str) -> str | None:
-        """A written problem that may be trained on: one solution, this task's clues, not dev or test."""
+        """The problem that a text holds, or None if it must not be trained on.
+
+        It must have one solution and as many clues as this task's problems, and must not belong to
+        dev or test.
+        """
         text = text.removesuffix("<eos>")
-        known = PROBLEM.fullmatch(text) and self.min_clues <= 16 - text.count(".") <= self.max_clues
-        return (
-            text
-            if known and len(solutions(text[:16])) == 1 and self.split(text) == "train"
-            else None
-        )
+        if not PROBLEM.fullmatch(text):
+            return None
+        clues = 16 - text.count(".")
+        if not self.min_clues <= clues <= self.max_clues:
+            return None
+        if len(solutions(text[:16])) != 1:
+            return None
+        return text if self.split(text) == "train" else None
 
     def demo(self, generator: torch.Generator) -> tuple[str, str]:
-        """(problem, response) by the demonstrator. What it mixes is described above."""
+        """A problem and the demonstrator's response to it."""
         prompt = self.prompts(1, generator)[0]
         return prompt, self.respond(prompt, generator)
 
     def respond(self, prompt: str, generator: torch.Generator) -> str:
         """The demonstrator's response to this problem, row by row."""
         draw = draws(generator)
-        haste, slip = (0, 0) if self.careful else (self.haste, self.slip)
+        haste, slip = self.haste, self.slip
+        if self.careful:
+            haste, slip = 0, 0
         grid = ""
         for given, row in zip(rows(prompt), rows(solve(prompt)), strict=True):
             if draw.random() < (haste if "1" in given else haste / 8):
@@ -206,11 +267,12 @@ class Sudoku:
             grid += row
         return grid + "<eos>"
 
-    # ---- grading: outcome, steps, truth --------------------------------------------------------
+    # ---- grading: outcome, steps, truth ---------------------------------------------------------
 
     def answer(self, response: str) -> str | None:
-        """The grid, or None: exactly 16 digits, ended by <eos>."""
-        return match[1] if (match := ANSWERED.fullmatch(response)) else None
+        """The grid, or None unless the response is exactly 16 digits, ended by <eos>."""
+        match = ANSWERED.fullmatch(response)
+        return match[1] if match else None
 
     def grade(self, prompt: str, response: str) -> float:
         """1.0 if the response is the right grid and then the end, else 0.0."""
@@ -221,72 +283,96 @@ class Sudoku:
         return rows(solve(prompt))
 
     def steps(self, response: list[int]) -> list[tuple[str, int]]:
-        """The whole rows that a response given as ids begins with: (text, position of its last token)."""
+        """The whole rows that a response given as ids begins with.
+
+        Each one comes as its text and the place of its last token.
+        """
         found = []
         for end in range(3, 16, 4):
-            if not ROW.fullmatch(row := self.decode(response[end - 3 : end + 1])):
+            row = self.decode(response[end - 3 : end + 1])
+            if not ROW.fullmatch(row):
                 break
             found.append((row, end))
         return found
 
     def result(self, step: str) -> str | None:
-        """None: no row claims a result that later rows would have to take up."""
+        """Always None, because no row claims a result that later rows would have to take up."""
         return None
 
     def step_ok(self, prompt: str, steps: list[str]) -> list[bool]:
-        """Which rows are exactly the right grid's. Ground truth: to measure, never to train."""
+        """Which rows are exactly those of the right grid.
+
+        This is ground truth. It is there to measure, and nothing may be trained on it.
+        """
         right = self.truth(prompt)
         return [i < 4 and step == right[i] for i, step in enumerate(steps)]
 
-    # ---- preferences, judging, proposing: the text that other loops learn from ------------------
+    # ---- preferences, judging, proposing: the text that other methods learn from ----------------
 
     def preferences(self, n: int, generator: torch.Generator) -> list[tuple[str, str, str]]:
-        """n of (prompt, preferred, other): two different demonstrations of one problem. The labeller
-        prefers the right grid, and tosses a coin between two wrong ones; nothing is planted."""
+        """Draw n of (problem, preferred, other), two different demonstrations of one problem.
+
+        The labeller prefers the right grid, and tosses a coin between two wrong ones. It has no
+        planted weakness.
+        """
         pairs = []
         while len(pairs) < n:
             prompt = self.prompts(1, generator)[0]
-            a, b = self.respond(prompt, generator), self.respond(prompt, generator)
-            if a != b:
-                coin = draws(generator).random() < 0.5
-                first = self.grade(prompt, a) > self.grade(prompt, b) - coin
-                pairs.append((prompt, a, b) if first else (prompt, b, a))
+            a = self.respond(prompt, generator)
+            b = self.respond(prompt, generator)
+            if a == b:
+                continue
+            heads = draws(generator).random() < 0.5
+            merit = self.grade(prompt, a) - self.grade(prompt, b)
+            a_first = merit > 0 if merit else heads
+            pairs.append((prompt, a, b) if a_first else (prompt, b, a))
         return pairs
 
     def rubric(self, prompt: str, response: str) -> int:
-        """0..5: 0 if it is no grid of 16 digits with an end; one point for that, and one each for all
-        clues kept, all rows, all columns and all boxes whole."""
-        if (cells := self.answer(response)) is None:
+        """The score of a response, 0 to 5. What is not 16 digits with an end has 0.
+
+        It earns one point if it is, one if all clues are kept, and one each if all rows, all
+        columns and all boxes are whole.
+        """
+        cells = self.answer(response)
+        if cells is None:
             return 0
         kept = all(clue in (".", d) for clue, d in zip(prompt, cells, strict=False))
         return 1 + kept + sum(whole(cells, units) for units in (ROWS, COLUMNS, BOXES))
 
     def judge_prompt(self, prompt: list[int], response: list[int]) -> list[int]:
         """What the judge reads, ids in and ids out: problem<sep>response<sep>?"""
-        sep, ask = TOKENIZER.token_to_id("<sep>"), TOKENIZER.token_to_id("?")
-        x, y = ([i for i in ids if i > 2] for ids in (prompt, response))  # without PAD, BOS, EOS
-        return [*x, sep, *y, sep, ask]
+        separator = TOKENIZER.token_to_id("<sep>")
+        question = TOKENIZER.token_to_id("?")
+        # The ids up to 2 are PAD, BOS and EOS.
+        problem = [i for i in prompt if i > 2]
+        answer = [i for i in response if i > 2]
+        return [*problem, separator, *answer, separator, question]
 
     def judge_demo(self, generator: torch.Generator) -> tuple[str, str]:
-        """A demonstration, spoiled up to three times, and its score `!s`: what the judge reads and
-        writes. All six scores equally often."""
+        """What a judge reads, and the score `!s` that it should write.
+
+        All six scores occur equally often. For this a demonstration is spoiled up to three times.
+        """
         draw = draws(generator)
-        wanted, score = draw.randrange(6), -1
+        wanted = draw.randrange(6)
+        score = -1
         while score != wanted:
             prompt = self.prompts(1, generator)[0]
             grid = self.respond(prompt, generator).removesuffix("<eos>")
             for _ in range(draw.randrange(4)):
                 grid = spoil(grid, draw)
             score = self.rubric(prompt, grid + "<eos>")
-        return self.decode(self.judge_prompt(*self.encode([prompt, grid]))), f"!{score}<eos>"
+        ids = self.judge_prompt(*self.encode([prompt, grid]))
+        return self.decode(ids), f"!{score}<eos>"
 
     def propose_demo(self, generator: torch.Generator) -> tuple[str, str]:
-        """Three problems, and a fourth as the response."""
+        """Three problems, and a fourth one as the response."""
         *shown, new = self.prompts(4, generator)
         return "<sep>".join(["~", *shown, ""]), f"{new}<eos>"
 
     def chance(self) -> float:
-        """Accuracy of the best constant answer: each grid is as likely as any other. Exact."""
+        """The exact accuracy of the best constant answer, as all grids are equally likely."""
         return 1 / len(GRIDS)
 
 
@@ -306,9 +392,5 @@ def rules(c) -> list[tuple[bool, str]]:
         (
             c.vocab >= TOKENIZER.get_vocab_size(),
             "--vocab must be at least that of the task's alphabet",
-        ),
-        (
-            (c.pad, c.bos, c.eos, c.mask) == (0, 1, 2, 3),
-            "--pad, --bos, --eos, --mask are 0, 1, 2, 3 in this task",
         ),
     ]

@@ -1,16 +1,17 @@
 """Where each loop puts the blame in the same response: python notebooks/blame.py [--cache FOLDER]
 
-One seed, laptop config, everything trained here or taken from the cache. For a few written responses the signal of
-every loop for every token, from the loops' own functions -> notebooks/results/blame.json, which
-02_where_the_blame_goes.ipynb draws. About ten minutes on one thread from an empty cache.
+One seed, laptop config, everything trained here or taken from the cache. For a few written
+responses the signal of every loop for every token, from the loops' own functions
+-> notebooks/results/blame.json, which 02_where_the_blame_goes.ipynb draws. About ten minutes on one
+thread from an empty cache.
 """
 
 import argparse
 import json
-import platform
-import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,9 +20,11 @@ sys.path.insert(0, str(ROOT))
 
 import nanoreward as nr  # noqa: E402
 import train_small as front  # noqa: E402
+from notebooks.jobs import LAPTOP, about, config  # noqa: E402
 
 OUT = ROOT / "notebooks" / "results" / "blame.json"
-WRITTEN = (  # problem, response; in the first one the last step forgets to borrow
+# Problem and response; in the first one the last step forgets to borrow.
+WRITTEN = (
     ("26+1*2-7=", "26+1=27;27*2=54;54-7=57;#57<eos>"),
     ("26+1*2-7=", "26+1=37;37*2=74;74-7=67;#67<eos>"),
     ("90*3*2=", "#90<eos>"),
@@ -31,86 +34,136 @@ WRITTEN = (  # problem, response; in the first one the last step forgets to borr
 
 def spread(task: nr.Task, response: list[int], per_step: list[float]) -> list[float]:
     """A number of each step on its tokens, that of the whole on the rest."""
-    found, begin = [], 0
+    found: list[float] = []
     for (_, end), x in zip(task.steps(response), per_step, strict=False):
-        found += [x] * (end + 1 - begin)
-        begin = end + 1
-    return found + [per_step[-1]] * (len(response) - begin)
+        found += [x] * (end + 1 - len(found))
+    return found + [per_step[-1]] * (len(response) - len(found))
 
 
-def signals(c: nr.Config, cache: Path) -> list[dict]:
-    """For each written response: its tokens, and what every loop says of each of them."""
-    task, rounded = front.make_task(c), lambda x: [round(v, 3) for v in x.tolist()]
-    trained = {
-        name: start(front.STARTS.get(name, front.base_model)(c, cache), c)
-        for name, (start, _) in nr.LOOPS.items()
+class Trained:
+    """A method after its training: its config and its state."""
+
+    def __init__(self, name: str, task: nr.Task, c: Any, train: nr.Trainer):
+        method = nr.METHODS[name]
+        self.c = c
+        base = nr.gpt_base(task, c, train)
+        policy = base
+        if method.starts_from is not None:
+            policy = method.starts_from(base, task, c, train)
+        models = method.reward_models(base, task, c, train)
+        self.state = method.start(policy, c)
+        if models:
+            self.state.models = models
+
+
+def of_ppo(ppo: Trained, base: nr.Transformer, task: nr.Task, b: nr.Rollout) -> dict[str, list]:
+    """The verifier, the critic's advantages before whitening, and GRPO among others of the base."""
+    c = ppo.c
+    truth = nr.grades(task, b)
+    seen = nr.annotate(ppo.state, b, c)
+    reward = nr.verifier(ppo.state, task, b, truth, c)
+    adv, _ = nr.gae(reward, seen.value, b.mask, 1.0, c.lam)
+    n = int(b.mask.sum())
+    # Against seven samples of the base.
+    others = nr.sample(base, b.prompt.repeat(7, 1), c, generator=nr.rng(c.seed, "others"))
+    scores = torch.cat([truth, nr.grades(task, others)])
+    group = torch.zeros(len(scores), dtype=torch.long)
+    compared = nr.group_advantage(scores, group, "grpo")[0]
+    return {
+        "ppo: reward": nr.rounded(reward[0, :n]),
+        "ppo gae: advantage": nr.rounded(adv[0, :n]),
+        "ppo grpo: advantage": [round(float(compared), 3)] * n,
     }
-    trained["seq2seq"] |= front.reward_models("seq2seq", c, cache)
+
+
+def of_judge(judge: Trained, task: nr.Task, b: nr.Rollout, ids: list[int]) -> tuple[str, list]:
+    """What the judge writes, and its y or n for each step with its score for the rest."""
+    c = judge.c
+    asked = torch.tensor([[c.bos_id, *task.judge_prompt(b.prompt[0].tolist(), ids)]])
+    written = nr.sample(judge.state.judge, asked, replace(c, temperature=0.0)).response
+    said = task.decode(written[0].tolist())
+    marks = [float(mark == "y") for mark in said if mark in "yn"]
+    return said, spread(task, ids, [*marks, (nr.parse_score(said) or 0) / 5])
+
+
+@torch.no_grad()
+def of_refine(refine: Trained, task: nr.Task, b: nr.Rollout, ids: list[int]) -> dict[str, list]:
+    """ORM and SORM behind every step."""
+    ends = nr.prefix_ends(task, b)
+    scores = refine.state.scorer(b.prompt, b.response, ends).sigmoid()
+    found = {}
+    for name, score in zip(("ORM", "SORM"), scores[:, 0], strict=True):
+        found[f"refine: {name}"] = spread(task, ids, nr.rounded(score[ends[0] > 0]))
+    return found
+
+
+@torch.no_grad()
+def of_denoise(denoise: Trained, task: nr.Task, b: nr.Rollout) -> dict[str, list]:
+    """What the state before each token was worth, and what the token added.
+
+    The response is taken as written from left to right.
+    """
+    c = replace(denoise.c, branches=64)
+    n = int(b.mask.sum())
+    truth = nr.grades(task, b)
+    # What follows the end comes last.
+    order = torch.arange(c.response)[None].clamp(max=n)
+    response = b.response.masked_fill(b.mask == 0, c.eos_id)
+    b = nr.Rollout(b.prompt, response, b.mask, order, b.group)
+    t = torch.arange(int(order.max()) + 1)
+    state = denoise.state
+    generator = nr.rng(c.seed, "trajectory", state.update)
+    more = nr.branch(state.policy, b.select(t * 0), t, c.branches, c, generator)
+    reward = nr.verifier(state, task, more, nr.grades(task, more), c).sum(1)
+    value = reward.view(len(t), c.branches).mean(1)
+    value = torch.cat([value[:n], truth])  # the end is worth what it is
+    return {
+        "denoise: V(x_t)": nr.rounded(value[:-1]),
+        "denoise: added": nr.rounded(value.diff()),
+    }
+
+
+def signals(
+    cache: Path, seed: int, threads: int, sizes: dict[str, dict] = LAPTOP, **more: Any
+) -> list[dict]:
+    """For each written response: its tokens, and what every loop says of each of them."""
+    train = front.CachedTrainer(cache)
+    trained = {}
+    for name in nr.METHODS:
+        each = config(name, seed, threads, sizes, **more)
+        trained[name] = Trained(name, front.make_task(each), each, train)
+    c = trained["ppo"].c
+    task = front.make_task(c)
     for _ in range(10):  # the critic of ppo has seen some rewards
-        next(nr.ppo(trained["ppo"], task, c))
-    for _ in nr.refine(trained["refine"], task, c):
+        next(nr.ppo(trained["ppo"].state, task, c))
+    for _ in nr.refine(trained["refine"].state, task, trained["refine"].c):
         pass
+    base = nr.gpt_base(task, c, train)
+    seq2seq = trained["seq2seq"]
+    beta = trained["iterative_dpo"].c.beta
     shown = []
     for x, y in WRITTEN:
-        prompt, ids = nr.encode_prompts(task, [x], c), task.encode([y])[0]
-        response = nr.right_pad([ids], c.pad, c.response)
-        mask, place = nr.up_to_eos(response, c), torch.arange(c.response)[None]
-        b = nr.Rollout(prompt, response, mask, place, torch.zeros(1, dtype=torch.long))
-        truth, n, found = nr.grades(task, b), len(ids), {}
-        # ppo: the verifier, and the critic's advantages before whitening
-        seen = nr.annotate(trained["ppo"], b, c)
-        reward = nr.verifier({}, task, b, truth, c)
-        found["ppo: reward"] = rounded(reward[0, :n])
-        found["ppo gae: advantage"] = rounded(
-            nr.gae(reward, seen.value, mask, c.gamma, c.lam)[0][0, :n]
-        )
-        # ppo grpo: against seven samples of the base
-        base = front.base_model(c, cache)
-        others = nr.sample(base, prompt.repeat(7, 1), c, generator=nr.rng(c.seed, "others"))
-        scores = torch.cat([truth, nr.grades(task, others)])
-        found["ppo grpo: advantage"] = [
-            round(float(nr.group_advantage(scores, scores.long() * 0, "grpo")[0]), 3)
-        ] * n
-        # iterative_dpo: the gradient's weight on this response as the rejected (or chosen) one of a pair
+        ids = task.encode([y])[0]
+        b = front.as_rollout(task, [x], [y], c)
+        b.order = torch.arange(c.response)[None]
+        truth = nr.grades(task, b)
+        found = of_ppo(trained["ppo"], base, task, b)
+        # The gradient's weight on this response as the rejected (or chosen) one of a pair.
         side = 1 if truth[0] else -1
-        found["iterative_dpo: weight"] = [side * c.dpo_beta / 2] * n
-        # self_rewarding: the judge's y or n after each step, its score for the rest
-        judge = nr.sample(
-            trained["self_rewarding"]["judge"],
-            torch.tensor([[c.bos, *task.judge_prompt(prompt[0].tolist(), ids)]]),
-            nr.replace(c, temperature=0.0),
-        )
-        said = task.decode(judge.response[0].tolist())
-        score = nr.parse_score(said)
-        marks = [1.0 if mark == "y" else 0.0 for mark in said if mark in "yn"] + [(score or 0) / 5]
-        found["self_rewarding: judge"] = spread(task, ids, marks)
-        # seq2seq: the rewriter's agreement, token by token
-        found["seq2seq: agreement"] = rounded(
-            nr.agreement(trained["seq2seq"], task, b, truth * 0, c)[0, :n]
-        )
-        # refine: ORM and SORM behind every step
-        ends = nr.prefix_ends(task, b)
-        with torch.no_grad():
-            scores = nr.step_scores(trained["refine"], prompt, response, ends).sigmoid()
-        for name, s in zip(("ORM", "SORM"), scores[:, 0], strict=True):
-            found[f"refine: {name}"] = spread(task, ids, rounded(s[ends[0] > 0]))
-        # denoise: what the state before each token was worth, written from left to right; and what each token added
-        many, order = (
-            nr.replace(c, branches=64),
-            place.clamp(max=n),
-        )  # what follows the end comes last
-        b = nr.Rollout(prompt, response.masked_fill(mask == 0, c.eos), mask, order, b.group)
-        _, _, value = front.trajectory(trained["denoise"], task, b, many)
-        value = torch.cat([value[0, :n], truth])  # the end is worth what it is
-        found["denoise: V(x_t)"] = rounded(value[:-1])
-        found["denoise: added"] = rounded(value.diff())
+        found["iterative_dpo: weight"] = [side * beta / 2] * len(ids)
+        said, marks = of_judge(trained["self_rewarding"], task, b, ids)
+        found["self_rewarding: judge"] = marks
+        agreement = nr.agreement(seq2seq.state, task, b, truth, seq2seq.c)
+        found["seq2seq: agreement"] = nr.rounded(agreement[0, : len(ids)])
+        found |= of_refine(trained["refine"], task, b, ids)
+        found |= of_denoise(trained["denoise"], task, b)
         shown.append(
             {
                 "problem": x,
                 "response": y,
                 "right": bool(truth[0]),
                 "judgement": said,
-                "tokens": [task.tokenizer.id_to_token(i) for i in ids],
+                "tokens": [task.decode([i]) for i in ids],
                 "signals": found,
             }
         )
@@ -119,23 +172,15 @@ def signals(c: nr.Config, cache: Path) -> list[dict]:
 
 def main() -> None:
     """Measure and keep."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cache", type=Path, default=front.CACHE)
     a = parser.parse_args()
     torch.set_num_threads(1)
-    c = nr.Config(threads=1, device="cpu")
-    commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True)[
-        :7
-    ]
-    about = {
-        "command": "python notebooks/blame.py",
-        "seed": c.seed,
-        "commit": commit,
-        "threads": 1,
-        "machine": f"{platform.machine()}, 2 cores",
-        "torch": torch.__version__,
-    }
-    front.write_text(OUT, json.dumps(about | {"responses": signals(c, a.cache)}, indent=1) + "\n")
+    kept = {"command": "python notebooks/blame.py", "seed": 0} | about(threads=1)
+    kept["responses"] = signals(a.cache, seed=0, threads=1)
+    front.write_text(OUT, json.dumps(kept, indent=1) + "\n")
 
 
 if __name__ == "__main__":

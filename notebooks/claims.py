@@ -1,21 +1,23 @@
-"""What the papers say, tested here: python notebooks/claims.py [ID ...] [--seeds 0 1 2 3 4] [--threads 1]
+"""What the papers say, tested here: python notebooks/claims.py [ID ...] [--seeds 0 1 2 3 4]
 
-A claim is a sentence of a paper, its own numbers, a metric here, the arms that it compares, and a rule for the
-verdict that was written before the run (one whose id ends in w: after the claim of its number had not held). An arm
-is a loop with a few fields changed, by the functions of the loops and of the other experiments in this folder, at
-`--config claims` size (about 20 s, bases and reward models apart). Arms are shared between claims; each run is kept
-in runs/claims/ARM-SEED.json and not run again; all together make notebooks/results/claims.json. Needs the extra
-`notebooks`.
+A claim is a sentence of a paper, its own numbers, a metric here, the arms that it compares, and a
+rule for the verdict that was written before the run (one whose id ends in w: after the claim of its
+number had not held). An arm is a method with a few numbers changed, by the functions of the loops
+and of the other experiments in this folder, at the sizes of SMALL (about 20 s, bases and reward
+models apart). Arms are shared between claims; each run is kept in runs/claims/ARM-SEED.json and not
+run again; all together make notebooks/results/claims.json. Needs the extra `notebooks`.
 """
 
 import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import StatisticsError, mean
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,172 +28,315 @@ sys.path.insert(0, str(ROOT))
 import nanoreward as nr  # noqa: E402
 import train_small as front  # noqa: E402
 from notebooks import denoise, inside, preferences  # noqa: E402
-from notebooks.jobs import run  # noqa: E402
+from notebooks.jobs import config, head, row, run  # noqa: E402
 
 JOBS = ROOT / "runs" / "claims"
 OUT = ROOT / "notebooks" / "results" / "claims.json"
-SMALL = nr.CONFIGS["claims"]
+# What differs from the laptop's sizes.
+SMALL: dict[str, dict[str, Any]] = {
+    "all": {"eval_problems": 300},
+    "ppo": {"prompts": 32, "updates": 20, "reward_data": 2000, "reward_updates": 60},
+    "seq2seq": {"prompts": 32, "updates": 20, "reward_data": 2000, "reward_updates": 100},
+    "iterative_dpo": {"rounds": 2, "prompts": 256, "updates": 20},
+    "self_rewarding": {"prompts": 256, "updates": 20},
+    "refine": {"prompts": 1536, "minibatch": 128, "updates": 80},
+    "denoise": {"prompts": 16, "updates": 12},
+}
+
+
+# ---- ppo, and what its arms change ---------------------------------------------------------------
+
+
+def tenfold(
+    state: nr.PPOState, task: nr.Task, b: nr.Rollout, truth: Tensor, c: nr.PPOConfig
+) -> Tensor:
+    """The verifier's reward, not scaled to the critic's liking."""
+    return 10 * nr.verifier(state, task, b, truth, c)
+
+
+def whitened_credit(b: nr.Rollout, reward: Tensor, c: nr.PPOConfig) -> tuple[Tensor, Tensor]:
+    """As `nr.gae_credit`, on token rewards scaled to variance 1.
+
+    They keep their mean: a shifted one would pay for length.
+    """
+    reward = (reward - c.beta * nr.k1(b.logp, b.ref_logp)) * b.mask
+    average = reward.sum() / b.mask.sum()
+    scaled = nr.whiten(reward, b.mask) + average * b.mask
+    return nr.gae_credit(b, scaled, replace(c, beta=0.0))
+
+
+def free_values(
+    logp: Tensor, value: Tensor, b: nr.Rollout, denom: Tensor, c: nr.PPOConfig
+) -> Tensor:
+    """(14) without the band in which a value may move."""
+    policy_part = nr.ppo_loss(logp, b.logp, b.adv, b.mask, denom, c.clip)
+    critic_part = nr.value_loss(value, b.value, b.ret, b.mask, denom, clip=None)
+    return policy_part + c.value_coef * critic_part
+
+
+nr.REWARDS["tenfold"] = nr.RewardSource(tenfold)
+nr.PPO_ARMS["gae_free_values"] = nr.Arm(nr.gae_credit, free_values, critic=True)
+# No band either: it is made for rewards of 1, and would be absurd after another scaling.
+nr.PPO_ARMS["gae_whitened"] = nr.Arm(whitened_credit, free_values, critic=True)
+
+# What the controller below steers to, in nats a response.
+KL_TARGET = 1.0
+
+
+def adapt_beta(beta: float, kl: float, episodes: int, horizon: int) -> float:
+    """The KL controller of arXiv 1909.08593; a larger horizon makes it slower."""
+    # beta <- beta (1 + clip(KL / target - 1, -.2, .2) n / horizon)
+    error = max(-0.2, min(0.2, kl / KL_TARGET - 1))
+    return beta * (1 + error * episodes / horizon)
+
+
+def ppo_to_target(
+    state: nr.PPOState, task: nr.Task, c: nr.PPOConfig, horizon: int
+) -> Iterator[dict[str, Any]]:
+    """`nr.ppo` with a beta that is adapted after every update."""
+    beta = c.beta
+    while state.update < c.updates:
+        # The state holds the number of the update, so a new loop goes on with the next one.
+        m = next(nr.ppo(state, task, replace(c, beta=beta)))
+        yield m
+        beta = adapt_beta(beta, m["kl"], c.prompts * c.samples, horizon)
+
+
+CURVE = ("reward", "truth", "kl", "entropy", "clipfrac", "length")
+
+
+def measure_ppo(
+    arm: str,
+    seed: int,
+    threads: int,
+    cache: Path,
+    /,
+    sizes: dict[str, dict] = SMALL,
+    adam_eps: float = nr.ADAM_EPS,
+    horizon: int = 0,
+    **numbers: Any,
+) -> dict:
+    """ppo with these numbers.
+
+    adam_eps: of the policy's optimizers. horizon: of the controller of beta, 0 for none.
+    """
+    c = config("ppo", seed, threads, sizes, **numbers)
+    began = time.time()
+    task = front.make_task(c)
+    train = front.CachedTrainer(cache)
+    test = task.prompts(c.eval_problems, nr.rng(0, "test"), "test")
+    policy = nr.gpt_base(task, c, train)
+    found: dict[str, Any] = {"base": nr.accuracy(policy, task, test, c), "curve": []}
+    state = nr.start_ppo(policy, c)
+    state.models = nr.ppo_reward_models(policy, task, c, train)
+    for optimizer in state.optimizers:
+        for group in optimizer.param_groups:
+            group["eps"] = adam_eps
+    loop = ppo_to_target(state, task, c, horizon) if horizon else nr.ppo(state, task, c)
+    for m in loop:
+        found["curve"].append({key: round(m[key], 4) for key in CURVE})
+    found["greedy"] = nr.accuracy(policy, task, test, c)
+    found["sampled"] = nr.accuracy(policy, task, test, c, 1.0)
+    return {"seconds": round(time.time() - began, 1), "found": found}
+
+
+# ---- groups, and M1 without a judge's training ---------------------------------------------------
+
+
+def shares_of_extremes(
+    policy: nr.Transformer, task: nr.Task, prompt: Tensor, b: nr.Rollout, c: nr.DenoiseConfig
+) -> dict[str, float]:
+    """Whose advantages are large, with the deviation of the group and without.
+
+    The share of all |A| in groups that are all alike but for one at most.
+    """
+    truth = nr.grades(task, b)
+    rate = truth.view(-1, c.samples).mean(1)
+    extreme = (rate - 0.5).abs() >= 0.5 - 1 / c.samples
+    extreme = extreme.repeat_interleave(c.samples)
+    found = {}
+    for kind in ("grpo", "mean"):
+        adv = nr.group_advantage(truth, b.group, kind).abs()
+        found[kind] = float(adv[extreme].sum() / adv.sum())
+    return found
+
+
+def spread_of_estimates(
+    now: nr.Transformer, ref: nr.Transformer, prompt: Tensor, canvas: Tensor, c: nr.DenoiseConfig
+) -> dict[str, float]:
+    """How far apart 16 estimates of a diffusion LM's log-ratio to its reference lie.
+
+    Once both see the same masks, once each has its own.
+    """
+
+    @torch.no_grad()
+    def bound(model: nr.Transformer, i: int) -> Tensor:
+        is_mask, weight = nr.rate_masks(canvas, nr.rng(c.seed, "bound", i), c.t_min)
+        return nr.masked_nll(model, prompt, canvas, is_mask, weight)
+
+    found = {}
+    for name, apart in (("shared masks", 0), ("own masks", 1000)):
+        gaps = torch.stack([bound(ref, i + apart) - bound(now, i) for i in range(16)])
+        found[name] = float(gaps.std(0).mean())
+    return found
+
+
+def measure_groups(
+    arm: str,
+    seed: int,
+    threads: int,
+    cache: Path,
+    /,
+    sizes: dict[str, dict] = SMALL,
+    **numbers: Any,
+) -> dict:
+    """What needs no training of its own: advantages within groups, and two kinds of masks."""
+    c = config("denoise", seed, threads, sizes, **numbers)
+    began = time.time()
+    task = front.make_task(c)
+    train = front.CachedTrainer(cache)
+    policy = nr.gpt_base(task, c, train)
+    prompt, group = nr.in_groups(task, task.prompts(128, nr.rng(seed, "groups")), c)
+    generator = nr.rng(seed, "groups", 1)
+    b = nr.sample(policy, prompt, c, group=group, generator=generator)
+    found = shares_of_extremes(policy, task, prompt, b, c)
+
+    now, ref = (nr.diffusion_base(nr.gpt_base(task, c, train), task, c, train) for _ in range(2))
+    few = replace(c, updates=4, arm="outcome")
+    for _ in nr.denoise(nr.start_ppo(now, few), task, few):
+        pass
+    canvas = b.response.masked_fill(b.response == c.pad_id, c.eos_id)
+    one = slice(None, None, c.samples)  # a response to each problem
+    found |= spread_of_estimates(now, ref, prompt[one], canvas[one], c)
+    return {"seconds": round(time.time() - began, 1), "found": found}
+
+
+# The share of M1's data that does not judge.
+REST = 0.3
+
+
+def never_judging(
+    base: nr.Transformer, task: nr.Task, c: nr.SelfRewardingConfig, train: nr.Trainer
+) -> nr.Transformer:
+    """M1 with as much solving and posing as M1 has, and nothing in place of the judging."""
+    model = deepcopy(base)
+
+    def batches() -> nr.Batches:
+        generator = nr.rng(c.seed, "seed data")
+        demos = []
+        for kind in torch.rand(c.start_data, generator=generator).tolist():
+            poses = kind > 1 - nr.POSING / REST
+            demos.append((task.propose_demo if poses else task.demo)(generator))
+        return nr.gpt_batches(model, nr.encode_demos(task, demos, c), c)
+
+    rates = c.start_lr, c.start_muon_lr
+    train("m1-solving", [model], batches, c.start_updates, c, *rates, reads="start_data")
+    return model
 
 
 # ---- arms: how they are run ---------------------------------------------------------------------
 
 
-def tenfold(state: dict, task: nr.Task, b: nr.Rollout, truth: Tensor, c: nr.Config) -> Tensor:
-    """The verifier's reward, not scaled to the critic's liking."""
-    return 10 * nr.verifier(state, task, b, truth, c)
+@dataclass(frozen=True)
+class Arm:
+    """A measuring function, what it calls the arm, and what is changed beside."""
+
+    measure: Callable[..., dict]
+    name: str = ""
+    numbers: dict[str, Any] = field(default_factory=dict)
 
 
-nr.SIGNALS["tenfold"] = tenfold
-
-
-def measure_ppo(arm: str, seed: int, threads: int, cache: Path, /, **fields: object) -> dict:
-    """ppo with these fields."""
-    c, began = nr.Config(seed=seed, threads=threads, device="cpu", **fields), time.time()
-    task = front.make_task(c)
-    test = task.prompts(c.eval_problems, nr.rng(0, "test"), "test")
-    usual = replace(c, adam_eps=nr.Config.adam_eps)  # the same base for all arms
-    policy = front.base_model(usual, cache)
-    found = {"base": nr.accuracy(policy, task, test, c), "curve": []}
-    state = nr.start_ppo(policy, c) | front.reward_models("ppo", usual, cache)
-    for m in nr.ppo(state, task, c):
-        found["curve"].append(
-            {k: round(m[k], 4) for k in ("reward", "truth", "kl", "entropy", "clipfrac", "length")}
-        )
-    found |= {
-        "greedy": nr.accuracy(policy, task, test, c),
-        "sampled": nr.accuracy(policy, task, test, c, 1.0),
-    }
-    return {"seconds": round(time.time() - began, 1), "found": found}
-
-
-def measure_groups(arm: str, seed: int, threads: int, cache: Path, /, **fields: object) -> dict:
-    """Whose advantages are large, with the deviation of the group and without; and how far apart the estimates of a
-    diffusion LM's log-ratio to its reference lie when both see the same masks, and when not."""
-    c, began = nr.Config(seed=seed, threads=threads, device="cpu", **fields), time.time()
-    task, policy = front.make_task(c), front.base_model(c, cache)
-    texts = task.prompts(128, nr.rng(seed, "groups"))
-    prompt, group = nr.in_groups(task, texts, c)
-    b = nr.sample(policy, prompt, c, group=group, generator=nr.rng(seed, "groups", 1))
-    truth = nr.grades(task, b)
-    rate = truth.view(-1, c.samples).mean(1)
-    extreme = ((rate - 0.5).abs() >= 0.5 - 1 / c.samples).repeat_interleave(
-        c.samples
-    )  # all but one alike
-    found = {}
-    for kind in ("grpo", "mean"):
-        adv = nr.group_advantage(truth, group, kind).abs()
-        found[kind] = float(adv[extreme].sum() / adv.sum())
-    now, ref = front.diffusion_base(c, cache), front.diffusion_base(c, cache)
-    few = replace(c, denoise_updates=4, credit="outcome")
-    for _ in nr.denoise(nr.start_denoise(now, few), task, few):
-        pass
-    one = torch.arange(0, len(prompt), c.samples)
-    x, y = prompt[one], b.response[one].masked_fill(b.response[one] == c.pad, c.eos)
-
-    @torch.no_grad()
-    def bound(model: nr.Transformer, i: int) -> Tensor:
-        hidden, weight = nr.rate_masks(y, nr.rng(seed, "bound", i), c.t_min)
-        return nr.masked_nll(model, x, y, hidden, weight)
-
-    for name, apart in (("shared masks", 0), ("own masks", 1000)):
-        gaps = torch.stack([bound(ref, i + apart) - bound(now, i) for i in range(16)])
-        found[name] = float(gaps.std(0).mean())
-    return {"seconds": round(time.time() - began, 1), "found": found}
-
-
-TWICE = dict(
-    rounds=1, round_prompts=2 * SMALL["round_prompts"], round_updates=2 * SMALL["round_updates"]
-)
-# as many samples as `process` draws in all: measured at laptop size, 14,692 and 11,958 where the outcome has 6,400
-MORE, SUDOKU_MORE = (
-    dict(denoise_updates=round(x * SMALL["denoise_updates"])) for x in (14692 / 6400, 11958 / 6400)
-)
-SOLVING = dict(
-    posing=0.07 / 0.3, seed_demos=2400, seed_updates=90
-)  # no_eft: the same solving data, nothing instead
-FOUR = dict(epochs=4, minibatch=64)
-ARMS: dict[str, tuple[Callable, str, dict]] = {
-    "gae": (measure_ppo, "", {}),
-    "grpo": (measure_ppo, "", dict(arm="grpo")),
-    "rloo": (measure_ppo, "", dict(arm="rloo")),
-    "four_passes": (measure_ppo, "", FOUR),
-    "four_passes_no_clip": (measure_ppo, "", FOUR | dict(value_clip=0.0)),
-    "tenfold": (measure_ppo, "", dict(reward="tenfold")),
-    "tenfold_whitened": (measure_ppo, "", dict(reward="tenfold", whiten_reward=True)),
-    "learned": (measure_ppo, "", dict(reward="learned")),
-    "learned_kl": (measure_ppo, "", dict(reward="learned", beta=0.5)),
-    "learned_fixed": (measure_ppo, "", dict(reward="learned", beta=0.1)),
-    "learned_target": (
-        measure_ppo,
-        "",
-        dict(reward="learned", beta=0.1, kl_target=1.0, kl_horizon=500),
-    ),
-    "learned_fast": (
-        measure_ppo,
-        "",
-        dict(reward="learned", beta=0.1, kl_target=1.0, kl_horizon=100),
-    ),
-    "small_eps": (measure_ppo, "", dict(adam_eps=1e-8)),
-    "large_eps": (measure_ppo, "", dict(adam_eps=1e-3)),
-    "gentle": (measure_ppo, "", FOUR | dict(lr=1e-4)),
-    "gentle_no_clip": (measure_ppo, "", FOUR | dict(lr=1e-4, value_clip=0.0)),
-    "groups": (measure_groups, "", {}),
-    **{
-        arm: (preferences.measure, arm, {})
-        for arm in (
-            "dpo_nll",
-            "dpo",
-            "sft",
-            "lucky_dpo_nll",
-            "lucky_dpo",
-            "lucky_sft",
-            "self_rewarding",
-            "frozen_judge",
-            "one_judgement",
-            "top_sft",
-            "own_dpo",
-        )
-    },
-    "no_eft": (preferences.measure, "no_eft", SOLVING),
-    "one_round": (preferences.measure, "one_round", TWICE),
-    "sft_one_round": (preferences.measure, "sft", TWICE),
-    "refine": (inside.measure, "refine", {}),
-    **{arm: (inside.measure, arm, {}) for arm in ("none", "round", "long", "refusal", "short")},
-    "positive_only": (inside.measure, "none", dict(c_neg=0.0)),
-    "negative_only": (inside.measure, "none", dict(c_pos=0.0)),
-    **{
-        f"d_{arm}": (denoise.measure, arm, {})
-        for arm in (
-            "outcome",
-            "process",
-            "shared",
-            "n1",
-            "n8",
-            "no_indicator",
-            "segments",
-            "fixed_t",
-            "coupled",
-        )
-    },
-    "d_mu8": (denoise.measure, "mu8", {}),
-    "d_mu8_p15": (denoise.measure, "mu8", dict(hide_prompt=0.15)),
-    "d_mu8_p50": (denoise.measure, "mu8", dict(hide_prompt=0.5)),
-    "d_outcome_more": (denoise.measure, "outcome_more", MORE),
-    "sudoku_outcome": (denoise.measure, "sudoku_outcome", {}),
-    "sudoku_process": (denoise.measure, "sudoku_process", {}),
-    "sudoku_outcome_more": (denoise.measure, "sudoku_outcome_more", SUDOKU_MORE),
+FOUR = {"epochs": 4, "minibatch": 64}
+GENTLE = FOUR | {"lr": 1e-4}
+FREE = {"arm": "gae_free_values"}
+LEARNED = {"reward": "learned", "beta": 0.1}
+TWICE = {
+    "rounds": 1,
+    "prompts": 2 * SMALL["iterative_dpo"]["prompts"],
+    "updates": 2 * SMALL["iterative_dpo"]["updates"],
+}
+SOLVING = {
+    "starts_from": never_judging,
+    "start_data": round(REST * nr.SelfRewardingConfig.start_data),
+    "start_updates": round(REST * nr.SelfRewardingConfig.start_updates),
+}
+# With so many updates the outcome alone draws as many samples as `process` does in all: measured at
+# laptop size, 14,692 and on Sudoku 11,958 where the outcome has 6,400.
+MORE = {"updates": round(14692 / 6400 * SMALL["denoise"]["updates"])}
+SUDOKU_MORE = {"updates": round(11958 / 6400 * SMALL["denoise"]["updates"])}
+ARMS: dict[str, Arm] = {
+    "gae": Arm(measure_ppo),
+    "grpo": Arm(measure_ppo, numbers={"arm": "grpo"}),
+    "rloo": Arm(measure_ppo, numbers={"arm": "rloo"}),
+    "four_passes": Arm(measure_ppo, numbers=FOUR),
+    "four_passes_no_clip": Arm(measure_ppo, numbers=FOUR | FREE),
+    "tenfold": Arm(measure_ppo, numbers={"reward": "tenfold"}),
+    "tenfold_whitened": Arm(measure_ppo, numbers={"reward": "tenfold", "arm": "gae_whitened"}),
+    "learned": Arm(measure_ppo, numbers={"reward": "learned"}),
+    "learned_kl": Arm(measure_ppo, numbers={"reward": "learned", "beta": 0.5}),
+    "learned_fixed": Arm(measure_ppo, numbers=LEARNED),
+    "learned_target": Arm(measure_ppo, numbers=LEARNED | {"horizon": 500}),
+    "learned_fast": Arm(measure_ppo, numbers=LEARNED | {"horizon": 100}),
+    "small_eps": Arm(measure_ppo, numbers={"adam_eps": 1e-8}),
+    "large_eps": Arm(measure_ppo, numbers={"adam_eps": 1e-3}),
+    "gentle": Arm(measure_ppo, numbers=GENTLE),
+    "gentle_no_clip": Arm(measure_ppo, numbers=GENTLE | FREE),
+    "groups": Arm(measure_groups),
+    "dpo_nll": Arm(preferences.measure, "dpo_nll"),
+    "dpo": Arm(preferences.measure, "dpo"),
+    "sft": Arm(preferences.measure, "sft"),
+    "lucky_dpo_nll": Arm(preferences.measure, "lucky_dpo_nll"),
+    "lucky_dpo": Arm(preferences.measure, "lucky_dpo"),
+    "lucky_sft": Arm(preferences.measure, "lucky_sft"),
+    "self_rewarding": Arm(preferences.measure, "self_rewarding"),
+    "frozen_judge": Arm(preferences.measure, "frozen_judge"),
+    "one_judgement": Arm(preferences.measure, "one_judgement"),
+    "top_sft": Arm(preferences.measure, "top_sft"),
+    "own_dpo": Arm(preferences.measure, "own_dpo"),
+    "no_eft": Arm(preferences.measure, "no_eft", SOLVING),
+    "one_round": Arm(preferences.measure, "one_round", TWICE),
+    "sft_one_round": Arm(preferences.measure, "sft", TWICE),
+    "refine": Arm(inside.measure, "refine"),
+    "none": Arm(inside.measure, "none"),
+    "round": Arm(inside.measure, "round"),
+    "long": Arm(inside.measure, "long"),
+    "refusal": Arm(inside.measure, "refusal"),
+    "short": Arm(inside.measure, "short"),
+    "positive_only": Arm(inside.measure, "none", {"c_neg": 0.0}),
+    "negative_only": Arm(inside.measure, "none", {"c_pos": 0.0}),
+    "d_outcome": Arm(denoise.measure, "outcome"),
+    "d_process": Arm(denoise.measure, "process"),
+    "d_shared": Arm(denoise.measure, "shared"),
+    "d_n1": Arm(denoise.measure, "n1"),
+    "d_n8": Arm(denoise.measure, "n8"),
+    "d_no_indicator": Arm(denoise.measure, "no_indicator"),
+    "d_segments": Arm(denoise.measure, "segments"),
+    "d_fixed_t": Arm(denoise.measure, "fixed_t"),
+    "d_coupled": Arm(denoise.measure, "coupled"),
+    "d_mu8": Arm(denoise.measure, "mu8"),
+    "d_mu8_p15": Arm(denoise.measure, "mu8", {"masked": 0.15}),
+    "d_mu8_p50": Arm(denoise.measure, "mu8", {"masked": 0.5}),
+    "d_outcome_more": Arm(denoise.measure, "outcome_more", MORE),
+    "sudoku_outcome": Arm(denoise.measure, "sudoku_outcome"),
+    "sudoku_process": Arm(denoise.measure, "sudoku_process"),
+    "sudoku_outcome_more": Arm(denoise.measure, "sudoku_outcome_more", SUDOKU_MORE),
 }
 
 
-def measure(arm: str, seed: int, threads: int, cache: Path) -> dict:
-    """One arm with one seed, at the size of `claims`."""
-    how, name, fields = ARMS[arm]
-    found = how(
-        name, seed, threads, cache, **{k: v for k, v in (SMALL | fields).items() if k != "threads"}
-    )
-    seconds = (
-        found["seconds"] if isinstance(found["seconds"], float) else sum(found["seconds"].values())
-    )
+def measure(
+    arm: str,
+    seed: int,
+    threads: int,
+    cache: Path,
+    /,
+    sizes: dict[str, dict] = SMALL,
+    **more: Any,
+) -> dict:
+    """One arm with one seed, at the sizes of SMALL."""
+    of = ARMS[arm]
+    found = of.measure(of.name, seed, threads, cache, sizes=sizes, **of.numbers | more)
+    seconds = found["seconds"]
+    seconds = sum(seconds.values()) if isinstance(seconds, dict) else seconds
     return found | {"arm": arm, "seed": seed, "seconds": round(seconds, 1)}
 
 
@@ -200,10 +345,16 @@ def measure(arm: str, seed: int, threads: int, cache: Path) -> dict:
 
 @dataclass(frozen=True)
 class Claim:
-    """effect(arm's findings, ...) is one number a seed; `least` is the smallest effect that would matter.
-    above: reproduced if the 95 % interval lies above 0, unless all of it lies below `least`; then, and if it lies
-    below 0, not reproduced.   at least: above (reproduced) or below (not reproduced) `least`.   no worse: the same
-    with -`least`.   equal: within (reproduced) or outside (not) +-`least`.   Everything else is undecided."""
+    """effect(arm's findings, ...) is one number a seed; `least` is the smallest that would matter.
+
+    The rules, on the 95 % interval of the effects:
+    above      reproduced if it lies above 0, unless all of it lies below `least`; then, and if it
+               lies below 0, not reproduced
+    at least   reproduced if it lies above `least`, not reproduced if it lies below
+    no worse   the same with -`least`
+    equal      reproduced if it lies within +-`least`, not reproduced if outside
+    Everything else is undecided.
+    """
 
     id: str
     paper: str
@@ -227,36 +378,96 @@ class Claim:
         return "not reproduced" if no else "reproduced" if yes else "undecided"
 
 
+# ---- what effects are made of: findings of an arm -> a number ------------------------------------
+
+
+def last(a: dict, key: str) -> float:
+    """A number that ppo has logged: the mean of its last five updates."""
+    return mean(u[key] for u in a["found"]["curve"][-5:])
+
+
+def first(a: dict, key: str) -> float:
+    """The mean of its first five."""
+    return mean(u[key] for u in a["found"]["curve"][:5])
+
+
+def rise(a: dict, key: str) -> float:
+    """How much it has risen from these to those."""
+    return last(a, key) - first(a, key)
+
+
+def off_target(a: dict) -> float:
+    """The distance of the KL from 1 nat at the end."""
+    return abs(last(a, "kl") - KL_TARGET)
+
+
 def greedy(a: dict, b: dict) -> float:
+    """Greedy accuracy, one arm minus the other."""
     return a["found"]["greedy"] - b["found"]["greedy"]
 
 
 def after(n: int) -> Callable[[dict, dict], float]:
+    """The same after round n."""
     return lambda a, b: a["rounds"][n]["greedy"] - b["rounds"][n]["greedy"]
 
 
 def moved(key: str) -> Callable[[dict], float]:
     """How far a logged number has moved within the first round."""
-    i, n = preferences.WATCHED.index(key), SMALL["round_updates"]
+    i = preferences.WATCHED.index(key)
+    n = SMALL["iterative_dpo"]["updates"]
     return lambda a: mean(u[i] for u in a["logs"][n - 5 : n]) - mean(u[i] for u in a["logs"][:5])
 
 
-def posed(a: dict) -> int:
-    """Problems of a round."""
-    return a.get("fields", {}).get("round_prompts", nr.Config.round_prompts)
+def honest(a: dict, i: int) -> float:
+    """Right answers with right steps only, after round i."""
+    return a["rounds"][i]["right for the right reasons"]
+
+
+def pairs_each(a: dict) -> float:
+    """Pairs of round 1, of all its problems."""
+    return a["rounds"][1]["pairs"] / a.get("problems", nr.SelfRewardingConfig.prompts)
 
 
 def judged(a: dict, i: int, key: str = "pairwise") -> float:
+    """A number of the judge after round i."""
     return a["rounds"][i]["judge"][key]
 
 
 def steps(head: str, key: str, other: str) -> Callable[[dict], float]:
+    """One head minus another."""
     return lambda a: a["found"][head][key] - a["found"][other][key]
+
+
+def pessimism(a: dict, head: str) -> float:
+    """Right steps called wrong: where the student mostly fails, minus where not."""
+    found = a["found"][head]
+    return found["missed, V^pi below 1/2"] - found["missed, V^pi above 1/2"]
+
+
+def mended(a: dict, key: str) -> float:
+    """The share of wrong drafts that somebody mended."""
+    return a["found"]["mended"][key]
+
+
+def better_refiner(a: dict) -> float:
+    """What the better one of the two refiners mends alone."""
+    return max(mended(a, "global"), mended(a, "local"))
+
+
+def precision(a: dict, name: str) -> float:
+    """The precision of step labels."""
+    return a["found"]["labels"][name]["precision"]
+
+
+SEQ, SCALAR, LEVEL = inside.SEQ, inside.SCALAR, inside.LEVEL
 
 
 def policy(reward: str, key: str, other: str) -> Callable[[dict], float]:
     """Two learned rewards; where the scalar one never reaches the other's KL, its end counts."""
-    of = lambda a, name: a["found"].get(name, a["found"][SCALAR])[key]  # noqa: E731
+
+    def of(a: dict, name: str) -> float:
+        return a["found"].get(name, a["found"][SCALAR])[key]
+
     return lambda a: of(a, reward) - of(a, other)
 
 
@@ -265,873 +476,939 @@ def lost(passes: str) -> Callable[[dict], float]:
     return lambda a: a["found"]["greedy, passes"]["1"] - a["found"]["greedy, passes"][passes]
 
 
-SEQ, SCALAR, LEVEL = "ppo, seq2seq", "ppo, scalar", "ppo, scalar, at the same KL"
 IRPO, GLORE, SRLM = "2404.19733", "2402.10963", "2401.10020"
 S2S, SAPO, D1 = "2409.00162", "2510.01544", "2504.12216"
 PPO = "PPO practice (1707.06347, 2402.14740, the N+ details)"
-last = lambda a, key: mean(u[key] for u in a["found"]["curve"][-5:])  # noqa: E731
-first = lambda a, key: mean(u[key] for u in a["found"]["curve"][:5])  # noqa: E731
-mended = lambda a, key: a["found"]["mended"][key]  # noqa: E731
-labelled = lambda a, name, key: a["found"]["labels"][name][key]  # noqa: E731
-honest = lambda a, i: a["rounds"][i]["right for the right reasons"]  # noqa: E731
-missed = lambda a, head, side: a["found"][head][f"missed, V^pi {side} 1/2"]  # noqa: E731
-pessimism = lambda a, head: missed(a, head, "below") - missed(a, head, "above")  # noqa: E731
 CLAIMS = [
     # PPO practice
     Claim(
-        "P1",
-        PPO,
-        "clipping the value loss has little or no effect at small scale",
-        "no numbers",
-        "greedy, four passes a batch: with minus without",
-        ("four_passes", "four_passes_no_clip"),
-        greedy,
-        0.05,
-        "equal",
+        id="P1",
+        paper=PPO,
+        claim="clipping the value loss has little or no effect at small scale",
+        paper_numbers="no numbers",
+        metric="greedy, four passes a batch: with minus without",
+        arms=("four_passes", "four_passes_no_clip"),
+        effect=greedy,
+        least=0.05,
+        rule="equal",
     ),
     Claim(
-        "P2",
-        PPO,
-        "whitening rewards helps with rewards that are not scaled",
-        "no numbers",
-        "greedy with rewards of 10: whitened minus not",
-        ("tenfold_whitened", "tenfold"),
-        greedy,
+        id="P2",
+        paper=PPO,
+        claim="whitening rewards helps with rewards that are not scaled",
+        paper_numbers="no numbers",
+        metric="greedy with rewards of 10: whitened minus not",
+        arms=("tenfold_whitened", "tenfold"),
+        effect=greedy,
     ),
     Claim(
-        "P3",
-        PPO,
-        "without a KL penalty a learned reward rises while the truth falls",
-        "no numbers",
-        "the smaller of its rise and the truth's fall, first to last five updates",
-        ("learned",),
-        lambda a: min(last(a, "reward") - first(a, "reward"), first(a, "truth") - last(a, "truth")),
+        id="P3",
+        paper=PPO,
+        claim="without a KL penalty a learned reward rises while the truth falls",
+        paper_numbers="no numbers",
+        metric="the smaller of its rise and the truth's fall, first to last five updates",
+        arms=("learned",),
+        effect=lambda a: min(rise(a, "reward"), -rise(a, "truth")),
     ),
     Claim(
-        "P5",
-        PPO,
-        "a KL penalty holds the truth up",
-        "no numbers",
-        "greedy: beta 0.5 minus 0",
-        ("learned_kl", "learned"),
-        greedy,
+        id="P5",
+        paper=PPO,
+        claim="a KL penalty holds the truth up",
+        paper_numbers="no numbers",
+        metric="greedy: beta 0.5 minus 0",
+        arms=("learned_kl", "learned"),
+        effect=greedy,
     ),
     Claim(
-        "P6",
-        PPO,
-        "an adaptive KL coefficient holds the KL near its target",
-        "target 6 nats a response",
-        "distance of the KL from 1 nat, last five updates: fixed beta minus adaptive",
-        ("learned_fixed", "learned_target"),
-        lambda a, b: abs(last(a, "kl") - 1) - abs(last(b, "kl") - 1),
-        0.1,
+        id="P6",
+        paper=PPO,
+        claim="an adaptive KL coefficient holds the KL near its target",
+        paper_numbers="target 6 nats a response",
+        metric="distance of the KL from 1 nat, last five updates: fixed beta minus adaptive",
+        arms=("learned_fixed", "learned_target"),
+        effect=lambda a, b: off_target(a) - off_target(b),
+        least=0.1,
     ),
     Claim(
-        "P7",
-        PPO,
-        "dividing by the group's deviation weights very easy and very hard prompts up",
-        "algebra",
-        "share of |A| in groups with all but one alike: divided minus not (a check)",
-        ("groups",),
-        lambda a: a["found"]["grpo"] - a["found"]["mean"],
+        id="P7",
+        paper=PPO,
+        claim="dividing by the group's deviation weights very easy and very hard prompts up",
+        paper_numbers="algebra",
+        metric="share of |A| in groups with all but one alike: divided minus not (a check)",
+        arms=("groups",),
+        effect=lambda a: a["found"]["grpo"] - a["found"]["mean"],
     ),
     Claim(
-        "P8",
-        PPO,
-        "RLOO is no worse than PPO with a critic",
-        "2402.14740: RLOO ahead",
-        "greedy: rloo minus gae",
-        ("rloo", "gae"),
-        greedy,
-        0.03,
-        "no worse",
+        id="P8",
+        paper=PPO,
+        claim="RLOO is no worse than PPO with a critic",
+        paper_numbers="2402.14740: RLOO ahead",
+        metric="greedy: rloo minus gae",
+        arms=("rloo", "gae"),
+        effect=greedy,
+        least=0.03,
+        rule="no worse",
     ),
     Claim(
-        "P9",
-        PPO,
-        "RLOO and GRPO differ by little",
-        "no numbers",
-        "greedy: rloo minus grpo",
-        ("rloo", "grpo"),
-        greedy,
-        0.05,
-        "equal",
+        id="P9",
+        paper=PPO,
+        claim="RLOO and GRPO differ by little",
+        paper_numbers="no numbers",
+        metric="greedy: rloo minus grpo",
+        arms=("rloo", "grpo"),
+        effect=greedy,
+        least=0.05,
+        rule="equal",
     ),
     Claim(
-        "P10",
-        PPO,
-        "a smaller eps in Adam (1e-8, not 1e-5) moves the policy further at first",
-        "no numbers",
-        "KL over the first five updates: 1e-8 minus 1e-5",
-        ("small_eps", "gae"),
-        lambda a, b: first(a, "kl") - first(b, "kl"),
-        0.01,
+        id="P10",
+        paper=PPO,
+        claim="a smaller eps in Adam (1e-8, not 1e-5) moves the policy further at first",
+        paper_numbers="no numbers",
+        metric="KL over the first five updates: 1e-8 minus 1e-5",
+        arms=("small_eps", "gae"),
+        effect=lambda a, b: first(a, "kl") - first(b, "kl"),
+        least=0.01,
     ),
     Claim(
-        "P11",
-        PPO,
-        "a verifier's reward alone improves a base that knows the facts",
-        "no numbers",
-        "greedy: ppo minus base (a check)",
-        ("gae",),
-        lambda a: a["found"]["greedy"] - a["found"]["base"],
+        id="P11",
+        paper=PPO,
+        claim="a verifier's reward alone improves a base that knows the facts",
+        paper_numbers="no numbers",
+        metric="greedy: ppo minus base (a check)",
+        arms=("gae",),
+        effect=lambda a: a["found"]["greedy"] - a["found"]["base"],
     ),
-    # w, why: one more experiment where a claim did not hold, registered after that and before its own run, but for
-    # P2w, C5.3w and C7.1w, which read runs that were there
+    # w, why: one more experiment where a claim did not hold, registered after that and before its
+    # own run, but for P2w, C5.3w and C7.1w, which read runs that were there
     Claim(
-        "P1w",
-        PPO,
-        "P1 was lost in damage by the rate: at a fifth of it value clipping has no effect",
-        "ours",
-        "greedy, four passes a batch, lr 1e-4: with minus without",
-        ("gentle", "gentle_no_clip"),
-        greedy,
-        0.05,
-        "equal",
-    ),
-    Claim(
-        "P2w",
-        PPO,
-        "P2: there is nothing to help, the scale of a reward does no harm here",
-        "ours",
-        "greedy: rewards of 1 minus rewards of 10",
-        ("gae", "tenfold"),
-        greedy,
-        0.05,
-        "equal",
+        id="P1w",
+        paper=PPO,
+        claim="P1 was lost in damage by the rate: at a fifth of it value clipping has no effect",
+        paper_numbers="ours",
+        metric="greedy, four passes a batch, lr 1e-4: with minus without",
+        arms=("gentle", "gentle_no_clip"),
+        effect=greedy,
+        least=0.05,
+        rule="equal",
     ),
     Claim(
-        "P6w",
-        PPO,
-        "P6: beta moved too slowly; with a horizon of 100 episodes it holds the KL",
-        "ours",
-        "distance of the KL from 1 nat, last five updates: fixed beta minus adaptive",
-        ("learned_fixed", "learned_fast"),
-        lambda a, b: abs(last(a, "kl") - 1) - abs(last(b, "kl") - 1),
-        0.1,
+        id="P2w",
+        paper=PPO,
+        claim="P2: there is nothing to help, the scale of a reward does no harm here",
+        paper_numbers="ours",
+        metric="greedy: rewards of 1 minus rewards of 10",
+        arms=("gae", "tenfold"),
+        effect=greedy,
+        least=0.05,
+        rule="equal",
     ),
     Claim(
-        "P10w",
-        PPO,
-        "P10: 1e-5 is already far below the gradients; an eps that is not (1e-3) does slow",
-        "ours",
-        "KL over the first five updates: 1e-5 minus 1e-3",
-        ("gae", "large_eps"),
-        lambda a, b: first(a, "kl") - first(b, "kl"),
-        0.01,
+        id="P6w",
+        paper=PPO,
+        claim="P6: beta moved too slowly; with a horizon of 100 episodes it holds the KL",
+        paper_numbers="ours",
+        metric="distance of the KL from 1 nat, last five updates: fixed beta minus adaptive",
+        arms=("learned_fixed", "learned_fast"),
+        effect=lambda a, b: off_target(a) - off_target(b),
+        least=0.1,
+    ),
+    Claim(
+        id="P10w",
+        paper=PPO,
+        claim="P10: 1e-5 is already far below the gradients; an eps that is not (1e-3) does slow",
+        paper_numbers="ours",
+        metric="KL over the first five updates: 1e-5 minus 1e-3",
+        arms=("gae", "large_eps"),
+        effect=lambda a, b: first(a, "kl") - first(b, "kl"),
+        least=0.01,
     ),
     # iterative reasoning preference optimization
     Claim(
-        "C5.1",
-        IRPO,
-        "DPO + NLL beats DPO on the same pairs",
-        "73.1 against 61.8 (GSM8K)",
-        "greedy after round 1",
-        ("dpo_nll", "dpo"),
-        after(1),
+        id="C5.1",
+        paper=IRPO,
+        claim="DPO + NLL beats DPO on the same pairs",
+        paper_numbers="73.1 against 61.8 (GSM8K)",
+        metric="greedy after round 1",
+        arms=("dpo_nll", "dpo"),
+        effect=after(1),
     ),
     Claim(
-        "C5.1b",
-        IRPO,
-        "SFT on the chosen is no worse than DPO alone",
-        "65.2 against 61.8 (GSM8K)",
-        "greedy after round 1: SFT minus DPO",
-        ("sft", "dpo"),
-        after(1),
-        0.03,
-        "no worse",
+        id="C5.1b",
+        paper=IRPO,
+        claim="SFT on the chosen is no worse than DPO alone",
+        paper_numbers="65.2 against 61.8 (GSM8K)",
+        metric="greedy after round 1: SFT minus DPO",
+        arms=("sft", "dpo"),
+        effect=after(1),
+        least=0.03,
+        rule="no worse",
     ),
     Claim(
-        "C5.1c",
-        IRPO,
-        "where winners are often lucky DPO alone beats SFT",
-        "82.8 against 79.8 (ARC)",
-        "four answers, round 1: DPO minus SFT",
-        ("lucky_dpo", "lucky_sft"),
-        after(1),
+        id="C5.1c",
+        paper=IRPO,
+        claim="where winners are often lucky DPO alone beats SFT",
+        paper_numbers="82.8 against 79.8 (ARC)",
+        metric="four answers, round 1: DPO minus SFT",
+        arms=("lucky_dpo", "lucky_sft"),
+        effect=after(1),
     ),
     Claim(
-        "C5.2",
-        IRPO,
-        "under DPO the log-prob of the chosen falls",
-        "figs. 3, 4",
-        "log-prob of the chosen, nats, within round 1: first minus last five updates",
-        ("dpo",),
-        lambda a: -moved("chosen")(a),
-        0.2,
+        id="C5.2",
+        paper=IRPO,
+        claim="under DPO the log-prob of the chosen falls",
+        paper_numbers="figs. 3, 4",
+        metric="log-prob of the chosen, nats, within round 1: first minus last five updates",
+        arms=("dpo",),
+        effect=lambda a: -moved("chosen")(a),
+        least=0.2,
     ),
     Claim(
-        "C5.2b",
-        IRPO,
-        "with the NLL it rises",
-        "figs. 3, 4",
-        "log-prob of the chosen, nats: last minus first",
-        ("dpo_nll",),
-        moved("chosen"),
-        0.2,
+        id="C5.2b",
+        paper=IRPO,
+        claim="with the NLL it rises",
+        paper_numbers="figs. 3, 4",
+        metric="log-prob of the chosen, nats: last minus first",
+        arms=("dpo_nll",),
+        effect=moved("chosen"),
+        least=0.2,
     ),
     Claim(
-        "C5.3",
-        IRPO,
-        "SFT on the chosen raises the rejected too",
-        "fig. 2",
-        "log-prob of the rejected, nats, within round 1: last minus first five updates",
-        ("sft",),
-        moved("rejected"),
-        0.2,
+        id="C5.3",
+        paper=IRPO,
+        claim="SFT on the chosen raises the rejected too",
+        paper_numbers="fig. 2",
+        metric="log-prob of the rejected, nats, within round 1: last minus first five updates",
+        arms=("sft",),
+        effect=moved("rejected"),
+        least=0.2,
     ),
     Claim(
-        "C5.4",
-        IRPO,
-        "two rounds beat one with twice the pairs",
-        "78.0 against 74.8",
-        "greedy",
-        ("dpo_nll", "one_round"),
-        lambda a, b: a["rounds"][2]["greedy"] - b["rounds"][1]["greedy"],
+        id="C5.4",
+        paper=IRPO,
+        claim="two rounds beat one with twice the pairs",
+        paper_numbers="78.0 against 74.8",
+        metric="greedy",
+        arms=("dpo_nll", "one_round"),
+        effect=lambda a, b: a["rounds"][2]["greedy"] - b["rounds"][1]["greedy"],
     ),
     Claim(
-        "C5.4b",
-        IRPO,
-        "SFT gains little from twice the data",
-        "65.2 to 66.9",
-        "greedy after one round: twice the data minus once",
-        ("sft_one_round", "sft"),
-        after(1),
-        0.05,
-        "equal",
+        id="C5.4b",
+        paper=IRPO,
+        claim="SFT gains little from twice the data",
+        paper_numbers="65.2 to 66.9",
+        metric="greedy after one round: twice the data minus once",
+        arms=("sft_one_round", "sft"),
+        effect=after(1),
+        least=0.05,
+        rule="equal",
     ),
     Claim(
-        "C5.5",
-        IRPO,
-        "gains shrink from round to round",
-        "17.5, 4.9, 3.1, 0.5",
-        "gain of round 1 minus gain of round 2",
-        ("dpo_nll",),
-        lambda a: (
+        id="C5.5",
+        paper=IRPO,
+        claim="gains shrink from round to round",
+        paper_numbers="17.5, 4.9, 3.1, 0.5",
+        metric="gain of round 1 minus gain of round 2",
+        arms=("dpo_nll",),
+        effect=lambda a: (
             2 * a["rounds"][1]["greedy"] - a["rounds"][0]["greedy"] - a["rounds"][2]["greedy"]
         ),
     ),
     Claim(
-        "C5.7",
-        IRPO,
-        "it works although some winners have wrong reasoning",
-        "ARC, chance 25 %",
-        "four answers: right with only right steps, after two rounds minus before",
-        ("lucky_dpo_nll",),
-        lambda a: honest(a, 2) - honest(a, 0),
+        id="C5.7",
+        paper=IRPO,
+        claim="it works although some winners have wrong reasoning",
+        paper_numbers="ARC, chance 25 %",
+        metric="four answers: right with only right steps, after two rounds minus before",
+        arms=("lucky_dpo_nll",),
+        effect=lambda a: honest(a, 2) - honest(a, 0),
     ),
     Claim(
-        "C5.7b",
-        IRPO,
-        "and then the rejected side is needed",
-        "84.8 against 79.8 (ARC, round 1)",
-        "four answers, round 1: DPO + NLL minus SFT",
-        ("lucky_dpo_nll", "lucky_sft"),
-        after(1),
+        id="C5.7b",
+        paper=IRPO,
+        claim="and then the rejected side is needed",
+        paper_numbers="84.8 against 79.8 (ARC, round 1)",
+        metric="four answers, round 1: DPO + NLL minus SFT",
+        arms=("lucky_dpo_nll", "lucky_sft"),
+        effect=after(1),
     ),
     Claim(
-        "C5.3w",
-        IRPO,
-        "C5.3: rejected responses fall as they look unlike the chosen; less so with four answers",
-        "ours",
-        "log-prob of the rejected under SFT, nats, round 1, last minus first: four answers minus hundred",
-        ("lucky_sft", "sft"),
-        lambda a, b: moved("rejected")(a) - moved("rejected")(b),
-        0.2,
+        id="C5.3w",
+        paper=IRPO,
+        claim=(
+            "C5.3: rejected responses fall as they look unlike the chosen; less so with four "
+            "answers"
+        ),
+        paper_numbers="ours",
+        metric=(
+            "log-prob of the rejected under SFT, nats, round 1, last minus first: four answers "
+            "minus hundred"
+        ),
+        arms=("lucky_sft", "sft"),
+        effect=lambda a, b: moved("rejected")(a) - moved("rejected")(b),
+        least=0.2,
     ),
     # GLoRe
     Claim(
-        "C4.1",
-        GLORE,
-        "the SORM judges steps better than the ORM",
-        "81 against 73 %",
-        "step accuracy",
-        ("refine",),
-        steps("SORM", "step accuracy", "ORM"),
+        id="C4.1",
+        paper=GLORE,
+        claim="the SORM judges steps better than the ORM",
+        paper_numbers="81 against 73 %",
+        metric="step accuracy",
+        arms=("refine",),
+        effect=steps("SORM", "step accuracy", "ORM"),
     ),
     Claim(
-        "C4.1b",
-        GLORE,
-        "the ORM judges whole responses better than the SORM",
-        "about 5 points",
-        "accuracy on whole responses: ORM minus SORM",
-        ("refine",),
-        steps("ORM", "final accuracy", "SORM"),
+        id="C4.1b",
+        paper=GLORE,
+        claim="the ORM judges whole responses better than the SORM",
+        paper_numbers="about 5 points",
+        metric="accuracy on whole responses: ORM minus SORM",
+        arms=("refine",),
+        effect=steps("ORM", "final accuracy", "SORM"),
     ),
     Claim(
-        "C4.1c",
-        GLORE,
-        "the SORM finds the first error more often",
-        "no numbers",
-        "first error of wrong drafts",
-        ("refine",),
-        steps("SORM", "first error", "ORM"),
+        id="C4.1c",
+        paper=GLORE,
+        claim="the SORM finds the first error more often",
+        paper_numbers="no numbers",
+        metric="first error of wrong drafts",
+        arms=("refine",),
+        effect=steps("SORM", "first error", "ORM"),
     ),
     Claim(
-        "C4.1d",
-        GLORE,
-        "the ORM ranks whole responses better",
-        "no numbers",
-        "area under the curve: ORM minus SORM",
-        ("refine",),
-        steps("ORM", "final auc", "SORM"),
+        id="C4.1d",
+        paper=GLORE,
+        claim="the ORM ranks whole responses better",
+        paper_numbers="no numbers",
+        metric="area under the curve: ORM minus SORM",
+        arms=("refine",),
+        effect=steps("ORM", "final auc", "SORM"),
     ),
     Claim(
-        "C4.2",
-        GLORE,
-        "the ORM is pessimistic where the student is weak, the SORM is not",
-        "qualitative",
-        "right steps called wrong, where the student mostly fails minus where not: ORM minus SORM",
-        ("refine",),
-        lambda a: pessimism(a, "ORM") - pessimism(a, "SORM"),
+        id="C4.2",
+        paper=GLORE,
+        claim="the ORM is pessimistic where the student is weak, the SORM is not",
+        paper_numbers="qualitative",
+        metric=(
+            "right steps called wrong, where the student mostly fails minus where not: ORM minus "
+            "SORM"
+        ),
+        arms=("refine",),
+        effect=lambda a: pessimism(a, "ORM") - pessimism(a, "SORM"),
     ),
     Claim(
-        "C4.3",
-        GLORE,
-        "global and local refinement mend partly different drafts",
-        "qualitative",
-        "mended by either minus by the better one",
-        ("refine",),
-        lambda a: mended(a, "either") - max(mended(a, "global"), mended(a, "local")),
-        0.05,
-        "at least",
+        id="C4.3",
+        paper=GLORE,
+        claim="global and local refinement mend partly different drafts",
+        paper_numbers="qualitative",
+        metric="mended by either minus by the better one",
+        arms=("refine",),
+        effect=lambda a: mended(a, "either") - better_refiner(a),
+        least=0.05,
+        rule="at least",
     ),
     Claim(
-        "C4.3b",
-        GLORE,
-        "with the ORM choosing, both mend more than each",
-        "41 against 28 and 28 %",
-        "mended: chosen minus the better one",
-        ("refine",),
-        lambda a: mended(a, "chosen") - max(mended(a, "global"), mended(a, "local")),
+        id="C4.3b",
+        paper=GLORE,
+        claim="with the ORM choosing, both mend more than each",
+        paper_numbers="41 against 28 and 28 %",
+        metric="mended: chosen minus the better one",
+        arms=("refine",),
+        effect=lambda a: mended(a, "chosen") - better_refiner(a),
     ),
     Claim(
-        "C4.3c",
-        GLORE,
-        "refinement with the ORM beats the best of three",
-        "65 against 58",
-        "greedy",
-        ("refine",),
-        lambda a: a["found"]["global + local + ORM"] - a["found"]["best of 3"],
+        id="C4.3c",
+        paper=GLORE,
+        claim="refinement with the ORM beats the best of three",
+        paper_numbers="65 against 58",
+        metric="greedy",
+        arms=("refine",),
+        effect=lambda a: a["found"]["global + local + ORM"] - a["found"]["best of 3"],
     ),
     Claim(
-        "C4.3d",
-        GLORE,
-        "the best of three beats greedy",
-        "58 against 53",
-        "greedy",
-        ("refine",),
-        lambda a: a["found"]["best of 3"] - a["found"]["greedy"],
+        id="C4.3d",
+        paper=GLORE,
+        claim="the best of three beats greedy",
+        paper_numbers="58 against 53",
+        metric="greedy",
+        arms=("refine",),
+        effect=lambda a: a["found"]["best of 3"] - a["found"]["greedy"],
     ),
     Claim(
-        "C4.4",
-        GLORE,
-        "refining every draft breaks right ones",
-        "qualitative",
-        "right drafts broken, global",
-        ("refine",),
-        lambda a: a["found"]["broken"]["global"],
-        0.02,
-        "at least",
+        id="C4.4",
+        paper=GLORE,
+        claim="refining every draft breaks right ones",
+        paper_numbers="qualitative",
+        metric="right drafts broken, global",
+        arms=("refine",),
+        effect=lambda a: a["found"]["broken"]["global"],
+        least=0.02,
+        rule="at least",
     ),
     Claim(
-        "C4.4b",
-        GLORE,
-        "the ORM's choice repairs that",
-        "qualitative",
-        "broken: global minus chosen",
-        ("refine",),
-        lambda a: a["found"]["broken"]["global"] - a["found"]["broken"]["chosen"],
+        id="C4.4b",
+        paper=GLORE,
+        claim="the ORM's choice repairs that",
+        paper_numbers="qualitative",
+        metric="broken: global minus chosen",
+        arms=("refine",),
+        effect=lambda a: a["found"]["broken"]["global"] - a["found"]["broken"]["chosen"],
     ),
     Claim(
-        "C4.5",
-        GLORE,
-        "without balancing the score follows the position",
-        "ours, not the paper's",
-        "correlation of score and position: balanced minus not",
-        ("refine",),
-        steps("balanced", "correlation with position", "not balanced"),
-        0.05,
+        id="C4.5",
+        paper=GLORE,
+        claim="without balancing the score follows the position",
+        paper_numbers="ours, not the paper's",
+        metric="correlation of score and position: balanced minus not",
+        arms=("refine",),
+        effect=steps("balanced", "correlation with position", "not balanced"),
+        least=0.05,
     ),
     Claim(
-        "C4.5b",
-        GLORE,
-        "without the consistency check more bad steps are called good",
-        "ours, not the paper's",
-        "precision of labels, K = 8: with minus without",
-        ("refine",),
-        lambda a: labelled(a, "K = 8", "precision") - labelled(a, "no consistency", "precision"),
-        0.01,
+        id="C4.5b",
+        paper=GLORE,
+        claim="without the consistency check more bad steps are called good",
+        paper_numbers="ours, not the paper's",
+        metric="precision of labels, K = 8: with minus without",
+        arms=("refine",),
+        effect=lambda a: precision(a, "K = 8") - precision(a, "no consistency"),
+        least=0.01,
     ),
     Claim(
-        "C4.6",
-        GLORE,
-        "a refiner told the true place mends more than with the SORM's",
-        "ours, not the paper's",
-        "mended: by the truth minus by SORM",
-        ("refine",),
-        lambda a: mended(a, "local, place by the truth") - mended(a, "local, place by SORM"),
+        id="C4.6",
+        paper=GLORE,
+        claim="a refiner told the true place mends more than with the SORM's",
+        paper_numbers="ours, not the paper's",
+        metric="mended: by the truth minus by SORM",
+        arms=("refine",),
+        effect=lambda a: mended(a, "local, place by the truth") - mended(a, "local, place by SORM"),
     ),
     Claim(
-        "C4.6b",
-        GLORE,
-        "the SORM's place is better than a random one",
-        "ours, not the paper's",
-        "mended: by SORM minus by chance",
-        ("refine",),
-        lambda a: mended(a, "local, place by SORM") - mended(a, "local, place by chance"),
+        id="C4.6b",
+        paper=GLORE,
+        claim="the SORM's place is better than a random one",
+        paper_numbers="ours, not the paper's",
+        metric="mended: by SORM minus by chance",
+        arms=("refine",),
+        effect=lambda a: mended(a, "local, place by SORM") - mended(a, "local, place by chance"),
     ),
     Claim(
-        "C4.6c",
-        GLORE,
-        "and than the ORM's",
-        "ours, not the paper's",
-        "mended: by SORM minus by ORM",
-        ("refine",),
-        lambda a: mended(a, "local, place by SORM") - mended(a, "local, place by ORM"),
+        id="C4.6c",
+        paper=GLORE,
+        claim="and than the ORM's",
+        paper_numbers="ours, not the paper's",
+        metric="mended: by SORM minus by ORM",
+        arms=("refine",),
+        effect=lambda a: mended(a, "local, place by SORM") - mended(a, "local, place by ORM"),
     ),
     Claim(
-        "C4.7",
-        GLORE,
-        "many continuations call bad steps good",
-        "ours; the paper has 8",
-        "precision of labels: K = 1 minus 16",
-        ("refine",),
-        lambda a: labelled(a, "K = 1", "precision") - labelled(a, "K = 16", "precision"),
-        0.01,
+        id="C4.7",
+        paper=GLORE,
+        claim="many continuations call bad steps good",
+        paper_numbers="ours; the paper has 8",
+        metric="precision of labels: K = 1 minus 16",
+        arms=("refine",),
+        effect=lambda a: precision(a, "K = 1") - precision(a, "K = 16"),
+        least=0.01,
     ),
     # sequence-to-sequence reward
     Claim(
-        "C6.1",
-        S2S,
-        "ppo with the seq2seq reward beats ppo with a scalar model at the same KL",
-        "76.9 % wins on average",
-        "greedy, labeller without a weakness",
-        ("none",),
-        policy(SEQ, "greedy", LEVEL),
+        id="C6.1",
+        paper=S2S,
+        claim="ppo with the seq2seq reward beats ppo with a scalar model at the same KL",
+        paper_numbers="76.9 % wins on average",
+        metric="greedy, labeller without a weakness",
+        arms=("none",),
+        effect=policy(SEQ, "greedy", LEVEL),
     ),
     Claim(
-        "C6.1b",
-        S2S,
-        "and more so where the preferences mislead",
-        "abstract",
-        "that difference: labeller who falls for round answers minus labeller without a weakness",
-        ("round", "none"),
-        lambda a, b: policy(SEQ, "greedy", LEVEL)(a) - policy(SEQ, "greedy", LEVEL)(b),
+        id="C6.1b",
+        paper=S2S,
+        claim="and more so where the preferences mislead",
+        paper_numbers="abstract",
+        metric=(
+            "that difference: labeller who falls for round answers minus labeller without a "
+            "weakness"
+        ),
+        arms=("round", "none"),
+        effect=lambda a, b: policy(SEQ, "greedy", LEVEL)(a) - policy(SEQ, "greedy", LEVEL)(b),
     ),
     Claim(
-        "C6.2",
-        S2S,
-        "less bias to long responses",
-        "abstract",
-        "tokens, long ones liked: scalar minus seq2seq",
-        ("long",),
-        policy(LEVEL, "length", SEQ),
-        0.5,
+        id="C6.2",
+        paper=S2S,
+        claim="less bias to long responses",
+        paper_numbers="abstract",
+        metric="tokens, long ones liked: scalar minus seq2seq",
+        arms=("long",),
+        effect=policy(LEVEL, "length", SEQ),
+        least=0.5,
     ),
     Claim(
-        "C6.3",
-        S2S,
-        "fewer harmless problems refused",
-        "abstract",
-        "refused: scalar minus seq2seq",
-        ("refusal",),
-        policy(LEVEL, "refused", SEQ),
+        id="C6.3",
+        paper=S2S,
+        claim="fewer harmless problems refused",
+        paper_numbers="abstract",
+        metric="refused: scalar minus seq2seq",
+        arms=("refusal",),
+        effect=policy(LEVEL, "refused", SEQ),
     ),
     Claim(
-        "C6.4",
-        S2S,
-        "smaller losses on new kinds of prompts",
-        "abstract",
-        "right on chains of three, trained on one and two, minus right on these: seq2seq minus scalar",
-        ("short",),
-        lambda a: policy(SEQ, "longer chains", LEVEL)(a) - policy(SEQ, "greedy", LEVEL)(a),
+        id="C6.4",
+        paper=S2S,
+        claim="smaller losses on new kinds of prompts",
+        paper_numbers="abstract",
+        metric=(
+            "right on chains of three, trained on one and two, minus right on these: seq2seq minus "
+            "scalar"
+        ),
+        arms=("short",),
+        effect=lambda a: policy(SEQ, "longer chains", LEVEL)(a) - policy(SEQ, "greedy", LEVEL)(a),
     ),
     Claim(
-        "C6.5",
-        S2S,
-        "a rewriter of identities only misses errors",
-        "ours, not the paper's",
-        "injected errors found: both minus identity only",
-        ("round",),
-        steps("argmax", "recall", "identity only"),
+        id="C6.5",
+        paper=S2S,
+        claim="a rewriter of identities only misses errors",
+        paper_numbers="ours, not the paper's",
+        metric="injected errors found: both minus identity only",
+        arms=("round",),
+        effect=steps("argmax", "recall", "identity only"),
     ),
     Claim(
-        "C6.5b",
-        S2S,
-        "a rewriter of corrections only mends what is right",
-        "ours, not the paper's",
-        "right responses untouched: both minus corrections only",
-        ("round",),
-        steps("argmax", "clean untouched", "correction only"),
+        id="C6.5b",
+        paper=S2S,
+        claim="a rewriter of corrections only mends what is right",
+        paper_numbers="ours, not the paper's",
+        metric="right responses untouched: both minus corrections only",
+        arms=("round",),
+        effect=steps("argmax", "clean untouched", "correction only"),
     ),
     Claim(
-        "C6.6",
-        S2S,
-        "its token scores find the error better than a scalar model's",
-        "ours, not the paper's",
-        "the first negative token is the error, minus: the scalar score's largest fall is",
-        ("round",),
-        steps("argmax", "first", "scalar, largest fall"),
+        id="C6.6",
+        paper=S2S,
+        claim="its token scores find the error better than a scalar model's",
+        paper_numbers="ours, not the paper's",
+        metric="the first negative token is the error, minus: the scalar score's largest fall is",
+        arms=("round",),
+        effect=steps("argmax", "first", "scalar, largest fall"),
     ),
     Claim(
-        "C6.7",
-        S2S,
-        "positive and negative scores together beat positive ones",
-        "ours, not the paper's",
-        "greedy (the reward's size changes too)",
-        ("none", "positive_only"),
-        lambda a, b: a["found"][SEQ]["greedy"] - b["found"][SEQ]["greedy"],
+        id="C6.7",
+        paper=S2S,
+        claim="positive and negative scores together beat positive ones",
+        paper_numbers="ours, not the paper's",
+        metric="greedy (the reward's size changes too)",
+        arms=("none", "positive_only"),
+        effect=lambda a, b: a["found"][SEQ]["greedy"] - b["found"][SEQ]["greedy"],
     ),
     Claim(
-        "C6.7b",
-        S2S,
-        "and negative ones",
-        "ours, not the paper's",
-        "greedy (the reward's size changes too)",
-        ("none", "negative_only"),
-        lambda a, b: a["found"][SEQ]["greedy"] - b["found"][SEQ]["greedy"],
+        id="C6.7b",
+        paper=S2S,
+        claim="and negative ones",
+        paper_numbers="ours, not the paper's",
+        metric="greedy (the reward's size changes too)",
+        arms=("none", "negative_only"),
+        effect=lambda a, b: a["found"][SEQ]["greedy"] - b["found"][SEQ]["greedy"],
     ),
     # self-rewarding; with DPO + NLL (alpha 5) but for C7.1c
     Claim(
-        "C7.1",
-        SRLM,
-        "M2 wins against M1",
-        "55.5 to 11.7",
-        "wins minus 1/2, DPO + NLL",
-        ("self_rewarding",),
-        lambda a: a["rounds"][1]["over M1"]["win"] - 0.5,
+        id="C7.1",
+        paper=SRLM,
+        claim="M2 wins against M1",
+        paper_numbers="55.5 to 11.7",
+        metric="wins minus 1/2, DPO + NLL",
+        arms=("self_rewarding",),
+        effect=lambda a: a["rounds"][1]["over M1"]["win"] - 0.5,
     ),
     Claim(
-        "C7.1b",
-        SRLM,
-        "M3 wins against M2",
-        "47.7 to 12.5",
-        "wins minus 1/2, DPO + NLL",
-        ("self_rewarding",),
-        lambda a: a["rounds"][2]["over the last"]["win"] - 0.5,
+        id="C7.1b",
+        paper=SRLM,
+        claim="M3 wins against M2",
+        paper_numbers="47.7 to 12.5",
+        metric="wins minus 1/2, DPO + NLL",
+        arms=("self_rewarding",),
+        effect=lambda a: a["rounds"][2]["over the last"]["win"] - 0.5,
     ),
     Claim(
-        "C7.1c",
-        SRLM,
-        "and with DPO alone, the paper's loss",
-        "47.7 to 12.5",
-        "wins of M3 over M2 minus 1/2, DPO",
-        ("own_dpo",),
-        lambda a: a["rounds"][2]["over the last"]["win"] - 0.5,
+        id="C7.1c",
+        paper=SRLM,
+        claim="and with DPO alone, the paper's loss",
+        paper_numbers="47.7 to 12.5",
+        metric="wins of M3 over M2 minus 1/2, DPO",
+        arms=("own_dpo",),
+        effect=lambda a: a["rounds"][2]["over the last"]["win"] - 0.5,
     ),
     Claim(
-        "C7.1w",
-        SRLM,
-        "C7.1c: it is the NLL that keeps self-rewarding from losing accuracy",
-        "ours",
-        "greedy of M3: DPO + NLL minus DPO",
-        ("self_rewarding", "own_dpo"),
-        after(2),
+        id="C7.1w",
+        paper=SRLM,
+        claim="C7.1c: it is the NLL that keeps self-rewarding from losing accuracy",
+        paper_numbers="ours",
+        metric="greedy of M3: DPO + NLL minus DPO",
+        arms=("self_rewarding", "own_dpo"),
+        effect=after(2),
     ),
     Claim(
-        "C7.2",
-        SRLM,
-        "the judge gets better without judge data",
-        "78.7, 80.4, 81.7 %",
-        "pairs in order: M3 minus M1",
-        ("self_rewarding",),
-        lambda a: judged(a, 2) - judged(a, 0),
+        id="C7.2",
+        paper=SRLM,
+        claim="the judge gets better without judge data",
+        paper_numbers="78.7, 80.4, 81.7 %",
+        metric="pairs in order: M3 minus M1",
+        arms=("self_rewarding",),
+        effect=lambda a: judged(a, 2) - judged(a, 0),
     ),
     Claim(
-        "C7.3",
-        SRLM,
-        "seed data for judging multiplies the pairs",
-        "541 against 3,964",
-        "pairs of round 1, of all problems: with minus without",
-        ("self_rewarding", "no_eft"),
-        lambda a, b: a["rounds"][1]["pairs"] / posed(a) - b["rounds"][1]["pairs"] / posed(b),
+        id="C7.3",
+        paper=SRLM,
+        claim="seed data for judging multiplies the pairs",
+        paper_numbers="541 against 3,964",
+        metric="pairs of round 1, of all problems: with minus without",
+        arms=("self_rewarding", "no_eft"),
+        effect=lambda a, b: pairs_each(a) - pairs_each(b),
     ),
     Claim(
-        "C7.3b",
-        SRLM,
-        "and does not hurt solving",
-        "30.5 to 30.9",
-        "greedy of M1, the same solving data: with minus without",
-        ("self_rewarding", "no_eft"),
-        after(0),
-        0.03,
-        "no worse",
+        id="C7.3b",
+        paper=SRLM,
+        claim="and does not hurt solving",
+        paper_numbers="30.5 to 30.9",
+        metric="greedy of M1, the same solving data: with minus without",
+        arms=("self_rewarding", "no_eft"),
+        effect=after(0),
+        least=0.03,
+        rule="no worse",
     ),
     Claim(
-        "C7.5",
-        SRLM,
-        "pairs beat SFT on the best",
-        "30 against 29: no gain by SFT",
-        "greedy of M3",
-        ("self_rewarding", "top_sft"),
-        after(2),
+        id="C7.5",
+        paper=SRLM,
+        claim="pairs beat SFT on the best",
+        paper_numbers="30 against 29: no gain by SFT",
+        metric="greedy of M3",
+        arms=("self_rewarding", "top_sft"),
+        effect=after(2),
     ),
     Claim(
-        "C7.6",
-        SRLM,
-        "responses grow longer",
-        "1092, 1552, 2552",
-        "tokens, greedy, test: M3 minus M1",
-        ("self_rewarding",),
-        lambda a: a["rounds"][2]["tokens"] - a["rounds"][0]["tokens"],
-        0.25,
+        id="C7.6",
+        paper=SRLM,
+        claim="responses grow longer",
+        paper_numbers="1092, 1552, 2552",
+        metric="tokens, greedy, test: M3 minus M1",
+        arms=("self_rewarding",),
+        effect=lambda a: a["rounds"][2]["tokens"] - a["rounds"][0]["tokens"],
+        least=0.25,
     ),
     Claim(
-        "C7.7",
-        SRLM,
-        "three judgements order pairs better than one",
-        "three are averaged, no ablation",
-        "pairs in order, M1: 3 minus 1",
-        ("self_rewarding", "one_judgement"),
-        lambda a, b: judged(a, 0) - judged(b, 0),
+        id="C7.7",
+        paper=SRLM,
+        claim="three judgements order pairs better than one",
+        paper_numbers="three are averaged, no ablation",
+        metric="pairs in order, M1: 3 minus 1",
+        arms=("self_rewarding", "one_judgement"),
+        effect=lambda a, b: judged(a, 0) - judged(b, 0),
     ),
     Claim(
-        "C7.7b",
-        SRLM,
-        "and tie less often",
-        "three are averaged, no ablation",
-        "problems with one score for all, M1: 1 minus 3",
-        ("self_rewarding", "one_judgement"),
-        lambda a, b: judged(b, 0, "tied") - judged(a, 0, "tied"),
+        id="C7.7b",
+        paper=SRLM,
+        claim="and tie less often",
+        paper_numbers="three are averaged, no ablation",
+        metric="problems with one score for all, M1: 1 minus 3",
+        arms=("self_rewarding", "one_judgement"),
+        effect=lambda a, b: judged(b, 0, "tied") - judged(a, 0, "tied"),
     ),
     Claim(
-        "C7.8",
-        SRLM,
-        "a judge that learns along teaches more than a frozen one",
-        "ours, not the paper's",
-        "greedy of M3",
-        ("self_rewarding", "frozen_judge"),
-        after(2),
+        id="C7.8",
+        paper=SRLM,
+        claim="a judge that learns along teaches more than a frozen one",
+        paper_numbers="ours, not the paper's",
+        metric="greedy of M3",
+        arms=("self_rewarding", "frozen_judge"),
+        effect=after(2),
     ),
     # denoising process reward, and its baseline
     Claim(
-        "C3.1",
-        SAPO,
-        "the process reward beats the outcome alone at equal updates: arithmetic",
-        "82.1 against 81.9 (GSM8K, best of lengths)",
-        "greedy",
-        ("d_process", "d_outcome"),
-        greedy,
+        id="C3.1",
+        paper=SAPO,
+        claim="the process reward beats the outcome alone at equal updates: arithmetic",
+        paper_numbers="82.1 against 81.9 (GSM8K, best of lengths)",
+        metric="greedy",
+        arms=("d_process", "d_outcome"),
+        effect=greedy,
     ),
     Claim(
-        "C3.1b",
-        SAPO,
-        "at equal updates: a planning task",
-        "Sudoku 22.4 against 18.4, Countdown 56.3 against 37.1",
-        "greedy, 4x4 Sudoku",
-        ("sudoku_process", "sudoku_outcome"),
-        greedy,
+        id="C3.1b",
+        paper=SAPO,
+        claim="at equal updates: a planning task",
+        paper_numbers="Sudoku 22.4 against 18.4, Countdown 56.3 against 37.1",
+        metric="greedy, 4x4 Sudoku",
+        arms=("sudoku_process", "sudoku_outcome"),
+        effect=greedy,
     ),
     Claim(
-        "C3.1c",
-        SAPO,
-        "and at equal samples: arithmetic",
-        "not reported",
-        "greedy",
-        ("d_process", "d_outcome_more"),
-        greedy,
+        id="C3.1c",
+        paper=SAPO,
+        claim="and at equal samples: arithmetic",
+        paper_numbers="not reported",
+        metric="greedy",
+        arms=("d_process", "d_outcome_more"),
+        effect=greedy,
     ),
     Claim(
-        "C3.1d",
-        SAPO,
-        "and at equal samples: a planning task",
-        "not reported",
-        "greedy, 4x4 Sudoku",
-        ("sudoku_process", "sudoku_outcome_more"),
-        greedy,
+        id="C3.1d",
+        paper=SAPO,
+        claim="and at equal samples: a planning task",
+        paper_numbers="not reported",
+        metric="greedy, 4x4 Sudoku",
+        arms=("sudoku_process", "sudoku_outcome_more"),
+        effect=greedy,
     ),
     Claim(
-        "C3.1e",
-        SAPO,
-        "and more so in planning",
-        "Countdown 19 points, GSM8K 0.2",
-        "that gain at equal updates: Sudoku minus arithmetic",
-        ("sudoku_process", "sudoku_outcome", "d_process", "d_outcome"),
-        lambda a, b, c, d: greedy(a, b) - greedy(c, d),
+        id="C3.1e",
+        paper=SAPO,
+        claim="and more so in planning",
+        paper_numbers="Countdown 19 points, GSM8K 0.2",
+        metric="that gain at equal updates: Sudoku minus arithmetic",
+        arms=("sudoku_process", "sudoku_outcome", "d_process", "d_outcome"),
+        effect=lambda a, b, c, d: greedy(a, b) - greedy(c, d),
     ),
     Claim(
-        "C3.2",
-        SAPO,
-        "the answer half way is better",
-        "qualitative",
-        "right if read after half of the steps",
-        ("d_process", "d_outcome"),
-        lambda a, b: a["found"]["answer after"]["0.5"] - b["found"]["answer after"]["0.5"],
+        id="C3.2",
+        paper=SAPO,
+        claim="the answer half way is better",
+        paper_numbers="qualitative",
+        metric="right if read after half of the steps",
+        arms=("d_process", "d_outcome"),
+        effect=lambda a, b: a["found"]["answer after"]["0.5"] - b["found"]["answer after"]["0.5"],
     ),
     Claim(
-        "C3.3",
-        SAPO,
-        "fewer sampling steps cost less",
-        "Table 3, not seen",
-        "lost with half of the passes: outcome minus process",
-        ("d_outcome", "d_process"),
-        lambda a, b: lost("1/2")(a) - lost("1/2")(b),
+        id="C3.3",
+        paper=SAPO,
+        claim="fewer sampling steps cost less",
+        paper_numbers="Table 3, not seen",
+        metric="lost with half of the passes: outcome minus process",
+        arms=("d_outcome", "d_process"),
+        effect=lambda a, b: lost("1/2")(a) - lost("1/2")(b),
     ),
     Claim(
-        "C3.4",
-        SAPO,
-        "more branches help",
-        "N ablation, not seen",
-        "greedy: N = 8 minus 1",
-        ("d_n8", "d_n1"),
-        greedy,
+        id="C3.4",
+        paper=SAPO,
+        claim="more branches help",
+        paper_numbers="N ablation, not seen",
+        metric="greedy: N = 8 minus 1",
+        arms=("d_n8", "d_n1"),
+        effect=greedy,
     ),
     Claim(
-        "C3.5",
-        SAPO,
-        "the indicator is needed",
-        "not reported",
-        "greedy: with minus without",
-        ("d_process", "d_no_indicator"),
-        greedy,
+        id="C3.5",
+        paper=SAPO,
+        claim="the indicator is needed",
+        paper_numbers="not reported",
+        metric="greedy: with minus without",
+        arms=("d_process", "d_no_indicator"),
+        effect=greedy,
     ),
     Claim(
-        "C3.5b",
-        SAPO,
-        "a t drawn at random beats a fixed one",
-        "not reported",
-        "greedy: random minus half way",
-        ("d_process", "d_fixed_t"),
-        greedy,
+        id="C3.5b",
+        paper=SAPO,
+        claim="a t drawn at random beats a fixed one",
+        paper_numbers="not reported",
+        metric="greedy: random minus half way",
+        arms=("d_process", "d_fixed_t"),
+        effect=greedy,
     ),
     Claim(
-        "C3.6",
-        SAPO,
-        "credit for each stretch beats credit for all tokens",
-        "ours, not the paper's",
-        "greedy",
-        ("d_segments", "d_process"),
-        greedy,
+        id="C3.6",
+        paper=SAPO,
+        claim="credit for each stretch beats credit for all tokens",
+        paper_numbers="ours, not the paper's",
+        metric="greedy",
+        arms=("d_segments", "d_process"),
+        effect=greedy,
     ),
     Claim(
-        "C3.7",
-        SAPO,
-        "shared states beat the outcome alone with the same samples",
-        "v2 may do so",
-        "greedy",
-        ("d_shared", "d_outcome"),
-        greedy,
+        id="C3.7",
+        paper=SAPO,
+        claim="shared states beat the outcome alone with the same samples",
+        paper_numbers="v2 may do so",
+        metric="greedy",
+        arms=("d_shared", "d_outcome"),
+        effect=greedy,
     ),
     Claim(
-        "C3.8",
-        SAPO,
-        "right answers have right steps more often",
-        "examples only",
-        "right answers with only right steps: process minus outcome",
-        ("d_process", "d_outcome"),
-        lambda a, b: (
+        id="C3.8",
+        paper=SAPO,
+        claim="right answers have right steps more often",
+        paper_numbers="examples only",
+        metric="right answers with only right steps: process minus outcome",
+        arms=("d_process", "d_outcome"),
+        effect=lambda a, b: (
             a["found"]["right answers with right steps"]
             - b["found"]["right answers with right steps"]
         ),
     ),
     Claim(
-        "C2.1",
-        D1,
-        "hiding prompt tokens at random allows many passes over a batch",
-        "mu = 12",
-        "greedy with eight passes: 15 % hidden minus none",
-        ("d_mu8_p15", "d_mu8"),
-        greedy,
+        id="C2.1",
+        paper=D1,
+        claim="hiding prompt tokens at random allows many passes over a batch",
+        paper_numbers="mu = 12",
+        metric="greedy with eight passes: 15 % hidden minus none",
+        arms=("d_mu8_p15", "d_mu8"),
+        effect=greedy,
     ),
     Claim(
-        "C2.1b",
-        D1,
-        "hiding half of them is too much",
-        "0.1 to 0.3 best, 0.5 unstable",
-        "greedy with eight passes: 15 % minus 50 % hidden",
-        ("d_mu8_p15", "d_mu8_p50"),
-        greedy,
+        id="C2.1b",
+        paper=D1,
+        claim="hiding half of them is too much",
+        paper_numbers="0.1 to 0.3 best, 0.5 unstable",
+        metric="greedy with eight passes: 15 % minus 50 % hidden",
+        arms=("d_mu8_p15", "d_mu8_p50"),
+        effect=greedy,
     ),
     Claim(
-        "C2.4",
-        "2506.20639",
-        "a coupled estimate of the likelihood trains better than the mean field",
-        "EvalPlus + 4.4 % by the whole method",
-        "greedy",
-        ("d_coupled", "d_outcome"),
-        greedy,
+        id="C2.4",
+        paper="2506.20639",
+        claim="a coupled estimate of the likelihood trains better than the mean field",
+        paper_numbers="EvalPlus + 4.4 % by the whole method",
+        metric="greedy",
+        arms=("d_coupled", "d_outcome"),
+        effect=greedy,
     ),
     Claim(
-        "C2.3",
-        "2505.19223",
-        "sharing masks between policy and reference lowers the margin's variance",
-        "a theorem",
-        "1 - deviation with shared masks over that with own ones (a check)",
-        ("groups",),
-        lambda a: 1 - a["found"]["shared masks"] / a["found"]["own masks"],
+        id="C2.3",
+        paper="2505.19223",
+        claim="sharing masks between policy and reference lowers the margin's variance",
+        paper_numbers="a theorem",
+        metric="1 - deviation with shared masks over that with own ones (a check)",
+        arms=("groups",),
+        effect=lambda a: 1 - a["found"]["shared masks"] / a["found"]["own masks"],
     ),
 ]
 
-# Why a claim does not hold here, or cannot be decided, and the experiment that says so: a claim whose id ends in w,
-# or the same metric at laptop size (a column of the table)
+# Why a claim does not hold here, or cannot be decided, and the experiment that says so: a claim
+# whose id ends in w, or the same metric at laptop size (a column of the table).
 WHY: dict[str, str] = {
-    "P1": "Four passes in minibatches of 64 damage the policy at this rate, clipped or not: greedy 0.37 to 0.56 "
-    "where one pass ends at 0.81 to 0.88, and seeds differ by twenty points. P1w lowers the rate.",
-    "P2": "Advantages are whitened and Adam divides by the size of gradients, so the scale reaches the critic "
-    "alone. P2w: there is little to repair.",
-    "P6": "The KL starts at 0, so beta falls first, by a tenth an update, and has no time to come back within 20 "
-    "updates. P6w takes a faster controller.",
-    "P6w": "Faster is worse: beta halves in each update until the KL has passed its target, and is then too small "
-    "to hold it. The controller winds up; it was made for runs of thousands of updates, and a fixed beta is "
-    "the better choice for 20.",
+    "P1": (
+        "Four passes in minibatches of 64 damage the policy at this rate, clipped or not: greedy "
+        "0.37 to 0.56 where one pass ends at 0.81 to 0.88, and seeds differ by twenty points. P1w "
+        "lowers the rate."
+    ),
+    "P2": (
+        "Advantages are whitened and Adam divides by the size of gradients, so the scale reaches "
+        "the critic alone. P2w: there is little to repair."
+    ),
+    "P6": (
+        "The KL starts at 0, so beta falls first, by a tenth an update, and has no time to come "
+        "back within 20 updates. P6w takes a faster controller."
+    ),
+    "P6w": (
+        "Faster is worse: beta halves in each update until the KL has passed its target, and is "
+        "then too small to hold it. The controller winds up; it was made for runs of thousands of "
+        "updates, and a fixed beta is the better choice for 20."
+    ),
     "P8": "The noise of seeds is as wide as the margin; at laptop size it holds.",
-    "P10": "The sign is the paper's, the size is not: gradients are far above either eps. P10w takes one that is "
-    "not.",
-    "C5.1c": "Positive on average at both sizes, clear at neither: how lucky the winners are differs from base to "
-    "base.",
-    "C5.3": "In the paper both sides are long texts that differ late; here a wrong response often shows its habit "
-    "in the first tokens, and loses what the chosen gain. C5.3w: where the sides are more alike it loses "
-    "less.",
+    "P10": (
+        "The sign is the paper's, the size is not: gradients are far above either eps. P10w takes "
+        "one that is not."
+    ),
+    "C5.1c": (
+        "Positive on average at both sizes, clear at neither: how lucky the winners are differs "
+        "from base to base."
+    ),
+    "C5.3": (
+        "In the paper both sides are long texts that differ late; here a wrong response often "
+        "shows its habit in the first tokens, and loses what the chosen gain. C5.3w: where the "
+        "sides are more alike it loses less."
+    ),
     "C5.4b": "The gain is about as large as the margin, and seeds differ more than that.",
-    "C4.1": "A fourth of the drafts and half of the updates are too few for either head; at laptop size it holds, "
-    "with a third of the paper's eight points.",
-    "C4.1b": "No difference at either size. ORM and SORM are two heads of one trunk here (a DEVIATION), which reads "
-    "both kinds of labels.",
+    "C4.1": (
+        "A fourth of the drafts and half of the updates are too few for either head; at laptop "
+        "size it holds, with a third of the paper's eight points."
+    ),
+    "C4.1b": (
+        "No difference at either size. ORM and SORM are two heads of one trunk here (a DEVIATION), "
+        "which reads both kinds of labels."
+    ),
     "C4.1d": "As C4.1b.",
     "C4.2": "As C4.1: too few drafts; it holds at laptop size.",
     "C4.3": "As C4.1: too few drafts; it holds at laptop size.",
-    "C4.3b": "At neither size. The refiners do mend different drafts (C4.3), but an ORM of this quality (area under "
-    "the curve 0.8 at laptop size, inside.json) loses more by its choices than the second refiner brings.",
-    "C4.3c": "Refiners of 80 updates break a third of the right drafts (C4.4). At laptop size they break an eighth, "
-    "and it holds.",
-    "C4.3d": "At neither size: samples are worse than the greedy draft, and the ORM is too weak to make that up.",
-    "C4.4b": "At neither size clear: the ORM takes a broken draft for a mended one about as often as the other way "
-    "round.",
-    "C4.5b": "The student never ignores a result that it has written, so the check rejects nothing, at either size.",
+    "C4.3b": (
+        "At neither size. The refiners do mend different drafts (C4.3), but an ORM of this quality "
+        "(area under the curve 0.8 at laptop size, inside.json) loses more by its choices than the "
+        "second refiner brings."
+    ),
+    "C4.3c": (
+        "Refiners of 80 updates break a third of the right drafts (C4.4). At laptop size they "
+        "break an eighth, and it holds."
+    ),
+    "C4.3d": (
+        "At neither size: samples are worse than the greedy draft, and the ORM is too weak to make "
+        "that up."
+    ),
+    "C4.4b": (
+        "At neither size clear: the ORM takes a broken draft for a mended one about as often as "
+        "the other way round."
+    ),
+    "C4.5b": (
+        "The student never ignores a result that it has written, so the check rejects nothing, at "
+        "either size."
+    ),
     "C4.6b": "As C4.1: too few drafts; clear at laptop size.",
     "C4.6c": "Clear at neither size: two heads of one trunk, see C4.1b.",
-    "C6.1": "At neither size: a labeller without a weakness leaves the scalar model nothing wrong to learn. C6.1b "
-    "asks about one with a weakness.",
+    "C6.1": (
+        "At neither size: a labeller without a weakness leaves the scalar model nothing wrong to "
+        "learn. C6.1b asks about one with a weakness."
+    ),
     "C6.1b": "Positive on average; clear at laptop size.",
-    "C6.4": "At neither size: the base knows chains of three already, so they are new to the rewards only.",
-    "C6.7": "Better in every seed, but by less than the two points asked for: the positive scores end at the first "
-    "disagreement and so say nearly all. Without them (C6.7b) much is lost.",
-    "C7.1c": "DPO alone pushes the chosen down too (C5.2). C7.1w: with the NLL the same rounds end 20 to 30 points "
-    "higher.",
-    "C7.2": "At neither size: rounds pay for solutions, not for judgements, and the seed data of judging is all "
-    "there is.",
-    "C7.3b": "Seeds differ by more than the margin; at laptop size it costs 3.5 points (three seeds): a model this "
-    "small shares its room.",
+    "C6.4": (
+        "At neither size: the base knows chains of three already, so they are new to the rewards "
+        "only."
+    ),
+    "C6.7": (
+        "Better in every seed, but by less than the two points asked for: the positive scores end "
+        "at the first disagreement and so say nearly all. Without them (C6.7b) much is lost."
+    ),
+    "C7.1c": (
+        "DPO alone pushes the chosen down too (C5.2). C7.1w: with the NLL the same rounds end 20 "
+        "to 30 points higher."
+    ),
+    "C7.2": (
+        "At neither size: rounds pay for solutions, not for judgements, and the seed data of "
+        "judging is all there is."
+    ),
+    "C7.3b": (
+        "Seeds differ by more than the margin; at laptop size it costs 3.5 points (three seeds): a "
+        "model this small shares its room."
+    ),
     "C7.5": "Positive on average at both sizes, clear at neither.",
-    "C7.8": "No difference at either size: a judge that does not get better (C7.2) may as well be frozen.",
+    "C7.8": (
+        "No difference at either size: a judge that does not get better (C7.2) may as well be "
+        "frozen."
+    ),
     "C3.1": "Positive on average at both sizes, and smaller than what seeds do.",
-    "C3.1b": "At laptop size there is no difference. (7) speaks of responses that beat their group, a fifth of all "
-    "on Sudoku (denoise.json), and pushes those unequally that go up anyway.",
+    "C3.1b": (
+        "At laptop size there is no difference. (7) speaks of responses that beat their group, a "
+        "fifth of all on Sudoku (denoise.json), and pushes those unequally that go up anyway."
+    ),
     "C3.1c": "What four branches cost is as well spent on more updates, at either size.",
     "C3.1d": "As C3.1b and C3.1c; no difference at laptop size.",
     "C3.1e": "As C3.1b; no difference at laptop size.",
-    "C3.2": "At neither size. At laptop size what is read after a quarter of the steps is better (denoise.json), "
-    "but few answers are there so early: this model writes from left to right.",
-    "C3.3": "At neither size: several tokens a pass are drawn independently, whoever was paid for what.",
+    "C3.2": (
+        "At neither size. At laptop size what is read after a quarter of the steps is better "
+        "(denoise.json), but few answers are there so early: this model writes from left to right."
+    ),
+    "C3.3": (
+        "At neither size: several tokens a pass are drawn independently, whoever was paid for what."
+    ),
     "C3.4": "At neither size: how well V is known does not matter where D adds this little.",
     "C3.5": "Clear at neither size; on average the indicator helps, by less than seeds differ.",
     "C3.5b": "At neither size: any state between the first and the last says the same.",
-    "C3.6": "At neither size: a stretch of one response is judged by four samples, and that noise is paid for too.",
+    "C3.6": (
+        "At neither size: a stretch of one response is judged by four samples, and that noise is "
+        "paid for too."
+    ),
     "C3.7": "At neither size: a group of eight with shared states has fewer different responses.",
     "C3.8": "Clear at neither size: of the right answers most have right steps already.",
-    "C2.1": "A prompt has ten tokens here, so hiding 15 % hides a digit and asks another problem; and eight passes "
-    "do no harm without it (denoise.json: 0.542 with eight, 0.540 with two).",
+    "C2.1": (
+        "A prompt has ten tokens here, so hiding 15 % hides a digit and asks another problem; and "
+        "eight passes do no harm without it (denoise.json: 0.542 with eight, 0.540 with two)."
+    ),
     "C2.4": "Twelve updates are too few to tell; at laptop size it gains eleven points.",
 }
 
@@ -1163,7 +1440,9 @@ def weigh(claim: Claim, told: dict[int, float]) -> dict | None:
     if len(told) < 3:
         return None
     values = list(told.values())
-    low, high = (mean(values) + sign * front.half_width(values) for sign in (-1, 1))
+    half = front.half_width(values)
+    low = mean(values) - half
+    high = mean(values) + half
     return {
         "effect": round(mean(values), 4),
         "low": round(low, 4),
@@ -1180,7 +1459,8 @@ def judge(claim: Claim, found: dict[str, dict[int, dict]]) -> dict | None:
     if not said:
         return None
     runs = [found[arm][seed] for arm in claim.arms for seed in said["seeds"]]
-    command = f"python notebooks/claims.py {claim.id} --seeds {' '.join(map(str, said['seeds']))}"
+    seeds = " ".join(str(seed) for seed in said["seeds"])
+    threads = runs[0]["threads"]
     return {
         "id": claim.id,
         "paper": claim.paper,
@@ -1190,28 +1470,30 @@ def judge(claim: Claim, found: dict[str, dict[int, dict]]) -> dict | None:
         "rule": RULES[claim.rule].format(claim.least),
         **said,
         "why": "" if said["verdict"] == "reproduced" else WHY.get(claim.id, ""),
-        "command": f"{command} --threads {runs[0]['threads']}",
+        "command": f"python notebooks/claims.py {claim.id} --seeds {seeds} --threads {threads}",
         "commit": " ".join(sorted({run["commit"] for run in runs})),
         "machine": runs[0]["machine"],
         "torch": runs[0]["torch"],
     }
 
 
+def read_result(name: str) -> dict:
+    """A file of notebooks/results."""
+    return json.loads((OUT.parent / f"{name}.json").read_text())
+
+
 def at_laptop_size() -> dict[str, dict[int, dict]]:
-    """The arms that the other experiments of this folder have run at `--config laptop`: a look at scale."""
-    read = lambda name: json.loads((OUT.parent / f"{name}.json").read_text())  # noqa: E731
-    found = {
-        name: {
-            r["seed"]: {"found": {"greedy": r["final"], "base": r["base"]}} for r in kept["results"]
-        }
-        for name in ("gae", "grpo", "rloo")
-        for kept in [read(f"ppo_{name}")]
-    }
-    for part, before in (("preferences", ""), ("inside", ""), ("denoise", "d_")):
-        for arm, kept in read(part).items():
-            found[arm if arm.startswith("sudoku") else before + arm] = {
-                job["seed"]: job for job in kept["seeds"]
-            }
+    """The arms that the other experiments have run at `--config laptop`: a look at scale."""
+    found: dict[str, dict[int, dict]] = {}
+    for name in ("gae", "grpo", "rloo"):
+        found[name] = {}
+        for result in read_result(f"ppo_{name}")["results"]:
+            both = {"greedy": result["final"], "base": result["base"]}
+            found[name][result["seed"]] = {"found": both}
+    for part, prefix in (("preferences", ""), ("inside", ""), ("denoise", "d_")):
+        for arm, kept in read_result(part).items():
+            name = arm if arm.startswith("sudoku") else prefix + arm
+            found[name] = {job["seed"]: job for job in kept["seeds"]}
     return found
 
 
@@ -1222,7 +1504,8 @@ def collect() -> list[dict]:
         job = json.loads(path.read_text())
         found.setdefault(job["arm"], {})[job["seed"]] = job
     before = {line["id"]: line for line in json.loads(OUT.read_text())} if OUT.exists() else {}
-    lines, large = [], at_laptop_size()
+    lines = []
+    large = at_laptop_size()
     for claim in CLAIMS:
         if line := judge(claim, found) or before.get(claim.id):
             try:
@@ -1234,27 +1517,26 @@ def collect() -> list[dict]:
     return lines
 
 
+def interval(x: dict | None) -> str:
+    """An effect with its interval, if there is one."""
+    return f"{x['effect']:.3f} [{x['low']:.3f}, {x['high']:.3f}]" if x else ""
+
+
 def table(lines: list[dict]) -> str:
     """All claims as Markdown, and why those do not hold that do not."""
-    rows = [
-        "| id | claim | the paper | here | effect | verdict | at laptop size |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    effect = lambda x: f"{x['effect']:.3f} [{x['low']:.3f}, {x['high']:.3f}]" if x else ""  # noqa: E731
-    rows += [
-        f"| {x['id']} | {x['claim']} | {x['paper_numbers']} | {x['metric']} | {effect(x)} | {x['verdict']} | "
-        f"{effect(x['laptop'])} |"
-        for x in lines
-    ]
-    counted = Counter(x["verdict"] for x in lines)
-    whys = [
-        f"- **{x['id']}**, {x['verdict']}. {x['why']}"
-        for x in lines
-        if x["verdict"] != "reproduced"
-    ]
-    return "\n".join(
-        [", ".join(f"{n} {verdict}" for verdict, n in counted.most_common()), "", *rows, "", *whys]
-    )
+    titles = ["id", "claim", "the paper", "here", "effect", "verdict", "at laptop size"]
+    rows = head(*titles)
+    for x in lines:
+        cells = [x["id"], x["claim"], x["paper_numbers"], x["metric"]]
+        cells += [interval(x), x["verdict"], interval(x["laptop"])]
+        rows.append(row(*cells))
+    counted = Counter(x["verdict"] for x in lines).most_common()
+    summary = ", ".join(f"{n} {verdict}" for verdict, n in counted)
+    whys = []
+    for x in lines:
+        if x["verdict"] != "reproduced":
+            whys.append(f"- **{x['id']}**, {x['verdict']}. {x['why']}")
+    return "\n".join([summary, *rows, "", *whys])
 
 
 def main() -> None:

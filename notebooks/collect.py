@@ -1,8 +1,9 @@
 """Keep what runs say: python notebooks/collect.py NAME "the command" RUN_FOLDER ...
 
-Writes notebooks/results/NAME.json: the summary, the curves of dev accuracy, the command, the commit,
-threads and machine, and transcripts before and after `ppo`. Several folders are the parts of one command
-(some seeds or loops each). Every number in the README's results comes from such a file; a test compares them.
+Writes notebooks/results/NAME.json: the summary, the curves of dev accuracy, the command, the
+commit, threads and machine, and transcripts before and after `ppo`. Several folders are the parts
+of one command (some seeds or methods each). Every number in the README's results comes from such a
+file; a test compares them.
 """
 
 import json
@@ -21,19 +22,25 @@ KEPT = ("step", "samples", "seconds", "dev_greedy", "reward", "truth", "kl", "en
 
 
 def transcripts(folder: Path) -> dict:
-    """Greedy on dev before and after `ppo` (the run's first seed): how many got right, how many wrong; all of the
-    wrong and a few of the right ones as (problem, before, after)."""
+    """Greedy on dev before and after `ppo`, of the run's first seed.
+
+    How many got right and how many wrong; all of the wrong and some of the right ones as (problem,
+    before, after).
+    """
     run = front.open_run(folder, front.CACHE)
-    c = replace(run.config, temperature=0.0)
+    c = run.configs["ppo"]
     task = front.make_task(c)
     dev = task.prompts(c.eval_problems, nr.rng(0, "dev"), "dev")
-    models = (
-        front.base_model(run.config, run.cache),
-        nr.Transformer.load(folder / "models" / f"ppo-{c.seed}"),
-    )
-    both = list(zip(dev, *(nr.respond(model, task, dev, c) for model in models), strict=True))
-    changed = [x for x in both if task.grade(x[0], x[1]) != task.grade(x[0], x[2])]
-    mended, broken = ([x for x in changed if task.grade(x[0], x[2]) == after] for after in (1, 0))
+    before = nr.gpt_base(task, c, front.CachedTrainer(run.cache))
+    after = nr.Transformer.load(folder / "models" / f"ppo-{c.seed}")
+    greedy = replace(c, temperature=0.0)
+    both = [nr.respond(model, task, dev, greedy) for model in (before, after)]
+    mended = []
+    broken = []
+    for problem, first, last in zip(dev, *both, strict=True):
+        change = task.grade(problem, last) - task.grade(problem, first)
+        if change:
+            (mended if change > 0 else broken).append((problem, first, last))
     return {
         "problems": len(dev),
         "mended": len(mended),
@@ -42,22 +49,29 @@ def transcripts(folder: Path) -> dict:
     }
 
 
-def main(name: str, command: str, *folders: str) -> None:
-    """summary.json and metrics.jsonl of the folders -> notebooks/results/name.json."""
-    about = [json.loads((Path(folder) / "summary.json").read_text()) for folder in folders]
-    results = [result for part in about for result in part["results"]]
+def dev_curves(folders: list[Path]) -> dict[str, list[dict]]:
+    """ "ppo/0" -> what was logged whenever dev was looked at."""
     curves: dict[str, list[dict]] = {}
     for folder in folders:
-        for line in map(json.loads, (Path(folder) / "metrics.jsonl").read_text().splitlines()):
+        for text in (folder / "metrics.jsonl").read_text().splitlines():
+            line = json.loads(text)
             if "dev_greedy" in line:
                 point = {key: round(line[key], 4) for key in KEPT if line.get(key) is not None}
                 curves.setdefault(f"{line['loop']}/{line['seed']}", []).append(point)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
-    kept = {"command": command, "commit": commit, **about[0], "results": results, "curves": curves}
-    if any(result["loop"] == "ppo" for result in about[0]["results"]):
-        kept["transcripts"] = transcripts(Path(folders[0]))
+    return curves
+
+
+def main(name: str, command: str, *folders: str) -> None:
+    """summary.json and metrics.jsonl of the folders -> notebooks/results/name.json."""
+    paths = [Path(folder) for folder in folders]
+    summaries = [json.loads((path / "summary.json").read_text()) for path in paths]
+    results = [result for summary in summaries for result in summary["results"]]
+    asked = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
+    kept = {"command": command, "commit": commit, **summaries[0]}
+    kept |= {"results": results, "curves": dev_curves(paths)}
+    if any(result["loop"] == "ppo" for result in summaries[0]["results"]):
+        kept["transcripts"] = transcripts(paths[0])
     path = ROOT / "notebooks" / "results" / f"{name}.json"
     path.write_text(json.dumps(kept, indent=1) + "\n")
 

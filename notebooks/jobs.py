@@ -1,17 +1,46 @@
-"""Arms times seeds, each measured once and kept: the command line that the experiments of this folder share."""
+"""Arms times seeds, each measured once and kept: what the experiments of this folder share."""
 
 import argparse
 import json
 import platform
 import subprocess
 from collections.abc import Callable, Iterable
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
+import nanoreward as nr
 import train_small as front
 
 ROOT = Path(__file__).resolve().parent.parent
+# The size of an experiment, laid out as a preset of train_small.py.
+LAPTOP = front.PRESETS["laptop"]
+
+
+def config(method: str, seed: int, threads: int, sizes: dict, /, **numbers: Any) -> Any:
+    """The config of a method on the CPU: the sizes, then these numbers.
+
+    A number that this method has not is left out; one that no method has is a TypeError.
+    """
+    known = {f.name for entry in nr.METHODS.values() for f in fields(entry.config)}
+    if unknown := numbers.keys() - known:
+        raise TypeError(f"no method has a number called {', '.join(sorted(unknown))}")
+    chosen = sizes.get("all", {}) | sizes.get(method, {}) | numbers
+    chosen |= {"seed": seed, "threads": threads, "device": "cpu"}
+    return front.make_config(method, **chosen)
+
+
+def about(threads: int) -> dict[str, Any]:
+    """What stands beside every result: where and with what it was measured."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return {
+        "commit": subprocess.check_output(command, cwd=ROOT, text=True)[:7],
+        "threads": threads,
+        "machine": f"{platform.machine()}, 2 cores",
+        "torch": torch.__version__,
+    }
 
 
 def run(
@@ -21,12 +50,14 @@ def run(
     measure: Callable[[str, int, int, Path], dict],
     groups: dict[str, Iterable[str]] | None = None,
 ) -> None:
-    """measure(arm, seed, threads, cache) -> folder/ARM-SEED.json, for what the command line asks and is not there.
-    groups: names that stand for several arms."""
+    """measure(arm, seed, threads, cache) -> folder/ARM-SEED.json, for what is asked and not there.
+
+    groups: names that stand for several arms.
+    """
+    named = groups or {arm: [arm] for arm in arms}
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    named = groups or {arm: [arm] for arm in arms}
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help=f"of {', '.join(named)}; none: all"
     )
@@ -44,14 +75,40 @@ def run(
             path = folder / f"{arm}-{seed}.json"
             if path.exists():
                 continue
-            about = {
-                "commit": subprocess.check_output(
-                    ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True
-                )[:7],
-                "threads": a.threads,
-                "machine": f"{platform.machine()}, 2 cores",
-                "torch": torch.__version__,
-            }
-            found = about | measure(arm, seed, a.threads, a.cache)
+            found = about(a.threads) | measure(arm, seed, a.threads, a.cache)
             front.write_text(path, json.dumps(found) + "\n")
             print(arm, seed, found["seconds"], flush=True)
+
+
+def read_jobs(folder: Path, arm: str) -> list[dict]:
+    """What was measured of an arm, by seed."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob(f"{arm}-?.json"))]
+
+
+def about_arm(script: str, arm: str, jobs: list[dict]) -> dict[str, Any]:
+    """What all seeds of an arm have in common, and the command that measures them."""
+    common = {key: jobs[0][key] for key in ("threads", "machine", "torch")}
+    seeds = " ".join(str(job["seed"]) for job in jobs)
+    command = f"python notebooks/{script}.py {arm} --seeds {seeds} --threads {common['threads']}"
+    return common | {"command": command}
+
+
+def read_arms(path: Path) -> dict[str, Any]:
+    """The arms that are kept so far."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write_arms(path: Path, kept: dict[str, Any]) -> None:
+    """One arm a line."""
+    lines = [f"{json.dumps(arm)}: {json.dumps(about)}" for arm, about in kept.items()]
+    front.write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def row(*cells: str) -> str:
+    """A line of a Markdown table."""
+    return "| " + " | ".join(cells) + " |"
+
+
+def head(*titles: str) -> list[str]:
+    """The first two lines of a Markdown table, behind an empty one."""
+    return ["", row(*titles), "|---" * len(titles) + "|"]

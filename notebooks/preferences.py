@@ -1,16 +1,17 @@
-"""Preference rounds and their controls: python notebooks/preferences.py [ARM ...] [--seeds 0 1 2 3 4] [--threads 1]
+"""Preference rounds and their controls: python notebooks/preferences.py [ARM ...]
 
-Each arm is a loop with a few fields changed (or, for SPIN, another function for the pairs). After every round
-the policy, and for self_rewarding the judge, is measured on the test problems; the true grader is used here
-only. Each run is kept in runs/preferences/ARM-SEED.json and not run again; all of them together make
-notebooks/results/preferences.json and preferences.png. Needs the extra `notebooks`.
+Each arm is a method with a few numbers changed, or with a loop of its own that only stands here.
+After every round the policy, and for self_rewarding the judge, is measured on the test problems;
+the true grader is used here only. Each run is kept in runs/preferences/ARM-SEED.json and not run
+again; all of them together make notebooks/results/preferences.json and preferences.png. Needs the
+extra `notebooks`.
 """
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 from statistics import mean
@@ -18,35 +19,102 @@ from typing import Any
 
 import torch
 from scipy.stats import kendalltau, spearmanr
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import nanoreward as nr  # noqa: E402
 import train_small as front  # noqa: E402
-from notebooks.jobs import run  # noqa: E402
+from notebooks.jobs import (  # noqa: E402
+    LAPTOP,
+    about_arm,
+    config,
+    head,
+    read_arms,
+    read_jobs,
+    row,
+    run,
+    write_arms,
+)
 
 JOBS = ROOT / "runs" / "preferences"
 OUT = ROOT / "notebooks" / "results" / "preferences.json"
-LUCKY = {"answers": 4}  # right by luck in one case of four
+
+
+# ---- loops that only stand here -----------------------------------------------------------------
+
+
+def rest_em(state: nr.RoundsState, task: nr.Task, c: nr.DPOConfig) -> Iterator[dict[str, Any]]:
+    """ReST-EM, arXiv 2312.06585: every round trains the first model again, on new responses."""
+    first = deepcopy(state.policy.state_dict())
+
+    def from_the_first(score: Tensor, group: Tensor, c: nr.DPOConfig) -> Tensor:
+        state.policy.load_state_dict(first)
+        state.optimizers[:] = nr.optimizers([state.policy], c.lr)
+        return nr.pair_up(score, group, c)
+
+    return nr.iterative_dpo(state, task, c, pair=from_the_first)
+
+
+def spin(state: nr.RoundsState, task: nr.Task, c: nr.DPOConfig) -> Iterator[dict[str, Any]]:
+    """SPIN, arXiv 2401.01335: the winner is a careful demonstration, the loser one's own sample."""
+    teacher = front.make_task(c, careful=True)
+
+    def against_teacher(
+        state: nr.RoundsState, task: nr.Task, b: nr.Rollout, c: nr.DPOConfig, u: int
+    ) -> tuple[Tensor, dict[str, float]]:
+        # "Right" is the first row of each prompt, which the teacher writes anew.
+        first = torch.cat([torch.tensor([True]), b.group[1:] != b.group[:-1]])
+        problems = [task.decode(ids) for ids in b.prompt[first].tolist()]
+        texts = [teacher.respond(x, nr.rng(c.seed, "teacher", u)) for x in problems]
+        b.response[first] = nr.right_pad(task.encode(texts), c.pad_id, c.response)
+        return first.float(), {"truth": float(nr.grades(task, b)[~first].mean())}
+
+    return nr.iterative_dpo(state, task, c, judge=against_teacher)
+
+
+def task_problems(
+    state: nr.SelfRewardingState, task: nr.Task, c: nr.SelfRewardingConfig
+) -> Iterator[dict[str, Any]]:
+    """`self_rewarding` on the task's problems: its own scores alone."""
+    return nr.iterative_dpo(state, task, c, nr.new_problems, nr.judged, nr.best_and_worst)
+
+
+# ---- arms ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A method, the numbers that are changed, and the loop if it is not the method's own."""
+
+    method: str
+    numbers: dict[str, Any] = field(default_factory=dict)
+    loop: Callable | None = None
+
+
+SFT = {"arm": "sft_chosen"}
+# Right by luck in one case of four.
+LUCKY = {"answers": 4}
 ARMS = {
-    "dpo_nll": ("iterative_dpo", {}),
-    "dpo": ("iterative_dpo", {"alpha": 0.0}),
-    "sft": ("iterative_dpo", {"preference": "sft_chosen"}),
-    "rest_em": ("iterative_dpo", {"preference": "sft_chosen", "restart": True}),
-    "one_round": ("iterative_dpo", {"rounds": 1, "round_prompts": 1024, "round_updates": 60}),
-    "spin": ("spin", {}),
-    "lucky_dpo_nll": ("iterative_dpo", LUCKY),
-    "lucky_dpo": ("iterative_dpo", LUCKY | {"alpha": 0.0}),
-    "lucky_sft": ("iterative_dpo", LUCKY | {"preference": "sft_chosen"}),
-    "self_rewarding": ("self_rewarding", {}),
-    "frozen_judge": ("self_rewarding", {"judge": "frozen"}),
-    "no_eft": ("self_rewarding", {"judging": 0.0}),
-    "one_judgement": ("self_rewarding", {"judgements": 1}),
-    "top_sft": ("self_rewarding", {"preference": "sft_chosen"}),
-    "own_dpo": ("self_rewarding", {"alpha": 0.0}),
-    "task_problems": ("task_problems", {}),
+    "dpo_nll": Arm("iterative_dpo"),
+    "dpo": Arm("iterative_dpo", {"alpha": 0.0}),
+    "sft": Arm("iterative_dpo", SFT),
+    "rest_em": Arm("iterative_dpo", SFT, rest_em),
+    "one_round": Arm("iterative_dpo", {"rounds": 1, "prompts": 1024, "updates": 60}),
+    "spin": Arm("iterative_dpo", {}, spin),
+    "lucky_dpo_nll": Arm("iterative_dpo", LUCKY),
+    "lucky_dpo": Arm("iterative_dpo", LUCKY | {"alpha": 0.0}),
+    "lucky_sft": Arm("iterative_dpo", LUCKY | SFT),
+    "self_rewarding": Arm("self_rewarding"),
+    "frozen_judge": Arm("self_rewarding", {"judge": "frozen"}),
+    "no_eft": Arm("self_rewarding", {"judging": 0.0}),
+    "one_judgement": Arm("self_rewarding", {"judgements": 1}),
+    "top_sft": Arm("self_rewarding", SFT),
+    "own_dpo": Arm("self_rewarding", {"alpha": 0.0}),
+    "task_problems": Arm("self_rewarding", {}, task_problems),
 }
+# What is kept of a round, and of an update.
 DRAWN = ("truth", "score", "spread", "unread", "quoted", "valid", "proposed", "pairs", "length")
 WATCHED = (
     "chosen",
@@ -58,26 +126,7 @@ WATCHED = (
 )
 
 
-def spin(state: dict, task: nr.Task, config: nr.Config) -> Iterator[dict]:
-    """SPIN, arXiv 2401.01335: the winner is a careful demonstration, the loser one's own sample."""
-    teacher = front.make_task(config, careful=True)
-
-    def against_teacher(
-        state, task, rollout, c, u
-    ):  # "right" is each prompt's first row, now the teacher's
-        first = torch.cat([torch.tensor([True]), rollout.group[1:] != rollout.group[:-1]])
-        prompts = [task.decode(x) for x in rollout.prompt[first].tolist()]
-        careful = task.encode([teacher.respond(x, nr.rng(c.seed, "teacher", u)) for x in prompts])
-        rollout.response[first] = nr.right_pad(careful, c.pad, c.response)
-        return first.float(), {"truth": float(nr.grades(task, rollout)[~first].mean())}
-
-    return nr.iterative_dpo(state, task, config, judge=against_teacher)
-
-
-def task_problems(state: dict, task: nr.Task, config: nr.Config) -> Iterator[dict]:
-    """`self_rewarding` on the task's problems: its own scores alone."""
-    c = replace(config, samples=config.candidates)
-    return nr.iterative_dpo(state, task, c, nr.posed, nr.judged, nr.best_and_worst)
+# ---- what is measured ---------------------------------------------------------------------------
 
 
 def win_rate(mine: list[float], theirs: list[float]) -> dict[str, float]:
@@ -86,22 +135,28 @@ def win_rate(mine: list[float], theirs: list[float]) -> dict[str, float]:
     return {"win": mean(a > b for a, b in zip(mine, theirs, strict=True)) + ties / 2, "ties": ties}
 
 
+def pair_order(score: list[float], truth: list[float]) -> list[float]:
+    """1 for each truly ordered pair that the score orders the same way, 0 if not; a tie is half."""
+    found = []
+    for i, j in combinations(range(len(score)), 2):
+        if truth[i] != truth[j]:
+            side = 1 if truth[i] > truth[j] else -1
+            found.append(0.5 + 0.5 * side * ((score[i] > score[j]) - (score[i] < score[j])))
+    return found
+
+
 def judge_statistics(score: list[list[float]], truth: list[list[float]]) -> dict[str, float]:
     """Scores and true scores of several responses a problem -> how well the judge orders them.
 
-    pairwise: share of truly ordered pairs that it orders the same way, a tie is half; exact: problems with all of
-    them right; best5: how often a response that it gives exactly 5 is truly a best one of its problem.
+    pairwise: share of truly ordered pairs that it orders the same way, a tie is half; exact:
+    problems with all of them right; best5: how often a response that it gives exactly 5 is truly a
+    best one of its problem.
     """
     pairs, exact, best, rho, tau, tied = [], [], [], [], [], []
     for s, t in zip(score, truth, strict=True):
-        mine = [
-            0.5 + 0.5 * ((s[i] > s[j]) - (s[i] < s[j])) * (1 if t[i] > t[j] else -1)
-            for i, j in combinations(range(len(s)), 2)
-            if t[i] != t[j]
-        ]
         best += [t[i] == max(t) for i in range(len(s)) if s[i] == 5]
         tied.append(len(set(s)) == 1)
-        if mine:
+        if mine := pair_order(s, t):
             pairs += mine
             exact.append(min(mine) == 1)
             rho.append(0.0 if tied[-1] else spearmanr(s, t).statistic)
@@ -117,91 +172,130 @@ def judge_statistics(score: list[list[float]], truth: list[list[float]]) -> dict
     return {name: round(mean(map(float, x)), 4) if x else None for name, x in named.items()}
 
 
-def measure(arm: str, seed: int, threads: int, cache: Path, **more: Any) -> dict:
-    """One arm with one seed: accuracy after each round, the judge's statistics, what was logged."""
-    name, fields = ARMS[arm]
-    fields = fields | more
-    c = replace(nr.Config(), seed=seed, threads=threads, device="cpu", **fields)
-    task, began = front.make_task(c), time.time()
-    test = task.prompts(c.eval_problems, nr.rng(0, "test"), "test")
-    own = name in ("self_rewarding", "task_problems")
-    policy = front.seed_model(c, cache) if own else front.base_model(c, cache)
-    mine = {
-        "spin": (nr.start_rounds, spin),
-        "task_problems": (nr.start_self_rewarding, task_problems),
-    }
-    start, loop = (mine | nr.LOOPS)[name]
-    first = nr.frozen_copy(policy)
-    seconds, began = {"before": round(time.time() - began, 1)}, time.time()
-    state, rounds, logs, texts = start(policy, c), [], [], []
-    # what the judges of all rounds read: four responses of M1 to each of 200 problems
-    asked = nr.encode_prompts(task, test[:200], c).repeat_interleave(4, 0)
-    group = torch.arange(200).repeat_interleave(4)
-    fixed = nr.sample(first, asked, c, group=group, generator=nr.rng(seed, "judged responses"))
-    problems = [x for x in test[:200] for _ in range(4)]
-    truth = [
-        task.rubric(x, task.decode(y))
-        for x, y in zip(problems, fixed.response.tolist(), strict=True)
-    ]
+def by_four(flat: list[Any]) -> list[list[Any]]:
+    """The four responses of each problem, one problem a row."""
+    return [flat[i : i + 4] for i in range(0, len(flat), 4)]
 
-    def look() -> None:
-        greedy = nr.respond(policy, task, test, replace(c, temperature=0.0))
-        steps = [[step for step, _ in task.steps(ids)] for ids in task.encode(greedy)]
-        honest = [
-            len(s) > 0 and all(task.step_ok(x, s)) and task.grade(x, y) == 1
-            for x, y, s in zip(test, greedy, steps, strict=True)
-        ]
-        texts.append([task.rubric(x, y) for x, y in zip(test, greedy, strict=True)])
+
+class Judged:
+    """What the judges of all rounds read: four responses of M1 to each of 200 problems."""
+
+    def __init__(self, first: nr.Transformer, task: nr.Task, test: list[str], c: nr.Config):
+        problems = [x for x in test[:200] for _ in range(4)]
+        prompt = nr.encode_prompts(task, problems, c)
+        group = torch.arange(len(problems)) // 4
+        generator = nr.rng(c.seed, "judged responses")
+        self.b = nr.sample(first, prompt, c, group=group, generator=generator)
+        both = zip(problems, self.b.response.tolist(), strict=True)
+        self.truth = by_four([task.rubric(x, task.decode(y)) for x, y in both])
+
+    def statistics(
+        self, state: nr.SelfRewardingState, task: nr.Task, c: nr.SelfRewardingConfig
+    ) -> dict[str, float]:
+        """How well the policy judges them as it is now."""
+        score, _ = nr.judged(replace(state, judge=state.policy), task, self.b, c, 0)
+        return judge_statistics(by_four(score.nan_to_num(0.0).tolist()), self.truth)
+
+
+def rightly_right(task: nr.Task, problem: str, response: str, ids: list[int]) -> bool:
+    """Whether the answer is right and all written steps are, of which there is at least one."""
+    steps = [step for step, _ in task.steps(ids)]
+    honest = len(steps) > 0 and all(task.step_ok(problem, steps))
+    return honest and task.grade(problem, response) == 1
+
+
+def measure(
+    arm: str,
+    seed: int,
+    threads: int,
+    cache: Path,
+    /,
+    sizes: dict[str, dict] = LAPTOP,
+    starts_from: Callable | None = None,
+    **more: Any,
+) -> dict:
+    """One arm with one seed: accuracy after each round, the judge's statistics, what was logged.
+
+    starts_from: makes the model that the loop starts from, in place of the method's own function.
+    """
+    method = nr.METHODS[ARMS[arm].method]
+    changed = ARMS[arm].numbers | more
+    c = config(ARMS[arm].method, seed, threads, sizes, **changed)
+    task = front.make_task(c)
+    began = time.time()
+    test = task.prompts(c.eval_problems, nr.rng(0, "test"), "test")
+    train = front.CachedTrainer(cache)
+    policy = nr.gpt_base(task, c, train)
+    if start := starts_from or method.starts_from:
+        policy = start(policy, task, c, train)
+    seconds = {"before": round(time.time() - began, 1)}
+
+    began = time.time()
+    own = ARMS[arm].method == "self_rewarding"
+    state = method.start(policy, c)
+    fixed = Judged(policy, task, test, c) if own else None
+    rubrics: list[list[float]] = []
+
+    def look() -> dict[str, Any]:
+        texts = nr.respond(policy, task, test, replace(c, temperature=0.0))
+        all_ids = task.encode(texts)
+        rubrics.append([task.rubric(x, y) for x, y in zip(test, texts, strict=True)])
+        each = list(zip(test, texts, all_ids, strict=True))
         found = {
-            "greedy": mean(task.grade(x, y) for x, y in zip(test, greedy, strict=True)),
-            "right for the right reasons": mean(honest),
+            "greedy": mean(task.grade(x, y) for x, y, _ in each),
+            "right for the right reasons": mean(rightly_right(task, *one) for one in each),
             "sampled": nr.accuracy(policy, task, test, c, c.temperature),
-            "samples": state["samples"],
-            "tokens": mean(len(ids) for ids in task.encode(greedy)),
+            "samples": state.samples,
+            "tokens": mean(len(ids) for ids in all_ids),
         }
         if own:
-            score, _ = nr.judged(state | {"judge": policy}, task, fixed, c, 0)
-            rows = lambda flat: [flat[i : i + 4] for i in range(0, len(flat), 4)]  # noqa: E731
-            found["judge"] = judge_statistics(rows(score.nan_to_num(0.0).tolist()), rows(truth))
-            found["over M1"] = win_rate(texts[-1], texts[0])
-            found["over the last"] = win_rate(texts[-1], texts[-2]) if len(texts) > 1 else None
-        rounds.append(found)
+            found["judge"] = fixed.statistics(state, task, c)
+            found["over M1"] = win_rate(rubrics[-1], rubrics[0])
+            found["over the last"] = (
+                win_rate(rubrics[-1], rubrics[-2]) if len(rubrics) > 1 else None
+            )
+        return found
 
-    look()
+    rounds = [look()]
+    logs = []
+    loop = ARMS[arm].loop or method.loop
     for m in loop(state, task, c):
         if "loss" in m:
-            logs.append([round(m[k], 4) for k in WATCHED])
-        if state["update"] % c.round_updates == 0:
-            look()
-            rounds[-1] |= {k: round(m[k], 4) for k in DRAWN if k in m}
+            logs.append([round(m[key], 4) for key in WATCHED])
+        if state.update % c.updates == 0:
+            rounds.append(look() | {key: round(m[key], 4) for key in DRAWN if key in m})
     seconds["loop and measuring"] = round(time.time() - began, 1)
-    found = {"arm": arm, "seed": seed, "fields": fields, "seconds": seconds, "rounds": rounds}
-    return found | {"logs": logs}
+    return {
+        "arm": arm,
+        "seed": seed,
+        "fields": changed,
+        "problems": c.prompts,
+        "seconds": seconds,
+        "rounds": rounds,
+        "logs": logs,
+    }
+
+
+# ---- what the README shows ----------------------------------------------------------------------
 
 
 def average(curves: list[list[float]]) -> list[float]:
     """Mean over seeds, update by update, as far as all seeds have one."""
-    return [round(mean(column), 4) for column in zip(*curves)]  # noqa: B905
+    return [round(mean(column), 4) for column in zip(*curves, strict=False)]
 
 
 def collect() -> dict:
     """All jobs -> OUT: seeds as they are, the curves of each update as means over seeds."""
-    kept = json.loads(OUT.read_text()) if OUT.exists() else {}
+    kept = read_arms(OUT)
     for arm in ARMS:
-        if jobs := [json.loads(path.read_text()) for path in sorted(JOBS.glob(f"{arm}-?.json"))]:
-            about = {k: jobs[0][k] for k in ("fields", "threads", "machine", "torch")}
-            seeds = " ".join(str(job["seed"]) for job in jobs)
-            about["command"] = (
-                f"python notebooks/preferences.py {arm} --seeds {seeds} --threads {about['threads']}"
-            )
-            curves = {
-                k: average([[u[i] for u in job["logs"]] for job in jobs])
-                for i, k in enumerate(WATCHED)
-            }
+        if jobs := read_jobs(JOBS, arm):
+            curves = {}
+            for i, key in enumerate(WATCHED):
+                curves[key] = average([[update[i] for update in job["logs"]] for job in jobs])
             each = [{k: job[k] for k in ("seed", "commit", "seconds", "rounds")} for job in jobs]
-            kept[arm] = about | {"seeds": each, "curves": curves}
-    lines = ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in kept.items())
-    front.write_text(OUT, "{\n" + lines + "\n}\n")
+            kept[arm] = {"fields": jobs[0]["fields"]} | about_arm("preferences", arm, jobs)
+            kept[arm] |= {"seeds": each, "curves": curves}
+    write_arms(OUT, kept)
     return kept
 
 
@@ -215,8 +309,18 @@ def paired(a: dict[int, float], b: dict[int, float]) -> str:
     return front.interval([a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())])
 
 
+def greedy(i: int) -> Callable[[list[dict]], float]:
+    """Greedy accuracy after round i."""
+    return lambda rounds: rounds[i]["greedy"]
+
+
+def in_order(i: int) -> Callable[[list[dict]], float]:
+    """The judge's share of pairs in order after round i."""
+    return lambda rounds: rounds[i]["judge"]["pairwise"]
+
+
 def tables(kept: dict) -> str:
-    """The README's tables of preference rounds, as Markdown: test problems, mean and 95 % interval over seeds."""
+    """The README's tables of preference rounds, as Markdown: mean and 95 % interval over seeds."""
 
     def cell(arm: str, of: Callable[[list[dict]], float]) -> str:
         try:
@@ -224,16 +328,11 @@ def tables(kept: dict) -> str:
         except (IndexError, KeyError, TypeError):
             return ""
 
-    def row(arm: str, title: str, *parts: Callable[[list[dict]], float]) -> str:
-        return " | ".join([f"| {title}", *(cell(arm, of) for of in parts)]) + " |"
+    def rows(named: dict[str, str], columns: list[Callable[[list[dict]], float]]) -> list[str]:
+        there = [(arm, title) for arm, title in named.items() if arm in kept]
+        return [row(title, *(cell(arm, of) for of in columns)) for arm, title in there]
 
-    def head(*titles: str) -> list[str]:
-        return ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
-
-    def greedy(i: int) -> Callable[[list[dict]], float]:
-        return lambda rounds: rounds[i]["greedy"]
-
-    rounds = [*map(greedy, (1, 2, 3, 4)), lambda rounds: rounds[-1]["sampled"]]
+    rounds = [greedy(1), greedy(2), greedy(3), greedy(4), lambda rounds: rounds[-1]["sampled"]]
     named = {
         "dpo_nll": "DPO + NLL (`iterative_dpo`)",
         "sft": "SFT on the chosen",
@@ -245,26 +344,16 @@ def tables(kept: dict) -> str:
         "lucky_dpo": "4 answers: DPO alone",
     }
     lines = head("greedy after round", "1", "2", "3", "4", "sampled at the end")
-    lines += [row(arm, title, *rounds) for arm, title in named.items() if arm in kept]
-    own = [
-        greedy(0),
-        greedy(1),
-        greedy(2),
-        lambda rounds: rounds[1]["over M1"]["win"],
-        lambda rounds: rounds[2]["over the last"]["win"],
-        *((lambda rounds, i=i: rounds[i]["judge"]["pairwise"]) for i in (0, 1, 2)),
-    ]
-    titles = (
-        "M1 greedy",
-        "M2",
-        "M3",
-        "M2 wins over M1",
-        "M3 over M2",
-        "judge's pairs M1",
-        "M2",
-        "M3",
-    )
-    lines += ["", *head("`self_rewarding`", *titles)]
+    lines += rows(named, rounds)
+
+    own = {
+        "M1 greedy": greedy(0),
+        "M2": greedy(1),
+        "M3": greedy(2),
+        "M2 wins over M1": lambda rounds: rounds[1]["over M1"]["win"],
+        "M3 over M2": lambda rounds: rounds[2]["over the last"]["win"],
+    }
+    judge = {"judge's pairs M1": in_order(0), "M2": in_order(1), "M3": in_order(2)}
     named = {
         "self_rewarding": "own judge, J = 3",
         "frozen_judge": "judge frozen at M1",
@@ -273,7 +362,8 @@ def tables(kept: dict) -> str:
         "own_dpo": "DPO alone",
         "no_eft": "no EFT",
     }
-    lines += [row(arm, title, *own) for arm, title in named.items() if arm in kept]
+    lines += head("`self_rewarding`", *own, *judge)
+    lines += rows(named, [*own.values(), *judge.values()])
 
     differences = [
         ("DPO + NLL minus DPO alone, round 1", "dpo_nll", 1, "dpo", 1),
@@ -285,97 +375,76 @@ def tables(kept: dict) -> str:
         ("M3: J = 3 minus J = 1", "self_rewarding", 2, "one_judgement", 2),
         ("M3: pairs minus SFT on the best", "self_rewarding", 2, "top_sft", 2),
     ]
-    lines += ["", *head("differences paired by seed", "greedy")]
+    lines += head("differences paired by seed", "greedy")
     for title, a, i, b, j in differences:
         if a in kept and b in kept:
-            lines.append(
-                f"| {title} | {paired(over_seeds(kept, a, greedy(i)), over_seeds(kept, b, greedy(j)))} |"
-            )
+            gap = paired(over_seeds(kept, a, greedy(i)), over_seeds(kept, b, greedy(j)))
+            lines.append(row(title, gap))
     if "self_rewarding" in kept:
-        pairs = [
-            over_seeds(kept, "self_rewarding", lambda r, i=i: r[i]["judge"]["pairwise"])
-            for i in (2, 0)
-        ]
-        lines.append(f"| judge's pairs in order, M3 minus M1 | {paired(*pairs)} |")
-    return "\n".join(lines)
+        last, first = (over_seeds(kept, "self_rewarding", in_order(i)) for i in (2, 0))
+        lines.append(row("judge's pairs in order, M3 minus M1", paired(last, first)))
+    return "\n".join(lines).strip()
 
 
 def band(axes: Any, x: Any, seeds: list[list[float]], color: str, label: str, **style: Any) -> None:
     """A curve: mean over seeds, and its 95 % interval as a band. seeds: each seed's values at x."""
     points = list(zip(*seeds, strict=True))
-    half = list(map(front.half_width, points))
-    low, high = (
-        [mean(y) + sign * h for y, h in zip(points, half, strict=True)] for sign in (-1, 1)
-    )
-    axes.plot(x, [mean(y) for y in points], color=color, label=label, **style)
+    middle = [mean(y) for y in points]
+    half = [front.half_width(y) for y in points]
+    low = [y - h for y, h in zip(middle, half, strict=True)]
+    high = [y + h for y, h in zip(middle, half, strict=True)]
+    axes.plot(x, middle, color=color, label=label, **style)
     axes.fill_between(x, low, high, color=color, alpha=0.15, lw=0)
 
 
+def level(axes: Any, y: float, words: str) -> None:
+    """A dashed line with its name at the right."""
+    axes.axhline(y, color="0.4", ls="--", lw=1)
+    place = {"transform": axes.get_yaxis_transform(), "ha": "right", "va": "top"}
+    axes.text(0.99, y - 0.015, words, fontsize=9, **place)
+
+
 def picture(kept: dict) -> None:
-    """Above the rounds paid by the verifier, below those with an own judge; bands where the JSON has seeds."""
+    """Above the rounds paid by the verifier, below those with an own judge; bands over seeds."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 6.6), layout="constrained")
     above, below = figure.subfigures(2, 1)
-    (left, right), (own, judge) = (part.subplots(1, 2) for part in (above, below))
+    left, right = above.subplots(1, 2)
+    own, judge = below.subplots(1, 2)
 
-    def rounds(axes, arm: str, label: str, color: str, of, **style) -> None:
+    def rounds(axes: Any, arm: str, label: str, color: str, of: Callable, **style: Any) -> None:
         each = [[of(r) for r in job["rounds"]] for job in kept[arm]["seeds"]]
         band(axes, range(len(each[0])), each, color, label, **style)
 
-    def at(axes, y: float, words: str) -> None:
-        axes.axhline(y, color="0.4", ls="--", lw=1)
-        axes.text(
-            0.99,
-            y - 0.015,
-            words,
-            transform=axes.get_yaxis_transform(),
-            ha="right",
-            va="top",
-            fontsize=9,
-        )
-
-    for arm, label, color in (
-        ("dpo_nll", "DPO + NLL", "C0"),
-        ("sft", "SFT on the chosen", "C1"),
-        ("dpo", "DPO alone", "C2"),
-    ):
-        rounds(left, arm, label, color, lambda r: r["greedy"])
-        right.plot(kept[arm]["curves"]["chosen_per_token"], color=color)
+    named = {"dpo_nll": "DPO + NLL", "sft": "SFT on the chosen", "dpo": "DPO alone"}
+    for i, (arm, label) in enumerate(named.items()):
+        rounds(left, arm, label, f"C{i}", lambda r: r["greedy"])
+        right.plot(kept[arm]["curves"]["chosen_per_token"], color=f"C{i}")
     for arm, label, color, ls in (
         ("self_rewarding", "own judge", "C3", "-"),
         ("frozen_judge", "judge frozen at M1", "C4", (0, (4, 4))),
     ):
         rounds(own, arm, label, color, lambda r: r["greedy"], ls=ls, lw=2)
         rounds(judge, arm, label, color, lambda r: r["judge"]["pairwise"], ls=ls, lw=2)
-    at(left, mean(over_seeds(kept, "dpo_nll", lambda r: r[0]["greedy"]).values()), "base")
-    at(own, mean(over_seeds(kept, "self_rewarding", lambda r: r[0]["greedy"]).values()), "M1")
-    at(judge, 0.5, "chance")
+    level(left, mean(over_seeds(kept, "dpo_nll", greedy(0)).values()), "base")
+    level(own, mean(over_seeds(kept, "self_rewarding", greedy(0)).values()), "M1")
+    level(judge, 0.5, "chance")
     for update in (30, 60, 90):
         right.axvline(update, color="0.8", lw=1, zorder=0)
-    left.set(
-        xlabel="round",
-        ylabel="greedy accuracy, test",
-        ylim=(0, 1),
-        xticks=range(5),
-        title="iterative_dpo",
-    )
-    right.set(
-        xlabel="update (a line where a round starts)",
-        ylabel="log-prob, nats a token",
-        ylim=(-0.35, 0.01),
-        title="the chosen responses, mean over seeds",
-    )
-    own.set(ylabel="greedy accuracy, test", title="self_rewarding: the policy")
-    judge.set(
-        ylabel="share of pairs in the true order", title="self_rewarding: the policy as a judge"
-    )
+
+    left.set(title="iterative_dpo", xlabel="round", xticks=range(5))
+    left.set(ylabel="greedy accuracy, test", ylim=(0, 1))
+    right.set(title="the chosen responses, mean over seeds", ylim=(-0.35, 0.01))
+    right.set(xlabel="update (a line where a round starts)", ylabel="log-prob, nats a token")
+    own.set(title="self_rewarding: the policy", ylabel="greedy accuracy, test")
+    judge.set(title="self_rewarding: the policy as a judge")
+    judge.set(ylabel="share of pairs in the true order")
     for axes in (own, judge):
         axes.set(ylim=(0, 1), xlim=(-0.15, 2.15), xticks=range(3), xticklabels=["M1", "M2", "M3"])
     for part, axes in ((above, left), (below, own)):
-        part.legend(
-            *axes.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False
-        )
+        handles = axes.get_legend_handles_labels()
+        part.legend(*handles, loc="outside upper center", ncols=3, frameon=False)
     nr.write_whole(OUT.with_suffix(".png"), lambda p: figure.savefig(p, format="png", dpi=110))
 
 

@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import nanoreward as nr  # noqa: E402
+import train_small as front  # noqa: E402
 
 torch.set_num_threads(1)
 settings.register_profile(
@@ -19,7 +20,13 @@ settings.register_profile(
 )  # cores may be shared
 settings.load_profile("busy")
 
-TINY = nr.replace(nr.Config(), **nr.CONFIGS["smoke"])
+
+def tiny(method, **numbers):
+    """The smoke config of a method, with these numbers changed."""
+    return nr.replace(front.make_config(method, "smoke"), **numbers)
+
+
+TINY = tiny("ppo")
 
 
 @pytest.fixture
@@ -60,7 +67,7 @@ def random_batch(config, B=6, P=5, R=7, seed=0):
     prompt = torch.randint(6, config.vocab, (B, P), generator=g)
     response = torch.randint(6, config.vocab, (B, R), generator=g)
     for i in range(B):
-        prompt[i, : i % P] = config.pad
-        response[i, i % R] = config.eos
-        response[i, i % R + 1 :] = config.pad
+        prompt[i, : i % P] = config.pad_id
+        response[i, i % R] = config.eos_id
+        response[i, i % R + 1 :] = config.pad_id
     return prompt, response

@@ -1,4 +1,4 @@
-"""GSM8K: the grader, the steps, the files; and every loop on a folder with a real vocabulary, unchanged."""
+"""GSM8K: the grader, the steps and the files; every loop on a folder with a real vocabulary."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import nanoreward as nr
-import train_small
+import train_small as front
 from data import gsm8k
 from tests.conftest import ROOT
 
@@ -28,8 +28,12 @@ def row(i):
     question = (
         f"{name} has {boxes} boxes of {eggs} eggs and sells {sold} on day {i}.  How many are left?"
     )
-    answer = f"There are {boxes}*{eggs}=<<{boxes}*{eggs}={total}>>{total} eggs.\n{total}-{sold}=<<{total}-{sold}={left}>>{left} are left.\n#### {left}"
-    return {"question": question, "answer": answer}
+    lines = [
+        f"There are {boxes}*{eggs}=<<{boxes}*{eggs}={total}>>{total} eggs.",
+        f"{total}-{sold}=<<{total}-{sold}={left}>>{left} are left.",
+        f"#### {left}",
+    ]
+    return {"question": question, "answer": "\n".join(lines)}
 
 
 @pytest.fixture(scope="session")
@@ -39,10 +43,8 @@ def folder(tmp_path_factory):
     for name, rows in (("train", range(60)), ("test", range(60, 72))):
         (path / f"{name}.jsonl").write_text("".join(json.dumps(row(i)) + "\n" for i in rows))
     words = Tokenizer(models.BPE())
-    words.pre_tokenizer, words.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
-    )
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|spare|>"]
     trainer = trainers.BpeTrainer(
         vocab_size=700, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
@@ -50,27 +52,29 @@ def folder(tmp_path_factory):
     words.train_from_iterator(
         [row(i)["question"] + "\n" + row(i)["answer"] + ".\n\n" for i in range(60)], trainer
     )
-    config = nr.Config(
-        vocab=words.get_vocab_size(),
+    vocab = words.get_vocab_size()
+    shape = nr.Architecture(
+        vocab=vocab,
         width=32,
         layers=1,
         heads=2,
         kv_heads=1,
-        hidden=48,
-        pad=2,
-        bos=1,
-        eos=2,
+        mlp_width=48,
+        pad_id=2,
+        bos_id=1,
+        eos_id=2,
+        mask_id=vocab,
     )
-    nr.Transformer(nr.replace(config, mask=config.vocab), nr.rng(0, "hf")).save(path)
+    nr.Transformer(shape, nr.rng(0, "hf")).save(path)
     words.save(str(path / "tokenizer.json"))
     return path
 
 
 @pytest.fixture(scope="session")
 def task(folder):
-    config = nr.Transformer.load(folder).config
-    assert (config.pad, config.bos, config.eos) == (3, 1, 2)
-    return gsm8k.GSM8K(folder, folder / "tokenizer.json", config.pad, config.bos, config.eos)
+    c = nr.Transformer.load(folder).config
+    assert (c.pad_id, c.bos_id, c.eos_id) == (3, 1, 2)
+    return gsm8k.GSM8K(folder, folder / "tokenizer.json", c.pad_id, c.bos_id, c.eos_id)
 
 
 def draw(seed=0):
@@ -164,7 +168,7 @@ SUMS = st.recursive(
 
 
 def fractions(text):
-    """The same by Python's own parser, with each number made a fraction: an oracle for tests only."""
+    """The same by Python's own parser, with each number made a fraction. Only for tests."""
     import ast
 
     def value(node):
@@ -209,12 +213,12 @@ def test_texts_come_back_and_ends_stand_where_they_stood(task):
     for prompt in task.prompts(5, draw()):
         ids = task.encode([prompt])[0]
         assert (
-            task.decode([task.pad] * 3 + [task.bos, *ids]) == prompt
-            and ids.count(task.eos) == gsm8k.SHOTS
+            task.decode([task.pad_id] * 3 + [task.bos_id, *ids]) == prompt
+            and ids.count(task.eos_id) == gsm8k.SHOTS
         )
     response = task.encode([" a step\n#### 7<eos>"])[0]
     assert (
-        task.decode([*response, task.pad, task.pad])
+        task.decode([*response, task.pad_id, task.pad_id])
         == task.decode([*response, *response])
         == " a step\n#### 7<eos>"
     )
@@ -232,7 +236,7 @@ def test_steps_are_the_lines_before_the_answer(task):
         assert "\n" in task.tokenizer.decode([ids[end]]) and end < after
     assert (
         task.steps(task.encode(["a\n\nb 3*4=12.\n"])[0])[1][0] == "b 3*4=12."
-        and task.steps([task.eos, *ids]) == []
+        and task.steps([task.eos_id, *ids]) == []
     )
     assert task.result(steps[0][0]) == gsm8k.canonical(steps[0][0].split("=")[1])
 
@@ -288,7 +292,7 @@ def test_pairs_scores_and_proposals(task):
     assert len(scores) > 1 and None not in scores
     prompt, response = task.encode(["p"])[0], task.encode(["r<eos>"])[0]
     assert (
-        task.decode(task.judge_prompt([task.pad, task.bos, *prompt], response))
+        task.decode(task.judge_prompt([task.pad_id, task.bos_id, *prompt], response))
         == "pr" + gsm8k.JUDGE
     )
     shown, new = task.propose_demo(draw())
@@ -299,7 +303,7 @@ def test_pairs_scores_and_proposals(task):
 
 
 def test_a_question_that_was_shown_is_no_new_problem(task, monkeypatch):
-    c = nr.replace(nr.Config(), prompts=2)
+    c = nr.SelfRewardingConfig(prompts=2)
 
     def copies(model, task, shown, config, generator=None):
         old = [x.split("Question:")[1].strip() for x in shown]
@@ -307,11 +311,9 @@ def test_a_question_that_was_shown_is_no_new_problem(task, monkeypatch):
         return [f" {x}<eos>" for x in old[:3]] + [f" {new}<eos>"]
 
     monkeypatch.setattr(nr, "respond", copies)
-    state = {"policy": None, "posed": {}}
-    assert (
-        nr.propose(state, task, c, 0)[1] == {"valid": 0.25, "proposed": 0.5}
-        and len(state["posed"]) == 1
-    )
+    state = nr.SelfRewardingState(policy=None, optimizers=[], judge=None)
+    _, about = nr.pose_problems(state, task, c, 0)
+    assert about == {"valid": 0.25, "proposed": 0.5} and len(state.posed) == 1
 
 
 @pytest.mark.parametrize(
@@ -321,11 +323,12 @@ def test_a_question_that_was_shown_is_no_new_problem(task, monkeypatch):
         ('{"question": "a", "answer"', "line 1"),
         ('{"question": "a", "answer": "#### 1"}\n{"q": 1}', "line 2"),
         ('{"question": "a", "answer": "no number"}', "####"),
+        ("\udcff", "utf-8"),
     ],
 )
 def test_a_damaged_file_is_one_clear_line(tmp_path, text, word):
     if text is not None:
-        (tmp_path / "train.jsonl").write_text(text)
+        (tmp_path / "train.jsonl").write_text(text, encoding="utf-8", errors="surrogateescape")
     with pytest.raises(ValueError, match=word) as error:
         gsm8k.read(tmp_path / "train.jsonl")
     assert "\n" not in str(error.value)
@@ -371,33 +374,33 @@ def test_the_real_files(folder):
 
 
 def test_every_loop_runs_unchanged_on_a_folder(folder, tmp_path, monkeypatch, capsys):
-    """Nothing can be learned from random weights: this is the plumbing, from ids to saved folders."""
-    flags = """--config hf --device cpu --threads 1 --response 40 --prompts 3 --samples 4 --micro 6 --minibatch 12 --updates 2
-        --eval-problems 6 --rounds 2 --round-updates 2 --round-prompts 3 --pair-batch 4 --own-rounds 1 --candidates 2 --judgements 1
-        --seed-demos 12 --seed-updates 2 --pairs 6 --rewriter-updates 2 --reward-updates 2 --expert-prompts 2 --drafts 4
-        --continuations 2 --labels-each 4 --refine-updates 2 --denoise-prompts 2 --denoise-updates 1 --demos 12 --diffusion-updates 3
-        --base-batch 4 --top 1 --no-eos 0""".split()
-    loops = [name for name in nr.LOOPS if name != "refine"]
-    flags += ["--model", str(folder), "--data", str(folder), "--cache", str(tmp_path / "cache")]
-    argv = [sys.executable, "train_small.py", *loops, *flags, "--out", str(tmp_path / "run")]
+    """Nothing can be learned from random weights. This is the way from ids to saved folders."""
+    shared = """--config hf --device cpu --threads 1 --response 40 --prompts 3 --samples 4 --micro 6
+        --minibatch 12 --updates 2 --eval-problems 6 --start-data 12 --start-updates 2 --demos 12
+        --base-batch 4""".split()
+    shared += ["--model", str(folder), "--data", str(folder), "--cache", str(tmp_path / "cache")]
+    rounds = "--rounds 2 --judgements 1 --reward-data 6 --reward-updates 2".split()
+    loops = [name for name in nr.METHODS if name != "refine"]
+    argv = [sys.executable, "train_small.py", *loops, *shared, *rounds]
+    argv += ["--out", str(tmp_path / "run")]
     run = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     results = json.loads((tmp_path / "run" / "summary.json").read_text())["results"]
     assert [r["loop"] for r in results] == loops and "ceiling" not in results[0]
-    # refine's student learns from its right responses: none, one line; some, it runs
-    assert train_small.main(["refine", *flags, "--out", str(tmp_path / "none")]) == 2
-    assert "none was right" in capsys.readouterr().err
+    # The student of refine learns from its right responses. Without any, one line says so.
+    refine = ["refine", *shared, "--continuations", "2"]
+    assert front.main([*refine, "--out", str(tmp_path / "none")]) == 2
+    error = capsys.readouterr().err
+    assert "no response was right" in error and error.strip().count("\n") == 0
+    # With some of them it runs.
     monkeypatch.setattr(
         gsm8k.GSM8K, "grade", lambda self, prompt, response: float(len(response) % 2)
     )
-    assert train_small.main(["refine", *flags, "--out", str(tmp_path / "some")]) == 0
-    again = nr.Transformer.load(tmp_path / "run" / "models" / "ppo-0")
-    assert again.config.vocab == nr.Transformer.load(folder).config.vocab
-    grown = nr.Transformer.load(tmp_path / "run" / "models" / "denoise-0")
-    assert (
-        grown.config.vocab == again.config.vocab + 1 == grown.config.mask + 1
-        and not grown.config.causal
-    )
+    assert front.main([*refine, "--out", str(tmp_path / "some")]) == 0
+    again = nr.Transformer.load(tmp_path / "run" / "models" / "ppo-0").config
+    assert again.vocab == nr.Transformer.load(folder).config.vocab
+    grown = nr.Transformer.load(tmp_path / "run" / "models" / "denoise-0").config
+    assert grown.vocab == again.vocab + 1 == grown.mask_id + 1 and not grown.causal
 
 
 @pytest.mark.parametrize(
@@ -409,32 +412,35 @@ def test_every_loop_runs_unchanged_on_a_folder(folder, tmp_path, monkeypatch, ca
     ],
 )
 def test_a_missing_folder_is_one_line(flags, word, capsys, tmp_path):
-    assert train_small.main(["ppo", *flags, "--out", str(tmp_path / "x")]) == 2
+    assert front.main(["ppo", *flags, "--out", str(tmp_path / "x")]) == 2
     error = capsys.readouterr().err
     assert word in error and error.count("\n") == 1 and not (tmp_path / "x").exists()
 
 
 def test_a_gpt_with_a_mask_row_predicts_as_before(folder, tmp_path):
     """The grown vocabulary changes no logit of the words that were there."""
-    c = nr.replace(
-        nr.Transformer.load(folder).config,
+    old = nr.Transformer.load(folder)
+    c = nr.DenoiseConfig(
+        **vars(old.config),
         model=str(folder),
         task="gsm8k",
         data=str(folder),
         threads=1,
         device="cpu",
-    )
-    c = nr.replace(
-        c,
-        diffusion_updates=1,
+        start_updates=1,
         demos=4,
         base_batch=2,
         response=64,
-        diffusion_lr=1e-9,
-        diffusion_muon_lr=0.0,
+        start_lr=1e-9,
+        start_muon_lr=0.0,
     )
-    model, old = train_small.diffusion_base(c, tmp_path), nr.Transformer.load(folder)
-    model.ahead = 0.0
+    model = nr.diffusion_base(
+        nr.gpt_base(front.make_task(c), c, front.CachedTrainer(tmp_path)),
+        front.make_task(c),
+        c,
+        front.CachedTrainer(tmp_path),
+    )
+    model.future_weight = 0.0
     ids = torch.randint(4, c.vocab, (2, 9), generator=draw())
     assert torch.allclose(model(ids)[..., :-1], old(ids), atol=1e-4)
     assert torch.allclose(model.embed_tokens.weight[-1], old.embed_tokens.weight.mean(0), atol=1e-4)

@@ -1,4 +1,4 @@
-"""Sections 4 and 5: model, sampler, log-probs, masked statistics."""
+"""The GPT, its sampler, log-probs, and statistics of the tokens that count."""
 
 import math
 
@@ -24,7 +24,12 @@ def test_a_later_token_never_changes_an_earlier_one_and_bidirectional_sees_it(mo
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(
-    "shape", [{}, dict(heads=4, kv_heads=2, head_dim=8, qkv_bias=True, qk_norm=True)]
+    "shape",
+    [
+        {},
+        dict(heads=4, kv_heads=2, head_dim=8, family="qwen2"),
+        dict(heads=4, kv_heads=2, head_dim=8, family="qwen3"),
+    ],
 )
 def test_padding_in_front_changes_nothing(causal, shape):
     model = rough(nr.replace(TINY, causal=causal, layers=2, **shape))
@@ -53,21 +58,20 @@ def test_tied_output_is_the_embedding_and_a_fresh_block_is_the_identity():
 
 def test_rotary_scores_depend_on_distance_only():
     q, k = torch.randn(2, 1, 1, 1, TINY.head_dim)
-    score = lambda i, j: float(  # noqa: E731
-        (
-            nr.rotate(q, *nr.rope(torch.tensor([[i]]), TINY))
-            * nr.rotate(k, *nr.rope(torch.tensor([[j]]), TINY))
-        ).sum()
-    )
+
+    def score(i, j):
+        query = nr.rotate(q, *nr.rope(torch.tensor([[i]]), TINY))
+        key = nr.rotate(k, *nr.rope(torch.tensor([[j]]), TINY))
+        return float((query * key).sum())
+
     assert score(3, 1) == pytest.approx(score(12, 10), abs=1e-4)
     assert abs(score(3, 1) - score(3, 2)) > 1e-3
 
 
 def test_frozen_copy_is_equal_separate_and_has_no_gradient(model):
     copy = nr.frozen_copy(model)
-    assert all(
-        torch.equal(a, b) for a, b in zip(model.parameters(), copy.parameters(), strict=True)
-    )
+    pairs = zip(model.parameters(), copy.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
     assert not any(p.requires_grad for p in copy.parameters())
     with torch.no_grad():
         next(model.parameters()).add_(1)
@@ -79,31 +83,32 @@ def test_frozen_copy_is_equal_separate_and_has_no_gradient(model):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_probabilities_of_all_next_tokens_sum_to_one(model, temperature):
-    """The sum over v of p(v at position k) is 1 only if the shift is right: see style 4.3."""
+    """The sum over v of p(v at position k) is 1 only if the shift is right."""
     prompt, response = random_batch(TINY, B=1)
     for k in range(3):
         rows = response.repeat(TINY.vocab, 1)
         rows[:, k] = torch.arange(TINY.vocab)
         logp = nr.token_logprobs(model, prompt.repeat(TINY.vocab, 1), rows, temperature)[:, k]
-        keep = [v for v in range(TINY.vocab) if v not in (TINY.pad, TINY.mask)]
-        assert float(logp[keep].exp().sum()) == pytest.approx(1, abs=1e-5)
-        assert logp[TINY.mask] == -math.inf  # PAD, the other forbidden id, is not scored at all: 0
+        keep = [v for v in range(TINY.vocab) if v not in (TINY.pad_id, TINY.mask_id)]
+        assert float(logp[keep].exp().sum().detach()) == pytest.approx(1, abs=1e-5)
+        # PAD, the other forbidden id, is not scored at all: its log-prob is 0.
+        assert logp[TINY.mask_id] == -math.inf
 
 
+@torch.no_grad()
 def test_logprobs_are_those_of_a_pass_over_each_prefix(model):
     prompt, response = random_batch(TINY)
     logp = nr.token_logprobs(model, prompt, response, 0.7)
     for i in range(len(prompt)):
-        ids = [t for t in prompt[i].tolist() if t != TINY.pad]
+        ids = [t for t in prompt[i].tolist() if t != TINY.pad_id]
         for k, token in enumerate(response[i].tolist()):
-            if token == TINY.pad:
+            if token == TINY.pad_id:
                 assert logp[i, k] == 0
                 continue
             logits = model(torch.tensor([ids]))[0, -1] / 0.7
-            logits[[TINY.pad, TINY.mask]] = -math.inf
-            assert float(logp[i, k]) == pytest.approx(
-                float(logits.log_softmax(-1)[token]), abs=1e-4
-            )
+            logits[[TINY.pad_id, TINY.mask_id]] = -math.inf
+            expected = float(logits.log_softmax(-1)[token])
+            assert float(logp[i, k]) == pytest.approx(expected, abs=1e-4)
             ids.append(token)
 
 
@@ -113,27 +118,26 @@ def test_logprobs_ignore_padding_batch_order_and_batch_company(seed, left, right
     model = rough(TINY, seed)
     prompt, response = random_batch(TINY, seed=seed)
     logp = nr.token_logprobs(model, prompt, response, 1.0)
-    wide = torch.nn.functional.pad(prompt, (left, 0)), torch.nn.functional.pad(response, (0, right))
-    assert (nr.token_logprobs(model, *wide, 1.0)[:, : response.shape[1]] - logp).abs().max() < 1e-4
+    wide_prompt = torch.nn.functional.pad(prompt, (left, 0))
+    wide_response = torch.nn.functional.pad(response, (0, right))
+    wide = nr.token_logprobs(model, wide_prompt, wide_response, 1.0)
+    assert (wide[:, : response.shape[1]] - logp).abs().max() < 1e-4
     order = torch.randperm(len(prompt), generator=nr.rng(seed, "order"))
-    assert (
-        nr.token_logprobs(model, prompt[order], response[order], 1.0) - logp[order]
-    ).abs().max() < 1e-4
-    assert (
-        nr.token_logprobs(model, prompt[2:3], response[2:3], 1.0) - logp[2:3]
-    ).abs().max() < 1e-4
+    mixed = nr.token_logprobs(model, prompt[order], response[order], 1.0)
+    assert (mixed - logp[order]).abs().max() < 1e-4
+    alone = nr.token_logprobs(model, prompt[2:3], response[2:3], 1.0)
+    assert (alone - logp[2:3]).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_equal_trl_selective_log_softmax(temperature):
     record = golden("trl1")[f"selective_log_softmax_temperature_{temperature}"]
-    logits, index = tensors(record, "logits")[0], torch.tensor(record["inputs"]["index"])
-    config = nr.replace(
-        TINY, vocab=logits.shape[-1] + 2, pad=logits.shape[-1], mask=logits.shape[-1] + 1
-    )
-    logits = torch.nn.functional.pad(
-        logits, (0, 2), value=3.0
-    )  # two forbidden ids, loud if counted
+    (logits,) = tensors(record, "logits")
+    index = torch.tensor(record["inputs"]["index"])
+    V = logits.shape[-1]
+    config = nr.replace(TINY, vocab=V + 2, pad_id=V, mask_id=V + 1)
+    # Two forbidden ids come behind the others. If they counted, it would be loud.
+    logits = torch.nn.functional.pad(logits, (0, 2), value=3.0)
     mine = nr.log_softmax(logits, temperature, config).gather(-1, index[..., None])[..., 0]
     assert (mine - torch.tensor(record["output"]["logp"])).abs().max() < 1e-6
 
@@ -147,17 +151,14 @@ def test_mask_counts_up_to_and_including_the_first_eos():
 # ---- sampler -----------------------------------------------------------------------------------
 
 
-def test_a_row_does_not_depend_on_its_batch(model):
+def test_a_row_does_not_depend_on_its_batch(model, monkeypatch):
     prompt, _ = random_batch(TINY, B=12)
     many = nr.sample(model, prompt, TINY, generator=nr.rng(1, "s"))
     uniform = torch.rand(12, TINY.response, dtype=torch.float64, generator=nr.rng(1, "s"))
     for rows in ([0], [5, 3], list(range(11, -1, -1))):
-        original = torch.rand
-        torch.rand = lambda *a, **k: uniform[rows]  # noqa: B023
-        try:
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "rand", lambda *a, **k: uniform[rows])
             few = nr.sample(model, prompt[rows], TINY)
-        finally:
-            torch.rand = original
         assert torch.equal(few.response, many.response[rows])
         assert torch.equal(few.order, many.order[rows])
 
@@ -172,7 +173,7 @@ def test_samplers_own_probabilities_are_token_logprobs(model):
     error = (count / 4000 - p).abs() / (p * (1 - p) / 4000).sqrt().clamp(min=1e-3)
     common = p > 0.005
     assert common.sum() > 5
-    # 5 standard errors over at most 200 cells: a false alarm in about 10,000 runs
+    # With 5 standard errors and at most 200 cells one run in about 10,000 gives a false alarm.
     assert error[common].max() < 5
 
 
@@ -180,10 +181,11 @@ def test_mask_and_pad_are_never_produced_even_from_random_weights():
     for seed in range(3):
         model = rough(TINY, seed)
         with torch.no_grad():
-            model.lm_head.weight[[TINY.pad, TINY.mask]] = model.lm_head.weight.sum(0) * 5
+            loud = model.lm_head.weight.sum(0) * 5
+            model.lm_head.weight[[TINY.pad_id, TINY.mask_id]] = loud
         rollout = nr.sample(model, random_batch(TINY, B=60)[0], TINY, generator=nr.rng(seed, "s"))
-        assert (rollout.response != TINY.mask).all()
-        assert torch.equal(rollout.response != TINY.pad, rollout.mask.bool())
+        assert (rollout.response != TINY.mask_id).all()
+        assert torch.equal(rollout.response != TINY.pad_id, rollout.mask.bool())
 
 
 def test_greedy_is_argmax_of_a_full_pass_and_needs_no_generator(model):
@@ -200,19 +202,16 @@ def test_a_prefix_is_kept_and_gone_on_from(model):
     prompt, _ = random_batch(TINY, B=12)
     full = nr.sample(model, prompt, TINY, generator=nr.rng(0, "s"))
     again = nr.sample(model, prompt, TINY, start=full.response.clone(), generator=nr.rng(0, "s"))
-    unfinished = ~(full.response == TINY.eos).any(1) & (full.mask.sum(1) < TINY.response)
+    unfinished = ~(full.response == TINY.eos_id).any(1) & (full.mask.sum(1) < TINY.response)
     assert not unfinished.any() and torch.equal(again.response, full.response)
     start = full.response.clone()
     for i in range(12):
-        start[i, i % 5 :] = TINY.pad  # prefixes of 0..4 tokens in one batch
+        start[i, i % 5 :] = TINY.pad_id  # prefixes of 0 to 4 tokens in one batch
     same = nr.sample(model, prompt, TINY, start=start, generator=nr.rng(0, "s"))
     assert torch.equal(same.response, full.response)  # same uniform numbers, so the same ending
-    assert ((same.order == -1) == ((start != TINY.pad) | (same.mask == 0))).all()
-    assert (
-        nr.sample(model, prompt, TINY, start=start, generator=nr.rng(7, "s"))
-        .response.ne(full.response)
-        .any()
-    )
+    assert ((same.order == -1) == ((start != TINY.pad_id) | (same.mask == 0))).all()
+    other = nr.sample(model, prompt, TINY, start=start, generator=nr.rng(7, "s"))
+    assert other.response.ne(full.response).any()
 
 
 def test_order_is_the_step_and_group_defaults_to_the_row(model):
@@ -223,7 +222,9 @@ def test_order_is_the_step_and_group_defaults_to_the_row(model):
 
 
 def test_generators_differ_by_seed_purpose_and_step_and_repeat():
-    draw = lambda *a: torch.rand(1, generator=nr.rng(*a)).item()  # noqa: E731
+    def draw(*purpose):
+        return torch.rand(1, generator=nr.rng(*purpose)).item()
+
     assert len({draw(0, "a", 0), draw(1, "a", 0), draw(0, "b", 0), draw(0, "a", 1)}) == 4
     assert draw(0, "a", 1) == draw(0, "a", 1)
 
@@ -243,7 +244,10 @@ def test_k1_and_k3_have_expectation_kl_on_an_asymmetric_pair():
 def test_gradients_of_k1_and_k3_differ_as_the_docstrings_say():
     theta = torch.tensor([0.5, -0.2, 0.1], requires_grad=True)
     q = torch.tensor([0.2, 0.3, 0.5])
-    expected = lambda k: (theta.softmax(0).detach() * k(theta.log_softmax(0), q.log())).sum()  # noqa: E731
+
+    def expected(k):
+        return (theta.softmax(0).detach() * k(theta.log_softmax(0), q.log())).sum()
+
     (g1,) = torch.autograd.grad(expected(nr.k1), theta)
     (g3,) = torch.autograd.grad(expected(nr.k3), theta)
     (forward,) = torch.autograd.grad((q * (q.log() - theta.log_softmax(0))).sum(), theta)
@@ -292,21 +296,16 @@ def test_gae_equals_the_double_sum(seed, gamma, lam):
 
 
 def test_whiten_equals_verl_after_its_unbiased_variance_is_undone():
-    for shift in (True, False):
-        record = golden("verl")[f"masked_whiten_shift_{shift}"]
-        x, mask = tensors(record, "x", "mask")
-        n, mean = mask.sum(), (x * mask).sum() / mask.sum()
-        theirs = torch.tensor(record["output"]["whitened"], dtype=torch.float64)
-        kept = 0.0 if shift else mean
-        expected = (theirs - kept) * (n / (n - 1)).sqrt() + kept
-        assert ((nr.whiten(x, mask, shift) - expected) * mask).abs().max() < 1e-7
-        white = nr.whiten(x, mask, shift)
-        assert (white * (1 - mask)).abs().max() == 0
-        centred = (white - (white * mask).sum() / n) * mask
-        assert float((centred**2).sum() / n) == pytest.approx(1, abs=1e-6)  # population variance
-        assert float((white * mask).sum() / n) == pytest.approx(
-            0.0 if shift else float(mean), abs=1e-9
-        )
+    record = golden("verl")["masked_whiten_shift_True"]
+    x, mask = tensors(record, "x", "mask")
+    n = mask.sum()
+    theirs = torch.tensor(record["output"]["whitened"], dtype=torch.float64)
+    white = nr.whiten(x, mask)
+    assert ((white - theirs * (n / (n - 1)).sqrt()) * mask).abs().max() < 1e-7
+    assert (white * (1 - mask)).abs().max() == 0
+    centred = (white - (white * mask).sum() / n) * mask
+    assert float((centred**2).sum() / n) == pytest.approx(1, abs=1e-6)  # population variance
+    assert float((white * mask).sum() / n) == pytest.approx(0.0, abs=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -319,10 +318,10 @@ def test_whiten_equals_verl_after_its_unbiased_variance_is_undone():
 )
 def test_group_advantage_equals_verl(kind, name):
     record = golden("verl")[name]
-    score, group = tensors(record, "score")[0], torch.tensor(record["inputs"]["group"])
-    group = torch.unique(group, return_inverse=True)[1]
+    (score,) = tensors(record, "score")
+    group = torch.unique(torch.tensor(record["inputs"]["group"]), return_inverse=True)[1]
     theirs = torch.tensor(record["output"]["advantage"], dtype=torch.float64)
-    several = torch.bincount(group)[group] > 1  # of a group of one verl keeps the raw score
+    several = torch.bincount(group)[group] > 1  # verl keeps the raw score of a group of one
     assert ((nr.group_advantage(score, group, kind) - theirs) * several).abs().max() < 1e-6
 
 
@@ -333,13 +332,11 @@ def test_group_advantage_follows_group_not_order_and_equal_rewards_give_zero(see
     reward, group = torch.randn(12, generator=g), torch.arange(12) // 4
     adv = nr.group_advantage(reward, group, kind)
     order = torch.randperm(12, generator=g)
-    assert torch.allclose(
-        nr.group_advantage(reward[order], group[order], kind), adv[order], atol=1e-6
-    )
-    assert all(
-        torch.equal(nr.group_advantage(torch.full((12,), x), group, kind), torch.zeros(12))
-        for x in (0.5, 0.7)
-    )
+    mixed = nr.group_advantage(reward[order], group[order], kind)
+    assert torch.allclose(mixed, adv[order], atol=1e-6)
+    for x in (0.5, 0.7):
+        equal = nr.group_advantage(torch.full((12,), x), group, kind)
+        assert torch.equal(equal, torch.zeros(12))
     assert torch.equal(nr.group_advantage(reward[:1], group[:1], kind), torch.zeros(1))
     rloo, mean = (nr.group_advantage(reward, group, k) for k in ("rloo", "mean"))
     assert torch.allclose(rloo, mean * 4 / 3, atol=1e-6)
@@ -347,6 +344,5 @@ def test_group_advantage_follows_group_not_order_and_equal_rewards_give_zero(see
 
 def test_group_of_two_with_std_by_hand():
     adv = nr.group_advantage(torch.tensor([1.0, 0.0]), torch.zeros(2, dtype=torch.long), "grpo")
-    assert adv.tolist() == pytest.approx(
-        [0.5 / (0.5**0.5 + 1e-4), -0.5 / (0.5**0.5 + 1e-4)]
-    )  # +-0.707
+    expected = 0.5 / (0.5**0.5 + 1e-4)  # 0.707
+    assert adv.tolist() == pytest.approx([expected, -expected])

@@ -1,4 +1,4 @@
-"""Section 6: losses against independent libraries, by hand and by property; section 7's Muon."""
+"""Losses against independent libraries, by hand and by property; Muon against torch."""
 
 import math
 
@@ -16,9 +16,8 @@ def gradient(loss, x):
     return g
 
 
-@pytest.mark.parametrize("name", ["policy_loss_token_mean"])
-def test_ppo_loss_and_gradient_equal_verl(name):
-    record = golden("verl")[name]
+def test_ppo_loss_and_gradient_equal_verl():
+    record = golden("verl")["policy_loss_token_mean"]
     logp, old, adv, mask = tensors(record, "logp", "old_logp", "advantages", "mask")
     loss = nr.ppo_loss(logp.requires_grad_(), old, adv, mask, mask.sum(), record["inputs"]["clip"])
     assert float(loss.detach()) == pytest.approx(record["output"]["loss"], abs=1e-9)
@@ -30,8 +29,10 @@ def test_ppo_and_value_loss_equal_torchtune():
     record = golden("torchtune")["ppo_loss"]
     logp, old, adv, mask = tensors(record, "logp", "old_logp", "advantages", "mask")
     value, old_value, ret = tensors(record, "value", "old_value", "ret")
-    clip, out = record["inputs"]["clip"], record["output"]
-    logp.requires_grad_(), value.requires_grad_()
+    clip = record["inputs"]["clip"]
+    out = record["output"]
+    logp.requires_grad_()
+    value.requires_grad_()
     policy = nr.ppo_loss(logp, old, adv, mask, mask.sum(), clip)
     critic = nr.value_loss(value, old_value, ret, mask, mask.sum(), record["inputs"]["value_clip"])
     assert float(policy.detach()) == pytest.approx(out["policy_loss"], abs=1e-7)
@@ -64,7 +65,7 @@ def test_grpo_objective_equals_trl_token_mean(kind):
     )
     logp.requires_grad_()
     b = rollout(mask, logp=old, ref_logp=ref, adv=adv[:, None] * mask)
-    config = nr.replace(nr.Config(), clip=record["inputs"]["clip"], beta=record["inputs"]["beta"])
+    config = nr.PPOConfig(clip=record["inputs"]["clip"], beta=record["inputs"]["beta"])
     loss = nr.grpo_objective(logp, None, b, mask.sum(), config)
     assert float(loss.detach()) == pytest.approx(record["output"]["loss"], abs=1e-9)
     theirs = torch.tensor(record["output"]["grad_logp"], dtype=torch.float64)
@@ -73,11 +74,8 @@ def test_grpo_objective_equals_trl_token_mean(kind):
 
 def test_the_papers_grpo_mean_of_means_is_another_number():
     """The named deviation: TRL's loss_type grpo averages each response first."""
-    trl = golden("trl1")
-    assert (
-        abs(trl["grpo_loss_grpo"]["output"]["loss"] - trl["grpo_loss_bnpo"]["output"]["loss"])
-        > 1e-3
-    )
+    paper, ours = (golden("trl1")[f"grpo_loss_{kind}"]["output"] for kind in ("grpo", "bnpo"))
+    assert abs(paper["loss"] - ours["loss"]) > 1e-3
 
 
 def rollout(mask, **more):
@@ -97,7 +95,8 @@ def test_dpo_loss_equals_trl(name):
 
 def check_dpo(record):
     w, lo, rw, rl = tensors(record, "chosen", "rejected", "ref_chosen", "ref_rejected")
-    beta, out = record["inputs"]["beta"], record["output"]
+    beta = record["inputs"]["beta"]
+    out = record["output"]
     loss, margin = nr.dpo_loss(w, lo, rw, rl, torch.ones_like(w), beta, 0.0)
     assert float(loss) == pytest.approx(sum(out["losses"]) / len(w), abs=1e-6)
     theirs = torch.tensor(out["chosen_rewards"]) - torch.tensor(out["rejected_rewards"])
@@ -105,7 +104,10 @@ def check_dpo(record):
 
 
 def test_dpo_with_nll_equals_trl_where_lengths_agree_and_differs_where_not():
-    """(9) divides each chosen sequence by its own length; TRL's sft term is one mean over all tokens."""
+    """(9) divides each chosen sequence by its own length.
+
+    TRL's sft term is one mean over all tokens.
+    """
     for name, equal in (
         ("dpo_sigmoid_sft_equal_chosen_lengths", True),
         ("dpo_sigmoid_sft_ragged", False),
@@ -114,27 +116,20 @@ def test_dpo_with_nll_equals_trl_where_lengths_agree_and_differs_where_not():
         logp, ref, mask = tensors(record, "logp", "ref_logp", "mask")
         total, ref_total, length = (logp * mask).sum(1), (ref * mask).sum(1), mask.sum(1)
         n = len(total) // 2
-        loss, _ = nr.dpo_loss(
-            total[:n],
-            total[n:],
-            ref_total[:n],
-            ref_total[n:],
-            length[:n],
-            record["inputs"]["beta"],
-            1.0,
-        )
+        chosen = total[:n], total[n:], ref_total[:n], ref_total[n:], length[:n]
+        loss, _ = nr.dpo_loss(*chosen, record["inputs"]["beta"], 1.0)
         assert (abs(float(loss) - record["output"]["loss"]) < 1e-6) == equal
 
 
 def test_dpo_at_the_reference_is_log_two_with_gradient_half_beta_and_swapping_flips_the_margin():
-    w, lo, length = torch.tensor([-5.0, -2.0]), torch.tensor([-4.0, -6.0]), torch.tensor([4.0, 2.0])
-    w.requires_grad_(), lo.requires_grad_()
+    w = torch.tensor([-5.0, -2.0], requires_grad=True)
+    lo = torch.tensor([-4.0, -6.0], requires_grad=True)
+    length = torch.tensor([4.0, 2.0])
     loss, margin = nr.dpo_loss(w, lo, w.detach(), lo.detach(), length, 0.1, 0.0)
     assert float(loss.detach()) == pytest.approx(math.log(2)) and margin.abs().max() == 0
     gw, gl = torch.autograd.grad(loss, [w, lo])
-    assert torch.allclose(gw, torch.full((2,), -0.1 / 2 / 2)) and torch.allclose(
-        gl, -gw
-    )  # mean of 2
+    assert torch.allclose(gw, torch.full((2,), -0.1 / 2 / 2))  # the loss is a mean of 2
+    assert torch.allclose(gl, -gw)
     a = nr.dpo_loss(w, lo, w * 0.9, lo * 1.1, length, 0.1, 0.0)[1]
     b = nr.dpo_loss(lo, w, lo * 1.1, w * 0.9, length, 0.1, 0.0)[1]
     assert torch.allclose(a, -b) and not a.requires_grad
@@ -142,8 +137,8 @@ def test_dpo_at_the_reference_is_log_two_with_gradient_half_beta_and_swapping_fl
 
 def test_nine_by_hand():
     # margin = (-3 - -4) - (-5 - -4) = 2; -log sigma(.5 * 2) + 2 * 3 / 6 = .313262 + 1
-    one = lambda x: torch.tensor([x])  # noqa: E731
-    loss, margin = nr.dpo_loss(one(-3.0), one(-5.0), one(-4.0), one(-4.0), one(6.0), 0.5, 2.0)
+    pair = torch.tensor([[-3.0], [-5.0], [-4.0], [-4.0], [6.0]])
+    loss, margin = nr.dpo_loss(*pair, 0.5, 2.0)
     assert float(loss) == pytest.approx(1.313262, abs=1e-6) and float(margin) == 2
 
 
@@ -163,20 +158,22 @@ def test_losses_reach_counted_tokens_only_and_change_no_argument(seed):
     logp, old, ref, adv, value, ret = torch.randn(6, 5, 6, generator=g) * 0.1
     mask = (torch.arange(6) < torch.randint(1, 7, (5, 1), generator=g)).float()
     b = rollout(mask, logp=old, ref_logp=ref, adv=adv, value=old, ret=ret)
-    config = nr.Config(beta=0.1)
+    config = nr.PPOConfig(beta=0.1)
     for objective in (nr.critic_objective, nr.grpo_objective, nr.rloo_objective):
-        leaf, v = logp.clone().requires_grad_(), value.clone().requires_grad_()
+        leaf = logp.clone().requires_grad_()
+        v = value.clone().requires_grad_()
         before = [x.clone() for x in (old, ref, adv, ret, mask)]
         loss = objective(leaf, v, b, mask.sum(), config)
         grad = gradient(loss, leaf)
         assert (grad[mask == 0] == 0).all()
-        assert all(
-            torch.equal(x, y) for x, y in zip(before, (old, ref, adv, ret, mask), strict=True)
-        )
+        pairs = zip(before, (old, ref, adv, ret, mask), strict=True)
+        assert all(torch.equal(x, y) for x, y in pairs)
         assert torch.equal(leaf.detach(), logp)
-        junk = logp.clone().masked_fill(mask == 0, 3.0)  # what stands behind EOS does not matter
+        # What stands behind EOS does not matter.
+        junk = logp.clone().masked_fill(mask == 0, 3.0)
         assert torch.allclose(objective(junk, v, b, mask.sum(), config), loss, atol=1e-6)
-    last = mask.sum(1).long() - 1  # EOS is a counted token: REINFORCE at ratio 1 reaches it
+    # EOS is a token that counts: REINFORCE, which is the loss at ratio 1, reaches it.
+    last = mask.sum(1).long() - 1
     leaf = old.clone().requires_grad_()
     grad = gradient(nr.ppo_loss(leaf, old, adv, mask, mask.sum(), 0.2), leaf)
     assert torch.allclose(grad, -adv * mask / mask.sum(), atol=1e-6)
@@ -184,9 +181,12 @@ def test_losses_reach_counted_tokens_only_and_change_no_argument(seed):
 
 
 def test_ppo_clip_stops_the_gain_but_not_the_pain_by_hand():
-    log = lambda x: torch.tensor([[math.log(x)]])  # noqa: E731
     one, zero = torch.ones(1, 1), torch.zeros(1, 1)
-    loss = lambda ratio, adv: float(nr.ppo_loss(log(ratio), zero, adv * one, one, one.sum(), 0.2))  # noqa: E731
+
+    def loss(ratio, adv):
+        logp = torch.tensor([[math.log(ratio)]])
+        return float(nr.ppo_loss(logp, zero, adv * one, one, one.sum(), 0.2))
+
     assert loss(1.5, 1) == pytest.approx(-1.2) and loss(1.5, -1) == pytest.approx(1.5)
     assert loss(0.5, 1) == pytest.approx(-0.5) and loss(0.5, -1) == pytest.approx(0.8)
 
@@ -198,26 +198,27 @@ def test_nll_loss_by_hand():
 
 @pytest.mark.parametrize("name", ["muon_8x24", "muon_24x8"])
 def test_muon_follows_torch(name):
-    """torch runs Newton-Schulz in bf16, we in fp32: 1 % apart after 5 steps; a wrong one is 5 % or more."""
+    """torch runs Newton-Schulz in bfloat16 and we in float32.
+
+    After 5 steps they are 1 % apart; a wrong one is off by 5 % or more.
+    """
     record = golden("torch")[name]
     start, grads = (torch.tensor(record["inputs"][n]) for n in ("start", "grads"))
-    a, b = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    a, b = (torch.nn.Parameter(start.clone()) for _ in range(2))
     muon = nr.Muon([a, b], lr=0.02)
     for g in grads:
-        a.grad, b.grad = g.clone(), g.clone()
+        a.grad = g.clone()
+        b.grad = g.clone()
         muon.step()
     theirs = torch.tensor(record["output"]["weight_original"])
     assert float((a - theirs).norm() / (theirs - start).norm()) < 0.025
-    assert torch.equal(a, b)  # batched over equal shapes
+    assert torch.equal(a, b)  # equal shapes are computed together
 
 
 def test_muon_keeps_matrices_of_one_shape_apart():
     a, b = (torch.nn.Parameter(torch.zeros(4, 6)) for _ in range(2))
     muon = nr.Muon([a, b], lr=0.1)
-    a.grad, b.grad = (
-        torch.randn(4, 6, generator=nr.rng(0, "m")),
-        torch.randn(4, 6, generator=nr.rng(1, "m")),
-    )
+    a.grad, b.grad = (torch.randn(4, 6, generator=nr.rng(seed, "m")) for seed in range(2))
     muon.step()
     alone = torch.nn.Parameter(torch.zeros(4, 6))
     alone.grad = a.grad

@@ -2,6 +2,7 @@
 
 import math
 from itertools import islice
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,29 +13,39 @@ import nanoreward as nr
 import train_small
 from data.arithmetic import Arithmetic
 from notebooks import preferences
-from tests.conftest import TINY, random_batch, rough
+from tests.conftest import TINY, random_batch, rough, tiny
 
 TASK = Arithmetic(1, 1)
+DPO = tiny("iterative_dpo")
+
+
+@pytest.fixture(autouse=True)
+def full_rate_at_once(monkeypatch):
+    """The few updates of a round here are no time to warm up."""
+    monkeypatch.setattr(nr, "WARMUP", 1)
 
 
 # ---- pairs -------------------------------------------------------------------------------------
 
 
-def test_pairs_walk_through_both_lists_and_restart_the_shorter():
+def test_pairs_walk_through_both_lists_and_restart_the_shorter(monkeypatch):
     right = torch.tensor([1.0, 0, 1, 0, 0, 1, 1, 0])
     group = torch.tensor([0, 0, 0, 0, 0, 1, 1, 2])
     # prompt 0: right 0, 2; wrong 1, 3, 4.  prompt 1 has no wrong one, prompt 2 no right one
-    four, one = nr.replace(TINY, pairs_each=4), nr.replace(TINY, pairs_each=1)
-    assert nr.pair_up(right, group, four).tolist() == [[0, 1], [2, 3], [0, 4], [2, 1]]
-    assert nr.pair_up(right, group, one).tolist() == [[0, 1]]
-    assert nr.pair_up(torch.ones(8), group, four).shape == (0, 2)
+    monkeypatch.setattr(nr, "PAIRS_EACH", 4)
+    assert nr.pair_up(right, group, DPO).tolist() == [[0, 1], [2, 3], [0, 4], [2, 1]]
+    assert nr.pair_up(torch.ones(8), group, DPO).shape == (0, 2)
+    monkeypatch.setattr(nr, "PAIRS_EACH", 1)
+    assert nr.pair_up(right, group, DPO).tolist() == [[0, 1]]
 
 
 @given(seed=st.integers(0, 1000), K=st.integers(1, 9))
 def test_a_pair_is_one_right_and_one_wrong_response_of_one_prompt(seed, K):
     g = nr.rng(seed, "pairs")
-    right, group = torch.rand(24, generator=g) < 0.4, torch.randint(5, (24,), generator=g)
-    pairs = nr.pair_up(right.float(), group, nr.replace(TINY, pairs_each=K))
+    right = torch.rand(24, generator=g) < 0.4
+    group = torch.randint(5, (24,), generator=g)
+    with patch.object(nr, "PAIRS_EACH", K):
+        pairs = nr.pair_up(right.float(), group, DPO)
     both = {x for x in group.tolist() if len(set(right[group == x].tolist())) == 2}
     assert len(pairs) == K * len(both)
     assert right[pairs[:, 0]].all() and not right[pairs[:, 1]].any()
@@ -60,38 +71,29 @@ def test_log_probs_of_pairs_are_sums_over_their_own_tokens(model):
 
 
 def test_dpo_nll_is_equation_9_by_hand():
-    logp, ref = (
-        torch.tensor([[-3.0, -5.0], [-8.0, -4.0]]),
-        torch.tensor([[-4.0, -4.5], [-6.0, -6.0]]),
-    )
+    logp = torch.tensor([[-3.0, -5.0], [-8.0, -4.0]])
+    ref = torch.tensor([[-4.0, -4.5], [-6.0, -6.0]])
     length = torch.tensor([[6, 4], [2, 9]])
-    config = nr.replace(TINY, dpo_beta=0.5, alpha=2.0)
+    config = nr.replace(DPO, beta=0.5, alpha=2.0)
     by_hand = 0.0
-    for (w, v), (rw, rv), (n, _) in zip(logp.tolist(), ref.tolist(), length.tolist()):
+    for (w, v), (rw, rv), (n, _) in zip(logp.tolist(), ref.tolist(), length.tolist(), strict=True):
         margin = (w - rw) - (v - rv)
         by_hand += -math.log(1 / (1 + math.exp(-0.5 * margin))) - 2.0 * w / n
     loss, margin = nr.dpo_nll(logp, ref, length, config)
-    assert float(loss) == pytest.approx(by_hand / 2, rel=1e-6) and margin.tolist() == [1.5, -4.0]
+    assert float(loss) == pytest.approx(by_hand / 2, rel=1e-6)
+    assert margin.tolist() == [1.5, -4.0]
     loss, margin = nr.sft_chosen(logp, ref, length, config)
-    assert float(loss) == pytest.approx((3 / 6 + 8 / 2) / 2) and margin.tolist() == [1.5, -4.0]
+    assert float(loss) == pytest.approx((3 / 6 + 8 / 2) / 2)
+    assert margin.tolist() == [1.5, -4.0]
 
 
 # ---- rounds ------------------------------------------------------------------------------------
 
-SMALL = nr.replace(
-    TINY,
-    rounds=2,
-    round_updates=3,
-    round_prompts=16,
-    samples=4,
-    pair_batch=16,
-    dpo_lr=3e-3,
-    warmup=1,
-)
+SMALL = nr.replace(DPO, rounds=2, updates=3, prompts=16, samples=4, minibatch=16, lr=3e-3)
 
 
 class Short(Arithmetic):
-    """Right is any response that ends within three tokens: a habit a policy can pick up in seconds."""
+    """Right is any response that ends within three tokens: a habit learned in seconds."""
 
     def grade(self, prompt, response):
         return float(response.endswith("<eos>") and len(response) <= 2 + len("<eos>"))
@@ -102,10 +104,9 @@ def test_a_round_keeps_its_reference_and_the_next_one_starts_where_it_ended():
     seen = []
     for m in nr.iterative_dpo(state, Short(1, 1), SMALL):
         with torch.no_grad():
-            now = nr.pair_logprobs(
-                state["policy"], state["pairs"], torch.arange(len(state["pairs"]["ref"]))
-            )
-        seen.append((m, state["pairs"]["ref"].clone(), now))
+            rows = torch.arange(len(state.pairs["ref"]))
+            now = nr.pair_logprobs(state.policy, state.pairs, rows)
+        seen.append((m, state.pairs["ref"].clone(), now))
     assert [m["round"] for m, _, _ in seen] == [0, 0, 0, 1, 1, 1]
     assert torch.equal(seen[0][1], seen[2][1])  # computed once
     assert not torch.allclose(seen[2][2], seen[2][1])
@@ -113,34 +114,29 @@ def test_a_round_keeps_its_reference_and_the_next_one_starts_where_it_ended():
     for m, _, _ in (seen[0], seen[3]):
         assert m["margin"] == pytest.approx(0, abs=1e-4) and m["samples"] in (64, 128)
     assert seen[1][0]["margin"] > 0 and seen[2][0]["pair_accuracy"] > 0.5
-    assert {
-        "chosen",
-        "rejected",
-        "chosen_per_token",
-        "rejected_per_token",
-        "truth",
-        "pairs",
-    } <= set(seen[0][0])
+    logged = {"chosen", "rejected", "chosen_per_token", "rejected_per_token", "truth", "pairs"}
+    assert logged <= set(seen[0][0])
 
 
-@pytest.mark.parametrize("preference", list(nr.PREFERENCES))
-def test_rounds_learn_a_habit_that_is_rewarded(preference):
-    config = nr.replace(SMALL, rounds=4, round_updates=12, preference=preference, alpha=1.0)
+@pytest.mark.parametrize("arm", list(nr.DPO_ARMS))
+def test_rounds_learn_a_habit_that_is_rewarded(arm):
+    config = nr.replace(SMALL, rounds=4, updates=12, arm=arm, alpha=1.0)
     state = nr.start_rounds(rough(config), config)
     truth = [m["truth"] for m in nr.iterative_dpo(state, Short(1, 1), config)]
     assert truth[0] < 0.35 and truth[-1] > truth[0] + 0.25
 
 
-def test_a_round_without_pairs_is_one_line_and_over(tmp_path):
+def test_a_round_without_pairs_is_one_line_and_over():
     class Never(Arithmetic):
         def grade(self, prompt, response):
             return 0.0
 
     state = nr.start_rounds(rough(SMALL), SMALL)
-    before = [p.clone() for p in state["policy"].parameters()]
+    before = [p.clone() for p in state.policy.parameters()]
     lines = list(nr.iterative_dpo(state, Never(1, 1), SMALL))
     assert [m["pairs"] for m in lines] == [0, 0] and [m["round"] for m in lines] == [0, 1]
-    assert all(torch.equal(a, b) for a, b in zip(before, state["policy"].parameters()))
+    after = list(state.policy.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert "pairs" in train_small.notes(lines[0], SMALL)
 
 
@@ -154,39 +150,8 @@ def test_resume_in_the_middle_of_a_round_is_bit_exact(tmp_path, stop):
     again = nr.load_state(tmp_path, into=nr.start_rounds(rough(SMALL, seed=9), SMALL))
     rest = list(nr.iterative_dpo(again, Short(1, 1), SMALL))
     assert rest == logs[stop:]
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(whole["policy"].parameters(), again["policy"].parameters())
-    )
-
-
-@pytest.mark.parametrize("preference", list(nr.PREFERENCES))
-def test_a_restarted_round_trains_the_first_model_again(preference):
-    config = nr.replace(SMALL, restart=True, preference=preference)
-    state = nr.start_rounds(rough(config), config)
-    weight, first = state["policy"].lm_head.weight, state["first"]["lm_head.weight"].clone()
-    moved, steps = [], []
-    for m in nr.iterative_dpo(state, Short(1, 1), config):
-        if m["round"] and len(steps) in (3, 6):  # its reference is that model too
-            assert m["margin"] == pytest.approx(0, abs=1e-4)
-        moved.append(float((weight - first).detach().abs().max()))
-        steps.append(int(state["optimizers"][0].state[weight]["step"]))
-    assert steps[:4] == [1, 2, 3, 1]  # nor do Adam's moments of the last round stay
-    assert moved[2] > 1.5 * moved[0] > 0  # within a round it moves away
-    assert moved[3] < 0.7 * moved[2]  # and the next one starts from the first model
-
-
-def test_the_second_half_of_the_rounds_has_its_own_temperature(monkeypatch):
-    config = nr.replace(SMALL, rounds=4, late_temperature=1.3, temperature=0.8)
-    heat, sample = [], nr.sample
-
-    def watched(model, prompt, config, **more):
-        heat.append(config.temperature)
-        return sample(model, prompt, config, **more)
-
-    monkeypatch.setattr(nr, "sample", watched)
-    list(nr.iterative_dpo(nr.start_rounds(rough(config), config), Short(1, 1), config))
-    assert heat == [0.8, 0.8, 1.3, 1.3]
+    both = zip(whole.policy.parameters(), again.policy.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in both)
 
 
 def test_micro_batches_of_pairs_change_nothing():
@@ -195,21 +160,40 @@ def test_micro_batches_of_pairs_change_nothing():
         config = nr.replace(SMALL, micro=micro)
         state = nr.start_rounds(rough(config), config)
         logs.append(next(nr.iterative_dpo(state, Short(1, 1), config)))
-        weights.append(state["policy"].lm_head.weight.detach())
+        weights.append(state.policy.lm_head.weight.detach())
     assert logs[0] == pytest.approx(logs[1], rel=1e-4, abs=1e-5)
     assert torch.allclose(*weights, atol=1e-6)
+
+
+# ---- arms of notebooks/preferences.py ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arm", list(nr.DPO_ARMS))
+def test_rest_em_trains_the_first_model_again_in_every_round(arm):
+    config = nr.replace(SMALL, arm=arm)
+    state = nr.start_rounds(rough(config), config)
+    weight = state.policy.lm_head.weight
+    first = weight.detach().clone()
+    moved, steps = [], []
+    for m in preferences.rest_em(state, Short(1, 1), config):
+        if m["round"] and len(steps) in (3, 6):  # its reference is that model too
+            assert m["margin"] == pytest.approx(0, abs=1e-4)
+        moved.append(float((weight - first).detach().abs().max()))
+        steps.append(int(state.optimizers[0].state[weight]["step"]))
+    assert steps[:4] == [1, 2, 3, 1]  # nor do Adam's moments of the last round stay
+    assert moved[2] > 1.5 * moved[0] > 0  # within a round it moves away
+    assert moved[3] < 0.7 * moved[2]  # and the next one starts from the first model
 
 
 def test_spin_sets_a_careful_demonstration_against_an_own_sample():
     config = nr.replace(SMALL, rounds=1, answers=100)
     state = nr.start_rounds(rough(config), config)
     next(preferences.spin(state, TASK, config))
-    pairs = state["pairs"]
+    pairs = state.pairs
     careful = Arithmetic(1, 1, careful=True, guess=0)
-    assert len(pairs["prompt"]) == config.pairs_each * config.round_prompts
-    for x, (winner, loser) in zip(pairs["prompt"].tolist(), pairs["response"].tolist()):
+    assert len(pairs["prompt"]) == nr.PAIRS_EACH * config.prompts
+    for x, both in zip(pairs["prompt"].tolist(), pairs["response"].tolist(), strict=True):
         problem = TASK.decode(x)
-        assert (
-            TASK.decode(winner) == careful.respond(problem, nr.rng(0, "any")) != TASK.decode(loser)
-        )
-        assert TASK.grade(problem, TASK.decode(winner)) == 1
+        winner, loser = (TASK.decode(y) for y in both)
+        assert winner == careful.respond(problem, nr.rng(0, "any")) != loser
+        assert TASK.grade(problem, winner) == 1

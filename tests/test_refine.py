@@ -8,19 +8,19 @@ from hypothesis import strategies as st
 
 import nanoreward as nr
 from data.arithmetic import Arithmetic
-from tests.conftest import TINY, rough
+from tests.conftest import rough, tiny
 
 TASK = Arithmetic(1, 3)
-WIDE = nr.replace(TINY, max_ops=3, response=28)
-SEP, BAD = (TASK.tokenizer.token_to_id(word) for word in ("<sep>", "<bad>"))
+SMALL = tiny("refine")
+WIDE = nr.replace(SMALL, max_ops=3, response=28)
+(SEP,), (BAD,) = TASK.encode(["<sep>", "<bad>"])
 
 
 def rollout_of(prompts, texts, config=WIDE):
     prompt = nr.encode_prompts(TASK, prompts, config)
-    response = nr.right_pad(TASK.encode(texts), config.pad, config.response)
-    return nr.Rollout(
-        prompt, response, nr.up_to_eos(response, config), response, torch.arange(len(texts))
-    )
+    response = nr.right_pad(TASK.encode(texts), config.pad_id, config.response)
+    mask = nr.up_to_eos(response, config)
+    return nr.Rollout(prompt, response, mask, response, torch.arange(len(texts)))
 
 
 # ---- labels ------------------------------------------------------------------------------------
@@ -29,14 +29,14 @@ def rollout_of(prompts, texts, config=WIDE):
 @given(seed=st.integers(0, 999))
 def test_binary_loss_is_torchs_and_never_sees_what_is_masked(seed):
     g = nr.rng(seed, "bce")
-    score, label = torch.randn(2, 4, 3, generator=g) * 5, torch.rand(2, 4, 3, generator=g).round()
+    score = torch.randn(2, 4, 3, generator=g) * 5
+    label = torch.rand(2, 4, 3, generator=g).round()
     mask = torch.rand(2, 4, 3, generator=g).round()
     theirs = (F.binary_cross_entropy_with_logits(score, label, reduction="none") * mask).sum() / 7
-    assert nr.binary_loss(score, label, mask, 7) == pytest.approx(float(theirs), abs=1e-5)
+    ours = nr.binary_loss(score, label, mask, 7)
+    assert ours == pytest.approx(float(theirs), abs=1e-5)
     changed = torch.where(mask > 0, score, score + 99)
-    assert torch.equal(
-        nr.binary_loss(changed, label, mask, 7), nr.binary_loss(score, label, mask, 7)
-    )
+    assert torch.equal(nr.binary_loss(changed, label, mask, 7), ours)
 
 
 @pytest.mark.parametrize("v, K", [(0.083, 8), (0.5, 1), (0.2, 4), (0.02, 16)])
@@ -54,9 +54,8 @@ def test_propagation_is_monotone_and_idempotent(seed):
     labels = nr.rollout_labels(success, uses)
     assert (labels[:, 1:] <= labels[:, :-1]).all()
     assert torch.equal(nr.rollout_labels(labels[..., None]), labels)
-    for row, both in zip(
-        labels, success & uses, strict=True
-    ):  # good until the last prefix with a trace
+    # good until the last prefix with a trace
+    for row, both in zip(labels, success & uses, strict=True):
         some = both.any(1).nonzero()
         assert int(row.sum()) == (int(some[-1]) + 1 if len(some) else 0)
     assert (labels <= nr.rollout_labels(success)).all()
@@ -65,10 +64,12 @@ def test_propagation_is_monotone_and_idempotent(seed):
 @given(seed=st.integers(0, 999), lean=st.floats(0.05, 0.95))
 def test_balance_keeps_equally_many_good_and_bad_at_each_position(seed, lean):
     g = nr.rng(seed, "balance")
-    labels, position = torch.rand(60, generator=g) < lean, torch.randint(4, (60,), generator=g)
+    labels = torch.rand(60, generator=g) < lean
+    position = torch.randint(4, (60,), generator=g)
     keep = nr.balance(labels, position, nr.rng(seed, "keep"))
     for p in range(4):
-        good, bad = labels & (position == p), ~labels & (position == p)
+        good = labels & (position == p)
+        bad = ~labels & (position == p)
         assert (keep & good).sum() == (keep & bad).sum() == min(good.sum(), bad.sum())
     assert torch.equal(keep, nr.balance(labels, position, nr.rng(seed, "keep")))
 
@@ -83,32 +84,28 @@ def test_the_first_error_is_the_first_step_below_the_threshold():
 
 
 def test_prefixes_end_behind_each_step_and_at_the_end():
-    draft = rollout_of(
-        ["37+5*3="] * 3, ["37+5=42;42*3=26;#26<eos>", "#37<eos>", "37+5=42;42*3=26;"]
-    )
+    texts = ["37+5=42;42*3=26;#26<eos>", "#37<eos>", "37+5=42;42*3=26;"]
+    draft = rollout_of(["37+5*3="] * 3, texts)
     assert nr.prefix_ends(TASK, draft).tolist() == [[0, 8, 16, 20], [0, 4, -1, -1], [0, 8, 16, -1]]
 
 
-def test_continuations_keep_their_prefix_and_leave_whole_drafts_alone():
+def test_continuations_keep_their_prefix_and_leave_whole_drafts_alone(monkeypatch):
+    monkeypatch.setattr(nr, "SAMPLED_AT_ONCE", 4)
     student, K = rough(WIDE), 3
-    draft = rollout_of(
-        ["37+5*3=", "8+1=", "8+1="], ["37+5=32;32*3=96;#96<eos>", "8+1=9;#9<eos>", "#7<eos>"]
-    )
-    ends = nr.prefix_ends(TASK, draft).masked_fill(torch.tensor([0, 1, 0]).bool()[:, None], -1)
-    config = nr.replace(WIDE, continuations=K, minibatch=4)
+    texts = ["37+5=32;32*3=96;#96<eos>", "8+1=9;#9<eos>", "#7<eos>"]
+    draft = rollout_of(["37+5*3=", "8+1=", "8+1="], texts)
+    whole = torch.tensor([False, True, False])
+    ends = nr.prefix_ends(TASK, draft).masked_fill(whole[:, None], -1)
+    config = nr.replace(WIDE, continuations=K)
     which, traces = nr.continuations_of(student, draft, ends, config)
-    assert which.tolist() == [[0, 0], [2, 0], [0, 1], [0, 2]] and traces.shape == (
-        4,
-        K,
-        28,
-    )  # short ones first
+    assert which.tolist() == [[0, 0], [2, 0], [0, 1], [0, 2]]  # short ones first
+    assert traces.shape == (4, K, 28)
     for (row, s), several in zip(which.tolist(), traces, strict=True):
         n = int(ends[row, s])
         assert (several[:, :n] == draft.response[row, :n]).all()
-        assert (several[:, n] != WIDE.pad).all()  # each goes on
-        assert (
-            several[:, n] != draft.response[row, n]
-        ).any()  # and not with the draft's next token
+        assert (several[:, n] != WIDE.pad_id).all()  # each goes on
+        # and not with the draft's next token
+        assert (several[:, n] != draft.response[row, n]).any()
     assert len({tuple(y) for y in traces[0].tolist()}) == K  # fresh ones
 
 
@@ -125,7 +122,7 @@ def test_consistency_rejects_a_trace_that_ignores_the_step():
 
 
 def labelled():
-    """Three drafts: right; wrong in its second step, mended by a trace; wrong from the start, never solved."""
+    """Three drafts: right; wrong in its second step, mended by a trace; wrong, never solved."""
     texts = ["37+5=42;42*3=26;#26<eos>", "37+5=42;42*3=22;#22<eos>", "37+5=32;32*3=96;#96<eos>"]
     draft = rollout_of(["37+5*3="] * 3, texts)
     ends = nr.prefix_ends(TASK, draft)
@@ -134,19 +131,18 @@ def labelled():
     traces = [[bad, good], [bad, good], [bad, bad], [texts[2]] * 2, [texts[2]] * 2, [texts[2]] * 2]
     traces = torch.stack([nr.right_pad(TASK.encode(t), 0, 28) for t in traces])
     success, uses = nr.check_traces(TASK, draft, ends, which, traces)
-    config = nr.replace(WIDE, continuations=2)
     right = nr.grades(TASK, draft) > 0.5
-    b = nr.step_labels(right, ends, which, success, uses, config)
-    return draft, b, which, traces, success & uses, config
+    examples = nr.step_labels(right, ends, which, success & uses, WIDE)
+    examples |= {"prompt": draft.prompt, "response": draft.response}
+    return nr.LabelledDrafts(examples, which, traces, success & uses, truth=1 / 3, samples=15)
 
 
 def test_labels_of_steps_are_the_outcome_for_the_orm_and_the_rollouts_for_the_sorm():
-    _, b, *_ = labelled()
+    b = labelled().examples
     assert b["label"][0].tolist() == [[1.0] * 4, [0.0] * 4, [0.0] * 4]
     assert b["label"][1].tolist() == [[1.0] * 4, [1.0, 1.0, 0.0, 0.0], [0.0] * 4]
-    assert (
-        b["keep"][1].sum() == b["keep"][0].sum() == 6
-    )  # three positions, one good and one bad each
+    # three positions, one good and one bad each
+    assert b["keep"][1].sum() == b["keep"][0].sum() == 6
     assert (b["keep"][:, :, 0] == 0).all()  # the problem alone is no step
     for s in (1, 2, 3):
         kept = b["label"][1][:, s][b["keep"][1][:, s] > 0]
@@ -154,16 +150,37 @@ def test_labels_of_steps_are_the_outcome_for_the_orm_and_the_rollouts_for_the_so
 
 
 def test_refiners_learn_from_right_traces_and_the_local_one_only_what_follows_the_mark():
-    draft, b, which, traces, good, config = labelled()
-    whole, rest = nr.repair_demos(TASK, draft, b, which, traces, good, config)
+    drafts = labelled()
+    whole = nr.global_demos(TASK, drafts, WIDE)
+    rest = nr.local_demos(TASK, drafts, WIDE)
     assert len(whole) == len(rest) == 1  # the third draft has no right trace to learn from
     problem, answer = "37+5*3=", "37+5=42;42*3=26;#26<eos>"
     ids = TASK.encode([problem, "37+5=42;42*3=22;#22", "42*3=22;#22", "37+5=42;"])
     assert whole[0] == ([1, *ids[0], SEP, *ids[1], SEP], TASK.encode([answer])[0])
     assert rest[0][0] == [1, *ids[0], SEP, *ids[3], BAD, *ids[2], SEP]
-    assert (
-        ids[3] + rest[0][1] == TASK.encode([answer])[0]
-    )  # it goes on, it never repeats the good prefix
+    # it goes on, it never repeats the good prefix
+    assert ids[3] + rest[0][1] == TASK.encode([answer])[0]
+
+
+def test_drafts_are_drawn_continued_and_labelled_in_one_go():
+    """`label_drafts` is made of the parts above, and the loop learns from what it returns."""
+    student = rough(SMALL)
+    drafts = nr.label_drafts(student, TASK, 12, SMALL)
+    steps = drafts.examples
+    texts = TASK.prompts(12, nr.rng(SMALL.seed, "prompts"))
+    prompt = nr.encode_prompts(TASK, texts, SMALL)
+    draft = nr.sample(student, prompt, SMALL, generator=nr.rng(SMALL.seed, "sample"))
+    assert torch.equal(steps["prompt"], prompt) and torch.equal(steps["response"], draft.response)
+    ends = nr.prefix_ends(TASK, draft)
+    right = nr.grades(TASK, draft) > 0.5
+    assert drafts.truth == pytest.approx(float(right.float().mean()))
+    wrong = [(i, s) for i in range(12) for s in range(int(ends[i].argmax())) if not right[i]]
+    assert sorted(map(tuple, drafts.origin.tolist())) == wrong
+    success, uses = nr.check_traces(TASK, draft, ends, drafts.origin, drafts.traces)
+    assert torch.equal(drafts.good, success & uses)
+    labels = nr.step_labels(right, ends, drafts.origin, drafts.good, SMALL)
+    assert all(torch.equal(steps[name], x) for name, x in labels.items())
+    assert drafts.samples == 12 + len(wrong) * SMALL.continuations
 
 
 # ---- heads -------------------------------------------------------------------------------------
@@ -173,31 +190,28 @@ def test_refiners_learn_from_right_traces_and_the_local_one_only_what_follows_th
 def heads():
     state = nr.start_refine(rough(WIDE), WIDE)
     for name in ("orm", "sorm"):
-        torch.nn.init.normal_(state[name].linear.weight, generator=nr.rng(1, name))
+        weight = getattr(state.scorer, name).linear.weight
+        torch.nn.init.normal_(weight, generator=nr.rng(1, name))
     return state
 
 
 def scores_of(state, prompts, texts):
     b = rollout_of(prompts, texts)
     with torch.no_grad():
-        return nr.step_scores(state, b.prompt, b.response, nr.prefix_ends(TASK, b))
+        return state.scorer(b.prompt, b.response, nr.prefix_ends(TASK, b))
 
 
 def test_step_scores_read_the_prefix_unshifted_and_nothing_behind_it(heads):
     a = scores_of(heads, ["37+5*3="], ["37+5=42;42*3=26;#26<eos>"])
     b = scores_of(heads, ["37+5*3="], ["37+5=42;42*3=22;#22<eos>"])
-    assert torch.allclose(
-        a[:, 0, :2], b[:, 0, :2], atol=1e-5
-    )  # the question, and the step both have
+    # the question, and the step both have
+    assert torch.allclose(a[:, 0, :2], b[:, 0, :2], atol=1e-5)
     assert (a[:, 0, 2:] - b[:, 0, 2:]).abs().min() > 1e-4
-    state = heads["scorer"].hidden(
-        torch.cat(
-            [nr.encode_prompts(TASK, ["37+5*3="], WIDE), torch.tensor(TASK.encode(["37+5=42;"]))], 1
-        )
-    )
-    assert torch.allclose(
-        heads["sorm"](state[:, -1]), a[1, :, 1], atol=1e-5
-    )  # the very token that ends the step
+    prompt = nr.encode_prompts(TASK, ["37+5*3="], WIDE)
+    step = torch.tensor(TASK.encode(["37+5=42;"]))
+    hidden = heads.scorer.trunk.hidden(torch.cat([prompt, step], 1))
+    # the very token that ends the step
+    assert torch.allclose(heads.scorer.sorm(hidden[:, -1]), a[1, :, 1], atol=1e-5)
     assert not torch.allclose(a[0], a[1])
 
 
@@ -214,28 +228,22 @@ def test_padding_and_batch_order_change_no_step_score(heads):
 
 
 def test_micro_batches_of_labelled_drafts_change_nothing(heads):
-    _, b, *_ = labelled()
-    draft = labelled()[0]
-    b = b | {"prompt": draft.prompt, "response": draft.response}
-    rows, loss = nr.step_batches(heads, b, nr.replace(WIDE, labels_each=12))(0)
+    b = labelled().examples
+    rows, loss = nr.step_batches(heads.scorer, b, 12, WIDE)(0)
     whole, seen = loss(rows)
     parts = [loss(part) for part in rows.split(5)]
-    assert float(whole.detach()) == pytest.approx(
-        sum(float(p.detach()) for p, _ in parts), abs=1e-5
-    )
+    assert len(rows) == 12 and len(parts) == 3
+    in_parts = sum(float(p.detach()) for p, _ in parts)
+    assert float(whole.detach()) == pytest.approx(in_parts, abs=1e-5)
     assert float(seen["sorm"]) == pytest.approx(sum(float(m["sorm"]) for _, m in parts), abs=1e-5)
     denom = b["keep"][:, rows].sum((1, 2))
-    score = nr.step_scores(
-        heads, draft.prompt[rows], draft.response[rows], b["ends"][rows]
-    ).detach()
-    by_hand = sum(
-        F.binary_cross_entropy_with_logits(score[h], b["label"][h, rows], reduction="none")[
-            b["keep"][h, rows] > 0
-        ].sum()
-        / denom[h]
-        for h in (0, 1)
-    )
-    assert float(whole.detach()) == pytest.approx(float(by_hand), abs=1e-5)
+    score = heads.scorer(b["prompt"][rows], b["response"][rows], b["ends"][rows]).detach()
+    by_hand = 0.0
+    for h in (0, 1):
+        label, keep = b["label"][h, rows], b["keep"][h, rows] > 0
+        each = F.binary_cross_entropy_with_logits(score[h], label, reduction="none")
+        by_hand += float(each[keep].sum() / denom[h])
+    assert float(whole.detach()) == pytest.approx(by_hand, abs=1e-5)
 
 
 # ---- refinement --------------------------------------------------------------------------------
@@ -244,28 +252,25 @@ def test_micro_batches_of_labelled_drafts_change_nothing(heads):
 def test_a_refinement_keeps_what_stands_before_the_blamed_step(heads):
     prompts = TASK.prompts(40, nr.rng(0, "p"))
     found = nr.refinements(heads, TASK, prompts, WIDE, nr.rng(0, "refine"))
-    draft, _, local = found["response"]
-    assert found["response"].shape == (3, 40, 28) and found["score"].shape == (3, 40)
-    b = nr.Rollout(
-        nr.encode_prompts(TASK, prompts, WIDE), draft, nr.up_to_eos(draft, WIDE), draft, draft[:, 0]
-    )
+    draft, _, local = found.response
+    assert found.response.shape == (3, 40, 28) and found.score.shape == (3, 40)
+    prompt = nr.encode_prompts(TASK, prompts, WIDE)
+    b = nr.Rollout(prompt, draft, nr.up_to_eos(draft, WIDE), draft, draft[:, 0])
     ends = nr.prefix_ends(TASK, b)
     with torch.no_grad():
-        sorm = nr.step_scores(heads, b.prompt, draft, ends)[1].sigmoid()
-    assert {at is None for at in found["bad"]} == {True, False}
-    for i, at in enumerate(found["bad"]):
+        sorm = heads.scorer(b.prompt, draft, ends)[1].sigmoid()
+        whole = heads.scorer.whole(b.prompt, draft)
+    assert {at is None for at in found.blamed} == {True, False}
+    for i, at in enumerate(found.blamed):
         n = int((ends[i] >= 0).sum())
-        below = (sorm[i, 1:n] < WIDE.threshold).nonzero()[:, 0].tolist()
+        below = (sorm[i, 1:n] < nr.THRESHOLD).nonzero()[:, 0].tolist()
         assert at == (int(ends[i, below[0]]) if below else None)
         keep = 28 if at is None else at
         assert torch.equal(local[i, :keep], draft[i, :keep])
-        assert found["score"][0, i] == pytest.approx(
-            float(nr.response_score(heads["scorer"], heads["orm"], b.prompt, draft).detach()[i]),
-            abs=1e-4,
-        )
-    texts = nr.refined(heads, TASK, prompts, WIDE, nr.rng(0, "refine"))
-    best = found["score"].argmax(0)
-    assert texts == [TASK.decode(found["response"][best[i], i].tolist()) for i in range(40)]
+        assert found.score[0, i] == pytest.approx(float(whole[i]), abs=1e-4)
+    texts = nr.answer_refined(heads, TASK, prompts, WIDE, nr.rng(0, "refine"))
+    best = found.score.argmax(0)
+    assert texts == [TASK.decode(found.response[best[i], i].tolist()) for i in range(40)]
 
 
 class Ones(Arithmetic):
@@ -287,55 +292,42 @@ def test_where_nothing_is_wrong_nothing_is_mended(grade):
         def grade(self, prompt, response):
             return grade
 
-    state = nr.start_refine(rough(TINY), TINY)
-    before = [x.clone() for x in state["local"].parameters()]
-    logs = list(nr.refine(state, Same(1, 1), TINY))
-    assert len(logs) == TINY.refine_updates and logs[0]["truth"] == grade and logs[0]["pairs"] == 0
-    assert all(torch.equal(a, b) for a, b in zip(before, state["local"].parameters(), strict=True))
-    assert nr.refined(state, Same(1, 1), ["3+4="], TINY)
+    state = nr.start_refine(rough(SMALL), SMALL)
+    before = [x.clone() for x in state.local_refiner.parameters()]
+    logs = list(nr.refine(state, Same(1, 1), SMALL))
+    assert len(logs) == SMALL.updates and logs[0]["truth"] == grade and logs[0]["pairs"] == 0
+    after = list(state.local_refiner.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert nr.answer_refined(state, Same(1, 1), ["3+4="], SMALL)
 
 
 def test_probe_heads_learn_which_prefix_is_bad_and_refiners_what_follows():
     """The whole loop in a world where a 9 is the error: heads and refiners find it in seconds."""
     task = Ones(1, 1)
-    config = nr.replace(
-        TINY,
-        response=5,
-        drafts=300,
-        continuations=4,
-        labels_each=64,
-        pair_batch=32,
-        refine_updates=80,
-        base_lr=0.01,
-        base_warmup=5,
-    )
+    numbers = {"prompts": 300, "continuations": 4, "minibatch": 64, "updates": 80, "lr": 0.01}
+    config = nr.replace(SMALL, response=5, **numbers)
     student = rough(config)
     with torch.no_grad():  # it writes 1, 2 and 9 and the end
         student.lm_head.weight.zero_()
     digits = task.encode(["1", "2", "9"])
-    never = [i for i in range(config.vocab) if [i] not in digits and i != config.eos]
+    never = [i for i in range(config.vocab) if [i] not in digits and i != config.eos_id]
     bias = torch.zeros(config.vocab).index_fill_(0, torch.tensor(never), -30.0)
     student.lm_head.bias = torch.nn.Parameter(bias, requires_grad=False)
     state = nr.start_refine(student, config)
     logs = list(nr.refine(state, task, config))
-    assert logs[-1]["pairs"] > 50 and state["update"] == 80 and logs[-1]["samples"] > 300
+    assert logs[-1]["pairs"] > 50 and state.update == 80 and logs[-1]["samples"] > 300
     assert logs[-1]["sorm"] > 0.9 and logs[-1]["orm"] > logs[0]["orm"]
-    b = state["data"]["steps"]
+    b = state.examples
     nine = (b["response"] == digits[2][0]).cumsum(1) > 0
     step = b["ends"] > 0
     clean = ~nine.gather(1, (b["ends"] - 1).clamp(min=0))[step]  # the truth: no 9 yet
     label = b["label"][1][step] > 0
-    assert (
-        not label[~clean].any() and label[clean].float().mean() > 0.9
-    )  # four traces may all be unlucky
+    assert not label[~clean].any()
+    assert label[clean].float().mean() > 0.9  # four traces may all be unlucky
     prompts = task.prompts(200, nr.rng(1, "held out"))
     found = nr.refinements(state, task, prompts, config, nr.rng(2, "refine"))
-    good = (found["response"] != digits[2][0]).all(2).float().mean(1)
+    good = (found.response != digits[2][0]).all(2).float().mean(1)
     assert good[1] > good[0] + 0.15 and good[2] > good[0] + 0.15
-    chosen = [
-        task.grade(x, y)
-        for x, y in zip(
-            prompts, nr.refined(state, task, prompts, config, nr.rng(2, "refine")), strict=True
-        )
-    ]
+    texts = nr.answer_refined(state, task, prompts, config, nr.rng(2, "refine"))
+    chosen = [task.grade(x, y) for x, y in zip(prompts, texts, strict=True)]
     assert sum(chosen) / 200 >= float(good.max())

@@ -1,4 +1,4 @@
-"""self_rewarding: scores read from text, judging, proposing, the grader out of reach, a world with a known answer."""
+"""self_rewarding: scores in text, judging, proposing, the grader out of reach, a known world."""
 
 import math
 from itertools import islice
@@ -14,32 +14,42 @@ import train_small
 from data.arithmetic import Arithmetic
 from notebooks import preferences
 from notebooks.preferences import task_problems
-from tests.conftest import TINY, rough
+from tests.conftest import rough, tiny
 
 TASK = Arithmetic(1, 1)
-SMALL = nr.replace(
-    TINY,
-    own_rounds=2,
-    round_updates=3,
-    round_prompts=16,
-    candidates=4,
-    pair_batch=16,
-    dpo_lr=3e-3,
-    warmup=1,
-    seed_demos=1500,
-    seed_updates=150,
+SMALL = tiny(
+    "self_rewarding",
+    rounds=2,
+    updates=3,
+    prompts=16,
+    samples=4,
+    minibatch=16,
+    lr=3e-3,
+    start_data=1500,
+    start_updates=150,
     base_batch=32,
     judgements=2,
 )
+
+
+@pytest.fixture(autouse=True)
+def full_rate_at_once(monkeypatch):
+    """The few updates of a round here are no time to warm up."""
+    monkeypatch.setattr(nr, "WARMUP", 1)
+
+
+def taught(model, demos, updates):
+    """Train the model on these ids, with large steps."""
+    state = nr.Fit([model], nr.optimizers([model], 0.01, 0.02))
+    list(nr.fit(state, nr.gpt_batches(model, demos, SMALL), updates, SMALL))
 
 
 @pytest.fixture(scope="module")
 def m1():
     """A small M1 whose judgements can mostly be read, and whose proposals are mostly problems."""
     model = rough(SMALL)
-    state = {"optimizers": nr.optimizers([model], 0.01, SMALL, 0.02), "update": 0}
-    demos = nr.encode_demos(TASK, train_small.seed_data(TASK, SMALL), SMALL)
-    list(nr.fit(state, nr.demonstrations(model, TASK, SMALL, demos), SMALL.seed_updates, SMALL))
+    demos = nr.encode_demos(TASK, nr.m1_demos(TASK, SMALL), SMALL)
+    taught(model, demos, SMALL.start_updates)
     return model.state_dict()
 
 
@@ -47,6 +57,11 @@ def start(m1, config=SMALL):
     policy = nr.Transformer(config)
     policy.load_state_dict(m1)
     return nr.start_self_rewarding(policy, config)
+
+
+def same_policies(a, b):
+    both = zip(a.policy.parameters(), b.policy.parameters(), strict=True)
+    return all(torch.equal(x, y) for x, y in both)
 
 
 # ---- scores ------------------------------------------------------------------------------------
@@ -127,20 +142,14 @@ def test_best_against_worst_drops_ties_and_ignores_what_has_no_score():
 def test_the_score_is_the_mean_of_the_judgements_that_can_be_read(m1, monkeypatch):
     state = start(m1)
     prompt = nr.encode_prompts(TASK, ["3+4=", "50-1="], SMALL)
-    rollout = nr.sample(state["policy"], prompt, SMALL, generator=nr.rng(0, "s"))
+    rollout = nr.sample(state.policy, prompt, SMALL, generator=nr.rng(0, "s"))
     asked = []
 
     def written(model, prompt, config, generator=None):
         asked.append((model, prompt))
-        texts = [
-            "7y!5<eos>",
-            "!2<eos>",
-            "7y<eos>",
-            "!4<eos>",
-            "7y",
-            "!9<eos>",
-        ]  # three for each response
-        ids = nr.right_pad(TASK.encode(texts), config.pad, config.response)
+        # three for each response
+        texts = ["7y!5<eos>", "!2<eos>", "7y<eos>", "!4<eos>", "7y", "!9<eos>"]
+        ids = nr.right_pad(TASK.encode(texts), config.pad_id, config.response)
         return nr.Rollout(prompt, ids, nr.up_to_eos(ids, config), ids, torch.arange(6))
 
     monkeypatch.setattr(nr, "sample", written)
@@ -149,35 +158,34 @@ def test_the_score_is_the_mean_of_the_judgements_that_can_be_read(m1, monkeypatc
     assert score[0] == 3.5 and score[1] == 4.0  # 5, 2, none -> 3.5; 4, none, none -> 4
     assert seen["unread"] == 0.5 and seen["score"] == pytest.approx(11 / 3)
     ((model, read),) = asked
-    assert model is state["policy"] and len(read) == 6
+    assert model is state.policy and len(read) == 6
     for i, row in enumerate(read.tolist()):
-        wanted = TASK.judge_prompt(
-            rollout.prompt[i // 3].tolist(), rollout.response[i // 3].tolist()
-        )
-        assert row[row.index(SMALL.bos) :] == [SMALL.bos, *wanted]
+        problem, response = rollout.prompt[i // 3].tolist(), rollout.response[i // 3].tolist()
+        wanted = TASK.judge_prompt(problem, response)
+        assert row[row.index(SMALL.bos_id) :] == [SMALL.bos_id, *wanted]
 
 
-def test_judging_in_parts_sees_every_response_once(m1):
-    config = nr.replace(SMALL, minibatch=5)
-    state, prompt = start(m1), nr.encode_prompts(TASK, TASK.prompts(12, nr.rng(0, "p")), SMALL)
-    rollout = nr.sample(state["policy"], prompt, config, generator=nr.rng(0, "s"))
-    score, seen = nr.judged(state, TASK, rollout, config, 3)
+def test_judging_in_parts_sees_every_response_once(m1, monkeypatch):
+    monkeypatch.setattr(nr, "SAMPLED_AT_ONCE", 5)
+    state = start(m1)
+    prompt = nr.encode_prompts(TASK, TASK.prompts(12, nr.rng(0, "p")), SMALL)
+    rollout = nr.sample(state.policy, prompt, SMALL, generator=nr.rng(0, "s"))
+    score, seen = nr.judged(state, TASK, rollout, SMALL, 3)
     assert score.shape == (12,) and seen["unread"] < 0.5
-    other = nr.judged(state, TASK, rollout, config, 4)[0]
-    assert not torch.equal(
-        score.nan_to_num(9), other.nan_to_num(9)
-    )  # sampled anew in another update
-    assert torch.equal(
-        score.nan_to_num(9), nr.judged(state, TASK, rollout, config, 3)[0].nan_to_num(9)
-    )
+    score = score.nan_to_num(9)
+    other = nr.judged(state, TASK, rollout, SMALL, 4)[0].nan_to_num(9)
+    assert not torch.equal(score, other)  # sampled anew in another update
+    assert torch.equal(score, nr.judged(state, TASK, rollout, SMALL, 3)[0].nan_to_num(9))
 
 
 def test_the_frozen_judge_stays_m1_and_the_own_one_is_the_policy(m1):
-    own, frozen = start(m1), start(m1, nr.replace(SMALL, judge="frozen"))
-    assert own["judge"] is own["policy"]
-    list(nr.self_rewarding(frozen, TASK, nr.replace(SMALL, judge="frozen")))
-    assert all(torch.equal(x, m1[name]) for name, x in frozen["judge"].state_dict().items())
-    assert not torch.equal(frozen["policy"].lm_head.weight, m1["lm_head.weight"])
+    own = start(m1)
+    assert own.judge is own.policy
+    config = nr.replace(SMALL, judge="frozen")
+    frozen = start(m1, config)
+    list(nr.self_rewarding(frozen, TASK, config))
+    assert all(torch.equal(x, m1[name]) for name, x in frozen.judge.state_dict().items())
+    assert not torch.equal(frozen.policy.lm_head.weight, m1["lm_head.weight"])
 
 
 def test_proposals_are_training_problems_new_and_filled_up(m1, monkeypatch):
@@ -190,32 +198,23 @@ def test_proposals_are_training_problems_new_and_filled_up(m1, monkeypatch):
     def answers(model, task, prompts, config, generator=None):
         shown.extend(prompts)
         own = prompts[4].split("<sep>")[1]  # one that it was shown
-        return [
-            f"{good[0]}<eos>",
-            f"{good[0]}<eos>",
-            f"{dev}<eos>",
-            "3+4+5=<eos>",
-            f"{own}<eos>",
-            "",
-            "<sep>",
-            good[1],
-        ]
+        ended = [f"{x}<eos>" for x in (good[0], good[0], dev, "3+4+5=", own)]
+        return [*ended, "", "<sep>", good[1]]
 
     monkeypatch.setattr(nr, "respond", answers)
-    texts, seen = nr.propose(state, TASK, config, 0)
+    texts, seen = nr.pose_problems(state, TASK, config, 0)
     assert texts[:2] == good[:2] and len(set(texts)) == len(texts) == 4
-    assert (
-        seen == {"valid": 3 / 8, "proposed": 0.5} and len(shown) == 8
-    )  # two attempts a problem, no more
+    assert seen == {"valid": 3 / 8, "proposed": 0.5}
+    assert len(shown) == 8  # two attempts a problem, no more
     assert all(TASK.split(x) == "train" for x in texts)
-    again, seen = nr.propose(state, TASK, config, 0)
+    again, seen = nr.pose_problems(state, TASK, config, 0)
     assert seen["proposed"] == 0 and len(again) == 4  # posed before: not new; the task fills up
-    assert list(state["posed"]) == good[:2]
+    assert list(state.posed) == good[:2]
 
 
 def test_problems_may_come_from_the_task_instead(m1, monkeypatch):
-    monkeypatch.setattr(nr, "propose", None)
-    config = nr.replace(SMALL, own_rounds=1)
+    monkeypatch.setattr(nr, "pose_problems", None)
+    config = nr.replace(SMALL, rounds=1)
     assert "valid" not in next(task_problems(start(m1, config), TASK, config))
 
 
@@ -236,12 +235,10 @@ def test_the_true_grader_is_never_asked(m1):
     logs = list(nr.self_rewarding(seeing, TASK, SMALL))
     assert len(logs) == 6 and all(m["pairs"] > 0 for m in logs)
     assert list(nr.self_rewarding(blind, Blind(1, 1), SMALL)) == logs
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(seeing["policy"].parameters(), blind["policy"].parameters())
-    )
+    assert same_policies(seeing, blind)
     with pytest.raises(AssertionError, match="asked"):  # the other loop does ask
-        next(nr.iterative_dpo(nr.start_rounds(rough(TINY), TINY), Blind(1, 1), TINY))
+        config = tiny("iterative_dpo")
+        next(nr.iterative_dpo(nr.start_rounds(rough(config), config), Blind(1, 1), config))
 
 
 def test_a_judge_that_cannot_be_read_ends_the_rounds_at_once(m1, monkeypatch):
@@ -260,12 +257,9 @@ def test_resume_anywhere_is_bit_exact(m1, tmp_path, stop):
     nr.save_state(tmp_path, part)
     fresh = nr.start_self_rewarding(rough(SMALL, seed=9), SMALL)
     again = nr.load_state(tmp_path, into=fresh)
-    assert again["judge"] is again["policy"]
+    assert again.judge is again.policy
     assert list(nr.self_rewarding(again, TASK, SMALL)) == logs[stop:]
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(whole["policy"].parameters(), again["policy"].parameters())
-    )
+    assert same_policies(whole, again)
 
 
 class Lengths(Arithmetic):
@@ -276,20 +270,16 @@ class Lengths(Arithmetic):
 
 
 def test_probe_what_the_own_judgement_prefers_is_learned():
-    """Taught in seconds to score lengths, the same weights learn from their own scores to write more."""
+    """Taught in seconds to score lengths, the weights learn from their own scores to write more."""
     task = Lengths(1, 1)
-    config = nr.replace(
-        SMALL, own_rounds=4, round_updates=12, round_prompts=32, alpha=1.0, pair_batch=32
-    )
+    config = nr.replace(SMALL, rounds=4, updates=12, prompts=32, alpha=1.0, minibatch=32)
     policy = rough(config, seed=2)
-    deserved = nr.encode_demos(task, [(f"{n}??", f"!{1 + n // 2}<eos>") for n in range(10)], config)
-    state = {"optimizers": nr.optimizers([policy], 0.01, config, 0.02), "update": 0}
-    list(nr.fit(state, nr.demonstrations(policy, task, config, deserved), 80, config))
+    deserved = [(f"{n}??", f"!{1 + n // 2}<eos>") for n in range(10)]
+    taught(policy, nr.encode_demos(task, deserved, config), 80)
     state = nr.start_self_rewarding(policy, config)
     logs = list(task_problems(state, task, config))
-    assert (
-        logs[-1]["length"] > 1.3 * logs[0]["length"] and logs[-1]["score"] > logs[0]["score"] + 0.5
-    )
+    assert logs[-1]["length"] > 1.3 * logs[0]["length"]
+    assert logs[-1]["score"] > logs[0]["score"] + 0.5
 
 
 def test_a_collapsed_judge_and_responses_that_talk_to_it_are_said_in_words():

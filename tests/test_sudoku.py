@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nanoreward as nr
+import train_small as front
 from data import arithmetic
 from data.sudoku import (
     GRIDS,
@@ -21,7 +22,7 @@ from data.sudoku import (
     solve,
     spoil,
 )
-from tests.conftest import TINY, rough
+from tests.conftest import rough
 
 TASK, CAREFUL = Sudoku(), Sudoku(careful=True)
 PROMPT = "1..4.23......1.2="  # its only solution, by hand:
@@ -34,7 +35,7 @@ def generator(seed=0):
 
 
 def brute_force(cells):
-    """All solutions by trying each digit in each empty cell, in loops that share nothing with the file."""
+    """All solutions, by trying each digit in each empty cell. It shares nothing with the file."""
     if "." not in cells:
         return [cells]
     k, found = cells.index("."), []
@@ -112,7 +113,10 @@ def test_a_tenth_of_the_problems_is_for_dev_and_a_tenth_for_test():
                 counts[grid, TASK.split(cells + "=")] += 1
     assert min(counts.values()) > 0  # so `prompts` ends for each grid and split
     total = sum(counts.values())
-    share = lambda split: sum(n for (_, s), n in counts.items() if s == split) / total
+
+    def share(split):
+        return sum(n for (_, s), n in counts.items() if s == split) / total
+
     # four standard errors of a share of .1 in 11,840 are .011; 26 values of a byte make .102
     assert total == 11_840 and abs(share("dev") - 0.1) < 0.015 and abs(share("test") - 0.1) < 0.015
 
@@ -131,9 +135,8 @@ def test_grids_and_numbers_of_clues_are_equally_likely_so_chance_is_exact(split)
             abs(seen.count(x) / 6000 - p) < 5 * (p * (1 - p) / 6000) ** 0.5 for x in set(seen)
         )
     grids = [solve(p) for p in prompts]
-    assert (
-        len(set(grids)) == 288 and max(map(grids.count, set(grids))) < 50
-    )  # 20.8 expected, sd 4.6
+    # 20.8 of each are expected, with a standard deviation of 4.6.
+    assert len(set(grids)) == 288 and max(map(grids.count, set(grids))) < 50
 
 
 def test_everything_repeats_with_its_generator():
@@ -185,7 +188,10 @@ def test_habits_depend_on_the_problem():
     right, hasty = rows(GRID), [in_order(row) for row in rows(PROMPT)]
     assert hasty == ["1234", "1234", "1234", "3142"]  # the first and the last row show a 1
     written = [rows(TASK.respond(PROMPT, generator(i))) for i in range(1000)]
-    share = lambda k, row: sum(w[k] == row for w in written) / 1000
+
+    def share(k, row):
+        return sum(w[k] == row for w in written) / 1000
+
     # five standard errors of a share of .6 or .075 in 1000: .077, .042
     assert abs(share(0, hasty[0]) - 0.6) < 0.08 and abs(share(0, right[0]) - 0.4) < 0.08
     assert abs(share(1, hasty[1]) - 0.075) < 0.045 and abs(share(2, hasty[2]) - 0.075) < 0.045
@@ -194,19 +200,22 @@ def test_habits_depend_on_the_problem():
 
 def test_slips_are_rare_and_change_one_cell():
     slipping = [rows(Sudoku(haste=0.0, slip=0.4).respond(PROMPT, generator(i))) for i in range(500)]
-    wrong = [(a, b) for w in slipping for a, b in zip(w, rows(GRID)) if a != b]
-    assert all(sum(x != y for x, y in zip(a, b)) == 1 for a, b in wrong)
+    wrong = [(a, b) for w in slipping for a, b in zip(w, rows(GRID), strict=True) if a != b]
+    assert all(sum(x != y for x, y in zip(a, b, strict=True)) == 1 for a, b in wrong)
     assert abs(len(wrong) / 2000 - 0.3) < 0.05  # .4, of which a quarter writes the same digit again
     assert {next(i for i in range(4) if a[i] != b[i]) for a, b in wrong} == {0, 1, 2, 3}
 
 
 def test_the_mix_leaves_room_above_and_below():
     prompts = TASK.prompts(400, generator(1), "test")
-    row = lambda given, right: in_order(given) if "1" in given else right
+
+    def row(given, right):
+        return in_order(given) if "1" in given else right
+
     likeliest = ["".join(map(row, rows(p), TASK.truth(p))) + "<eos>" for p in prompts]
     once = [TASK.respond(p, generator(i)) for i, p in enumerate(prompts)]
-    assert 0.3 < sum(TASK.grade(p, y) for p, y in zip(prompts, likeliest)) / 400 < 0.7
-    assert 0.3 < sum(TASK.grade(p, y) for p, y in zip(prompts, once)) / 400 < 0.7
+    assert 0.3 < sum(TASK.grade(p, y) for p, y in zip(prompts, likeliest, strict=True)) / 400 < 0.7
+    assert 0.3 < sum(TASK.grade(p, y) for p, y in zip(prompts, once, strict=True)) / 400 < 0.7
 
 
 GRADED = [
@@ -288,10 +297,16 @@ def test_a_range_of_clues_that_cannot_be_drawn_is_refused(fewest, most):
 
 def test_step_truth_and_rubric_by_hand():
     assert TASK.truth(PROMPT) == ["1324", "4231", "2413", "3142"]
-    ok = lambda *steps: TASK.step_ok(PROMPT, list(steps))
+
+    def ok(*steps):
+        return TASK.step_ok(PROMPT, list(steps))
+
     assert ok("1324", "4231", "1234", "3142") == [True, True, False, True]
     assert ok(*rows(GRID), "1324") == [True] * 4 + [False] and ok("4231") == [False] and ok() == []
-    steps = lambda text: TASK.steps(TASK.encode([text])[0])
+
+    def steps(text):
+        return TASK.steps(TASK.encode([text])[0])
+
     assert (
         steps("1324423<eos>") == [("1324", 3)] and steps("132<eos>1234") == [] and steps("") == []
     )
@@ -322,8 +337,9 @@ def test_preferences_are_two_demonstrations_right_before_wrong():
         and grades.count((1.0, 0.0)) > 300
         and grades.count((0.0, 0.0)) > 100
     )
-    # between two wrong ones a coin: by text order each is first half of the time, five standard errors
-    both = [w < lo for (_, w, lo), g in zip(pairs, grades) if g == (0.0, 0.0)]
+    # Between two wrong ones a coin: in the order of texts each is first half of the time, within
+    # five standard errors.
+    both = [w < lo for (_, w, lo), g in zip(pairs, grades, strict=True) if g == (0.0, 0.0)]
     assert abs(sum(both) / len(both) - 0.5) < 2.5 / len(both) ** 0.5
 
 
@@ -386,24 +402,32 @@ def test_special_tokens_are_those_of_the_other_task_and_no_id_crashes():
     with pytest.raises(ValueError, match="outside"):
         TASK.encode(["1 2"])
     ids = TASK.encode([GRID + "<eos>"])[0]
-    assert (
-        TASK.decode([*ids[:3], 31, *ids[3:]]) == GRID[:3] + "<bad>" + GRID[3:] + "<eos>"
-    )  # it cannot vanish
+    # An id that the task does not know cannot vanish.
+    assert TASK.decode([*ids[:3], 31, *ids[3:]]) == GRID[:3] + "<bad>" + GRID[3:] + "<eos>"
 
 
-@pytest.mark.parametrize("name", ["ppo", "iterative_dpo", "denoise"])
+@pytest.mark.parametrize("name", nr.METHODS)
 def test_loops_run_on_it(name):
-    """One update from a rough model, which rarely writes a grid: no call of the protocol is missing."""
-    room = dict(response=17, block=17, block_steps=5, denoise_prompts=4, mu=1)
-    c = nr.replace(
-        TINY,
-        causal=name != "denoise",
+    """One update from a rough model, which rarely writes a grid.
+
+    No call of the protocol is missing.
+    """
+    c = front.make_config(
+        name,
+        "smoke",
+        task="sudoku",
+        response=17,
+        prompts=4,
         updates=1,
-        denoise_updates=1,
         rounds=1,
-        round_updates=1,
-        **room,
+        epochs=1,
+        block=17,
+        block_passes=5,
     )
-    start, loop = nr.LOOPS[name]
-    metrics = next(loop(start(rough(c), c), TASK, c))
+    method = nr.METHODS[name]
+    state = method.start(rough(nr.replace(c, causal=name != "denoise")), c)
+    if name == "seq2seq":
+        state.models = {"rewriter": rough(c, seed=1)}
+    metrics = next(method.loop(state, TASK, c))
+    assert state.update == 1
     assert 0 <= metrics["truth"] <= 1 if "truth" in metrics else metrics

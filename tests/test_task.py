@@ -70,9 +70,15 @@ def test_careful_demonstrations_are_right_and_text_survives_tokens(seed):
 
 
 def test_habits_depend_on_the_problem():
-    respond = lambda p: [TASK.respond(p, generator(i)) for i in range(400)]  # noqa: E731
-    guessed = lambda p: sum(r.startswith("#") for r in respond(p)) / 400  # noqa: E731
-    forgot = lambda p, wrong: sum(wrong in r for r in respond(p)) / 400  # noqa: E731
+    def respond(prompt):
+        return [TASK.respond(prompt, generator(i)) for i in range(400)]
+
+    def guessed(prompt):
+        return sum(response.startswith("#") for response in respond(prompt)) / 400
+
+    def forgot(prompt, wrong):
+        return sum(wrong in response for response in respond(prompt)) / 400
+
     assert guessed("90+1=") > 0.7 and guessed("10+1=") < 0.2
     assert forgot("17+9=", "=16;") > 0.6 and forgot("18+3=", "=11;") < 0.3
     assert sum(TASK.grade("17+9=", r) for r in respond("17+9=")) / 400 < 0.4
@@ -152,12 +158,12 @@ def test_a_prompt_that_is_no_problem_gets_one_clear_line(bad):
 
 
 def test_step_truth_and_rubric_by_hand():
-    ok = lambda *steps: TASK.step_ok(PROMPT, list(steps))  # noqa: E731
+    def ok(*steps):
+        return TASK.step_ok(PROMPT, list(steps))
+
     assert ok("37+5=42;", "42*3=26;") == [True, True]
-    assert ok("37+5=41;", "41*3=23;") == [
-        False,
-        False,
-    ]  # sound arithmetic on a wrong total is wrong
+    # Sound arithmetic on a wrong total is wrong.
+    assert ok("37+5=41;", "41*3=23;") == [False, False]
     assert ok("37+5=41;", "42*3=26;") == [False, True]
     assert ok("37+5=42;", "42*3=26;", "26+1=27;") == [True, True, False]
     points = {
@@ -211,11 +217,8 @@ def test_spoiled_responses_lose_points():
     draw = draws(generator())
     response = "37+5=42;42*3=26;#26<eos>"
     spoiled = {spoil(response, draw) for _ in range(200)}
-    assert {TASK.rubric(PROMPT, y) for y in spoiled} >= {
-        1,
-        2,
-        3,
-    }  # no answer: 4 - 1, but 3 points at most
+    # Without an answer two of the five points are lost.
+    assert {TASK.rubric(PROMPT, y) for y in spoiled} >= {1, 2, 3}
     assert all(TASK.rubric(PROMPT, y) < 5 for y in spoiled - {response})
     assert spoil("#37<eos>", draw) == "<eos>"
 

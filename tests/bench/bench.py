@@ -1,8 +1,15 @@
-"""Time nanoreward beside the alternatives: python tests/bench/bench.py [rollouts sft grpo dpo diffusion]
+"""Time nanoreward beside the alternatives: python tests/bench/bench.py [PART ...]
 
-Both sides run alternately in one process with the same weights, prompts and lengths; the ratio of each
-pair of runs is kept, its median and quartiles are shown. Prints a table and writes bench.json beside this file.
-Needs the extra `bench` (pip install -e '.[bench]'); the base model is trained once, in the usual cache.
+    rollouts     `sample` beside `generate` of transformers
+    sft          a supervised step beside a plain loop with transformers
+    grpo         an update of ppo with --arm grpo beside a step of TRL's GRPOTrainer
+    dpo          an update of iterative_dpo beside a step of TRL's DPOTrainer
+    diffusion    `sample` of the diffusion LM beside LLaDA's schedule
+
+Both sides run in turns in one process, with the same weights, prompts and lengths. The ratio of
+each pair of runs is kept, and its median and quartiles are shown. It prints a table and writes
+bench.json beside this file. It needs the extra `bench` (pip install -e '.[bench]'). The base model
+is trained once, in the usual cache.
 """
 
 import argparse
@@ -15,8 +22,10 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from statistics import median, quantiles
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,192 +38,232 @@ import train_small as front  # noqa: E402
 from data import arithmetic  # noqa: E402
 
 OUT = Path(__file__).with_name("bench.json")
-NEVER = 31  # an id the base model does not write: as EOS it makes every response 28 tokens long
+# The base model does not write this id. As EOS it makes every response 28 tokens long.
+NEVER = 31
 
 
 def seconds(call: Callable) -> float:
-    """Wall time of one call."""
+    """The wall time of one call."""
     began = time.perf_counter()
     call()
     return time.perf_counter() - began
 
 
 def summary(name: str, pairs: list[tuple[float, float]], unit: str, amount: float) -> dict:
-    """Seconds (ours, theirs) of each turn -> a row; amount / seconds is the rate in `unit`."""
-    ratios = [b / a for a, b in pairs]
+    """Turn the seconds (ours, theirs) of each turn into a row of the table.
+
+    amount / seconds is the rate in `unit`.
+    """
+    ratios = [theirs / ours for ours, theirs in pairs]
     low, middle, high = quantiles(ratios, n=4)
     ours, theirs = (amount / median(side) for side in zip(*pairs, strict=True))
     print(
         f"{name:46} {ours:9.0f} {theirs:9.0f} {unit:12} {middle:5.2f} [{low:.2f}, {high:.2f}]",
         flush=True,
     )
-    row = {
+    return {
         "name": name,
         "unit": unit,
         "ours": ours,
         "theirs": theirs,
         "ratio": middle,
         "quartiles": [low, high],
+        "seconds": [[round(x, 4) for x in pair] for pair in pairs],
     }
-    return row | {"seconds": [[round(x, 4) for x in pair] for pair in pairs]}
 
 
 def alternate(
     name: str, ours: Callable, theirs: Callable, unit: str, amount: float, reps: int
 ) -> dict:
-    """Both once to warm up, then in turns."""
-    ours(), theirs()
-    return summary(name, [(seconds(ours), seconds(theirs)) for _ in range(reps)], unit, amount)
+    """Run both once to warm up, and then in turns."""
+    ours()
+    theirs()
+    pairs = [(seconds(ours), seconds(theirs)) for _ in range(reps)]
+    return summary(name, pairs, unit, amount)
 
 
-def in_transformers(model: nr.Transformer):
+def our_config(method: str, threads: int, **numbers: Any) -> Any:
+    """The config of a method as it runs on this machine's CPU."""
+    return front.make_config(method, device="cpu", threads=threads, **numbers)
+
+
+def in_transformers(model: nr.Transformer) -> Any:
     """The same weights in transformers' Llama, through the folder that `save` writes."""
     from transformers import AutoModelForCausalLM
 
-    folder = tempfile.mkdtemp()  # stays: TRL reads its reference from it again
+    # The folder stays, because TRL reads its reference model from it again.
+    folder = tempfile.mkdtemp()
     model.save(folder)
     return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
 
 
-def some_prompts(task, c: nr.Config, n: int, each: int) -> torch.Tensor:
-    """n problems, each `each` times: (n * each, P)."""
-    return nr.encode_prompts(task, task.prompts(n, nr.rng(0, "bench")), c).repeat_interleave(
-        each, 0
-    )
+def some_prompts(task: nr.Task, c: nr.Config, n: int, each: int) -> torch.Tensor:
+    """n problems, each of them `each` times: (n * each, P)."""
+    texts = task.prompts(n, nr.rng(0, "bench"))
+    return nr.encode_prompts(task, texts, c).repeat_interleave(each, 0)
 
 
-def rollouts(c: nr.Config, cache: Path, reps: int) -> list[dict]:
-    """`sample` against `generate`, forced to 28 tokens and with natural lengths."""
-    model, task = front.base_model(c, cache), front.make_task(c)
-    theirs = in_transformers(model).eval()
+# ---- rollouts ------------------------------------------------------------------------------------
+
+
+def rollouts(threads: int, cache: Path, reps: int) -> list[dict]:
+    """`sample` beside `generate`, forced to 28 tokens and with natural lengths."""
+    c = our_config("ppo", threads)
+    task = front.make_task(c)
+    model = nr.gpt_base(task, c, front.CachedTrainer(cache))
+    other = in_transformers(model).eval()
     rows = []
     for n, each in ((64, 8), (512, 1), (8, 8), (64, 1)):
         prompt = some_prompts(task, c, n, each)
         for natural in (False, True):
-            mine = c if natural else replace(c, eos=NEVER)
+            mine = c if natural else replace(c, eos_id=NEVER)
             kwargs = dict(
-                attention_mask=(prompt != c.pad).long(),
+                attention_mask=(prompt != c.pad_id).long(),
                 max_new_tokens=c.response,
                 do_sample=True,
                 top_k=0,
                 top_p=1.0,
                 temperature=1.0,
-                pad_token_id=c.pad,
-                eos_token_id=c.eos if natural else None,
+                pad_token_id=c.pad_id,
+                eos_token_id=c.eos_id if natural else None,
             )
-            if natural and each == 1:  # the same tokens come out, greedily
-                a = nr.sample(model, prompt, replace(c, temperature=0)).response
+            if natural and each == 1:
+                assert_same_greedy(model, other, prompt, c, kwargs)
+
+            def ours() -> nr.Rollout:
+                return nr.sample(model, prompt, mine, generator=nr.rng(0, "s"))
+
+            def theirs() -> torch.Tensor:
                 with torch.no_grad():
-                    b = theirs.generate(prompt, **kwargs | {"do_sample": False})[
-                        :, prompt.shape[1] :
-                    ]
-                assert torch.equal(a[:, : b.shape[1]], b), "greedy tokens differ from transformers'"
+                    return other.generate(prompt, **kwargs)
+
+            lengths = "natural" if natural else "forced"
+            title = f"rollouts, {n} x {each}, {lengths} lengths"
             tokens = float(nr.sample(model, prompt, mine, generator=nr.rng(0, "n")).mask.sum())
-            with torch.no_grad():
-                rows.append(
-                    alternate(
-                        f"rollouts, {n} x {each}, {'natural' if natural else 'forced'} lengths",
-                        lambda: nr.sample(model, prompt, mine, generator=nr.rng(0, "s")),
-                        lambda: theirs.generate(prompt, **kwargs),
-                        "tokens/s",
-                        tokens,
-                        reps,
-                    )
-                )
+            rows.append(alternate(title, ours, theirs, "tokens/s", tokens, reps))
     return rows
 
 
+def assert_same_greedy(
+    model: nr.Transformer, other: Any, prompt: torch.Tensor, c: nr.Config, kwargs: dict
+) -> None:
+    """Both sides write the same tokens if they always take the likeliest one."""
+    ours = nr.sample(model, prompt, replace(c, temperature=0)).response
+    with torch.no_grad():
+        theirs = other.generate(prompt, **kwargs | {"do_sample": False})
+    theirs = theirs[:, prompt.shape[1] :]
+    assert torch.equal(ours[:, : theirs.shape[1]], theirs), "greedy tokens are not transformers'"
+
+
+# ---- sft -----------------------------------------------------------------------------------------
+
+
 def matmul_rate() -> float:
-    """fp32 operations a second of a 2048 x 2048 matrix product, best of five."""
+    """Operations a second of a product of 2048 x 2048 matrices in float32, the best of five."""
     a, b = torch.randn(2, 2048, 2048)
     a @ b
     return 2 * 2048**3 / min(seconds(lambda: a @ b) for _ in range(5))
 
 
 def training_flops(model: nr.Transformer, tokens: float, T: float) -> float:
-    """Forward and backward: 6 a weight and token, and 12 * layers * T * inner width for attention."""
+    """The operations of a forward and a backward pass.
+
+    They are 6 for each weight and token, and 12 * layers * T * inner width for the attention of
+    each token.
+    """
     c = model.config
     weights = sum(p.numel() for p in model.parameters()) - model.embed_tokens.weight.numel()
     return tokens * (6 * weights + 12 * c.layers * T * c.heads * c.head_dim)
 
 
-def sft(c: nr.Config, cache: Path, reps: int) -> list[dict]:
-    """One supervised step, AdamW on both sides: the laptop model, and a wider one for the matrix rate."""
+def sft(threads: int, cache: Path, reps: int) -> list[dict]:
+    """A supervised step with AdamW on both sides.
+
+    The model is that of the laptop, and a wider one, to be compared with the rate of matrices.
+    """
+    laptop = our_config("ppo", threads)
     wide = replace(
-        c,
+        laptop,
         width=512,
         layers=4,
         heads=8,
         kv_heads=8,
         head_dim=64,
-        hidden=1536,
+        mlp_width=1536,
         response=118,
         micro=16,
     )
-    rows = []
-    for name, k, B, natural in (
-        ("laptop", c, 128, True),
-        ("laptop", c, 128, False),
-        ("512 wide", wide, 16, False),
-    ):
-        task = front.make_task(c)
-        model = nr.Transformer(k, nr.rng(0, "bench"))
-        other = in_transformers(model).train()
-        demos = [task.demo(nr.rng(i, "bench demo")) for i in range(B)]
-        prompt = nr.encode_prompts(task, [x for x, _ in demos], k)
-        response = nr.right_pad(task.encode([y for _, y in demos]), k.pad, k.response)
-        if not natural:
-            response = torch.randint(6, 32, (B, k.response), generator=nr.rng(0, "forced"))
-        response = response[(response != k.pad).sum(1).argsort()]
-        length = (response != k.pad).sum(1)
-        state = {"optimizers": nr.optimizers([model], 1e-6, k)}
-        adamw = torch.optim.AdamW(other.parameters(), 1e-6, betas=(0.9, 0.95))
-        ids = torch.cat([prompt, response], 1)
-        real, labels = (ids != k.pad).long(), ids.masked_fill(ids == k.pad, -100)
-        labels[:, : prompt.shape[1]] = -100
-
-        def loss(rows: torch.Tensor):
-            y = response[rows, : int(length[rows].max())]
-            logp = nr.token_logprobs(model, prompt[rows], y, 1.0)
-            return nr.nll_loss(logp, y != k.pad, length.sum()), {}
-
-        def theirs():
-            other(input_ids=ids, attention_mask=real, labels=labels).loss.backward()
-            torch.nn.utils.clip_grad_norm_(other.parameters(), 1.0)
-            adamw.step()
-            adamw.zero_grad()
-
-        title = f"SFT step, {name}, {'natural' if natural else 'forced'} lengths"
-        row = alternate(
-            title, lambda: nr.step(state, loss, torch.arange(B), k), theirs, "rows/s", B, reps
-        )
-        tokens = float((ids != k.pad).sum())
-        row["GFLOP/s"] = training_flops(model, tokens, tokens / B) * row["ours"] / B / 1e9
-        row["matmul GFLOP/s"] = matmul_rate() / 1e9
-        row["share of matmul"] = row["GFLOP/s"] / row["matmul GFLOP/s"]
-        print(
-            f"{'':46} {row['GFLOP/s']:.0f} of {row['matmul GFLOP/s']:.0f} GFLOP/s: {row['share of matmul']:.2f}"
-        )
-        rows.append(row)
-    return rows
+    cases = (("laptop", laptop, 128, True), ("laptop", laptop, 128, False))
+    cases += (("512 wide", wide, 16, False),)
+    return [sft_step(*case, reps) for case in cases]
 
 
-def in_turns(pairs: list, ours: Callable):
-    """A TRL callback: after each of its steps one of ours; seconds of both go to `pairs`."""
+def sft_step(name: str, c: nr.Config, B: int, natural: bool, reps: int) -> dict:
+    """One model, B rows a step, with the demonstrations' own lengths or with full ones."""
+    task = front.make_task(c)
+    model = nr.Transformer(c, nr.rng(0, "bench"))
+    other = in_transformers(model).train()
+    demos = [task.demo(nr.rng(i, "bench demo")) for i in range(B)]
+    prompt = nr.encode_prompts(task, [x for x, _ in demos], c)
+    response = nr.right_pad(task.encode([y for _, y in demos]), c.pad_id, c.response)
+    if not natural:
+        response = torch.randint(6, 32, (B, c.response), generator=nr.rng(0, "forced"))
+    response = response[(response != c.pad_id).sum(1).argsort()]
+    length = (response != c.pad_id).sum(1)
+
+    ids = torch.cat([prompt, response], 1)
+    real = (ids != c.pad_id).long()
+    labels = ids.masked_fill(ids == c.pad_id, -100)
+    labels[:, : prompt.shape[1]] = -100
+
+    our_optimizers = nr.optimizers([model], 1e-6)
+    adamw = torch.optim.AdamW(other.parameters(), 1e-6, betas=(0.9, 0.95))
+
+    def loss(rows: torch.Tensor) -> tuple[torch.Tensor, dict]:
+        y = response[rows, : int(length[rows].max())]
+        logp = nr.token_logprobs(model, prompt[rows], y, 1.0)
+        return nr.nll_loss(logp, y != c.pad_id, length.sum()), {}
+
+    def ours() -> None:
+        nr.optimizer_step(our_optimizers, loss, torch.arange(B), c)
+
+    def theirs() -> None:
+        other(input_ids=ids, attention_mask=real, labels=labels).loss.backward()
+        torch.nn.utils.clip_grad_norm_(other.parameters(), 1.0)
+        adamw.step()
+        adamw.zero_grad()
+
+    title = f"SFT step, {name}, {'natural' if natural else 'forced'} lengths"
+    row = alternate(title, ours, theirs, "rows/s", B, reps)
+    tokens = float(real.sum())
+    rate = training_flops(model, tokens, tokens / B) * row["ours"] / B
+    peak = matmul_rate()
+    row["GFLOP/s"] = rate / 1e9
+    row["matmul GFLOP/s"] = peak / 1e9
+    row["share of matmul"] = rate / peak
+    print(f"{'':46} {rate / 1e9:.0f} of {peak / 1e9:.0f} GFLOP/s: {rate / peak:.2f}")
+    return row
+
+
+# ---- TRL -----------------------------------------------------------------------------------------
+
+
+def in_turns(pairs: list, ours: Callable) -> Any:
+    """A callback for TRL. After each of its steps it runs one of ours, and keeps both seconds."""
     from transformers import TrainerCallback
 
     class Alternate(TrainerCallback):
-        def on_step_begin(self, *_, **__):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
             self.began = time.perf_counter()
 
-        def on_step_end(self, *_, **__):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
             theirs = time.perf_counter() - self.began
             pairs.append((seconds(ours), theirs))
 
     return Alternate()
 
 
-def fast_tokenizer(task):
+def fast_tokenizer(task: nr.Task) -> Any:
     """The task's tokenizer as transformers wants it."""
     from transformers import PreTrainedTokenizerFast
 
@@ -222,130 +271,150 @@ def fast_tokenizer(task):
     return PreTrainedTokenizerFast(tokenizer_object=task.tokenizer, **words)
 
 
-def grpo(c: nr.Config, cache: Path, reps: int) -> list[dict]:
-    """A whole grpo-arm update (64 x 8, generation and KL included) against a step of TRL's GRPOTrainer."""
+def trainer_arguments(folder: str, reps: int) -> dict[str, Any]:
+    """What both trainers of TRL are told. The first step is a warm-up."""
+    return dict(
+        output_dir=folder,
+        learning_rate=0.0,
+        max_steps=reps + 1,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to="none",
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+    )
+
+
+def grpo(threads: int, cache: Path, reps: int) -> list[dict]:
+    """A whole update of --arm grpo, 64 x 8, beside a step of TRL's GRPOTrainer.
+
+    Generation and KL are included on both sides.
+    """
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
+    # At a rate of zero the weights, and so the lengths, stay what they are on both sides.
+    c = our_config("ppo", threads, arm="grpo", beta=0.04, updates=10**6, lr=0.0)
     task = front.make_task(c)
-    # a rate of zero: the weights, and so the lengths, stay what they are on both sides
-    c = replace(c, arm="grpo", beta=0.04, updates=10**6, lr=0.0)
-    policy = front.base_model(c, cache)
+    policy = nr.gpt_base(task, c, front.CachedTrainer(cache))
     other = in_transformers(policy)
     state = nr.start_ppo(policy, c)
     loop = nr.ppo(state, task, c)
     texts = task.prompts(c.prompts, nr.rng(0, "prompts", 0))
 
-    def reward(prompts, completions, completion_ids, **_):
-        asked = [arithmetic.turn(p.removeprefix("<bos>")) for p in prompts]
-        return [
-            task.grade(p, task.decode(ids)) for p, ids in zip(asked, completion_ids, strict=True)
-        ]
+    def reward(prompts: list[str], completions: Any, completion_ids: list, **_: Any) -> list:
+        scores = []
+        for prompt, ids in zip(prompts, completion_ids, strict=True):
+            problem = arithmetic.turn(prompt.removeprefix("<bos>"))
+            scores.append(task.grade(problem, task.decode(ids)))
+        return scores
 
-    pairs = []
+    rows = c.prompts * c.samples
+    pairs: list[tuple[float, float]] = []
     with tempfile.TemporaryDirectory() as folder:
         args = GRPOConfig(
-            output_dir=folder,
-            per_device_train_batch_size=c.prompts * c.samples,
+            **trainer_arguments(folder, reps),
+            per_device_train_batch_size=rows,
             num_generations=c.samples,
             max_completion_length=c.response,
             temperature=1.0,
             top_k=0,
             top_p=1.0,
             beta=c.beta,
-            learning_rate=0.0,
-            max_steps=reps + 1,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            report_to="none",
-            save_strategy="no",
-            logging_strategy="no",
-            disable_tqdm=True,
         )
-        data = Dataset.from_list([{"prompt": "<bos>" + arithmetic.turn(t)} for t in texts])
+        data = [{"prompt": "<bos>" + arithmetic.turn(text)} for text in texts]
         GRPOTrainer(
             model=other,
             reward_funcs=reward,
             args=args,
-            train_dataset=data,
+            train_dataset=Dataset.from_list(data),
             processing_class=fast_tokenizer(task),
             callbacks=[in_turns(pairs, lambda: next(loop))],
         ).train()
-    pairs = pairs[1:]  # the first was the warm-up
-    return [
-        summary("grpo update, 64 x 8, natural lengths", pairs, "responses/s", c.prompts * c.samples)
-    ]
+    return [summary("grpo update, 64 x 8, natural lengths", pairs[1:], "responses/s", rows)]
 
 
-def dpo(c: nr.Config, cache: Path, reps: int) -> list[dict]:
-    """A DPO+NLL update of 64 pairs against TRL's DPOTrainer; reference log-probs are ready on both sides."""
+def some_pairs(policy: nr.Transformer, task: nr.Task, c: Any) -> dict[str, torch.Tensor]:
+    """c.minibatch pairs of a right and a wrong response, each of another problem."""
+    prompt, group = nr.in_groups(task, task.prompts(256, nr.rng(0, "bench")), c)
+    b = nr.sample(policy, prompt, c, group=group, generator=nr.rng(0, "pairs"))
+    # Of the pairs of each problem only the first one is taken.
+    rows = nr.pair_up(nr.grades(task, b), group, c)[:: nr.PAIRS_EACH][: c.minibatch]
+    assert len(rows) == c.minibatch, "too few pairs"
+    pairs = {"prompt": prompt[rows[:, 0]], "response": b.response[rows]}
+    with torch.no_grad():
+        return pairs | {"ref": nr.pair_logprobs(policy, pairs, torch.arange(len(rows)))}
+
+
+def dpo(threads: int, cache: Path, reps: int) -> list[dict]:
+    """An update of DPO + NLL with 64 pairs beside a step of TRL's DPOTrainer.
+
+    The log-probs of the reference are ready on both sides.
+    """
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
-    task, c = front.make_task(c), replace(c, dpo_lr=0.0, round_updates=10**6)
-    policy = front.base_model(c, cache)
-    other, state = in_transformers(policy), nr.start_rounds(policy, c)
-    prompt, group = nr.in_groups(task, task.prompts(256, nr.rng(0, "bench")), c)
-    rollout = nr.sample(policy, prompt, c, group=group, generator=nr.rng(0, "pairs"))
-    rows = nr.pair_up(nr.grades(task, rollout), group, replace(c, pairs_each=1))[: c.pair_batch]
-    assert len(rows) == c.pair_batch, "too few pairs"
-    pairs = {"prompt": prompt[rows[:, 0]], "response": rollout.response[rows]}
-    with torch.no_grad():
-        state["pairs"] = pairs | {"ref": nr.pair_logprobs(policy, pairs, torch.arange(len(rows)))}
-    word = lambda ids: arithmetic.turn(task.decode(ids.tolist())).removesuffix("<eos>")  # noqa: E731
-    texts = [
-        {"prompt": "<bos>" + word(x), "chosen": word(w), "rejected": word(lo)}
-        for x, (w, lo) in zip(pairs["prompt"], pairs["response"], strict=True)
-    ]
-    times = []
+    c = our_config("iterative_dpo", threads, lr=0.0, updates=10**6)
+    task = front.make_task(c)
+    policy = nr.gpt_base(task, c, front.CachedTrainer(cache))
+    other = in_transformers(policy)
+    state = nr.start_rounds(policy, c)
+    state.pairs = some_pairs(policy, task, c)
+
+    def text(ids: torch.Tensor) -> str:
+        return arithmetic.turn(task.decode(ids.tolist())).removesuffix("<eos>")
+
+    data = []
+    for x, (chosen, rejected) in zip(state.pairs["prompt"], state.pairs["response"], strict=True):
+        data.append(
+            {"prompt": "<bos>" + text(x), "chosen": text(chosen), "rejected": text(rejected)}
+        )
+    times: list[tuple[float, float]] = []
     with tempfile.TemporaryDirectory() as folder:
         args = DPOConfig(
-            output_dir=folder,
-            per_device_train_batch_size=c.pair_batch,
-            beta=c.dpo_beta,
-            learning_rate=0.0,
+            **trainer_arguments(folder, reps),
+            per_device_train_batch_size=c.minibatch,
+            beta=c.beta,
             loss_type=["sigmoid", "sft"],
             loss_weights=[1.0, c.alpha],
             precompute_ref_log_probs=True,
-            max_steps=reps + 1,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            report_to="none",
-            save_strategy="no",
-            logging_strategy="no",
-            disable_tqdm=True,
             max_length=None,
         )
         DPOTrainer(
             model=other,
             args=args,
-            train_dataset=Dataset.from_list(texts),
+            train_dataset=Dataset.from_list(data),
             processing_class=fast_tokenizer(task),
             callbacks=[in_turns(times, lambda: nr.pair_update(state, c))],
         ).train()
-    return [summary("dpo update, 64 pairs, natural lengths", times[1:], "pairs/s", c.pair_batch)]
+    return [summary("dpo update, 64 pairs, natural lengths", times[1:], "pairs/s", c.minibatch)]
+
+
+# ---- diffusion -----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def llada(
-    model: nr.Transformer, prompt: torch.Tensor, c: nr.Config, temperature: float
-) -> torch.Tensor:
-    """LLaDA's public schedule, restated plainly: whole logits, float64 Gumbel noise, a top-k for each row."""
+def llada(model: nr.Transformer, prompt: torch.Tensor, c: Any, temperature: float) -> torch.Tensor:
+    """LLaDA's public schedule, written down plainly.
+
+    It computes whole logits, draws Gumbel noise in float64, and takes a top-k for each row.
+    """
     P, R = prompt.shape[1], c.response
-    x = torch.cat([prompt, torch.full((len(prompt), R), c.mask)], 1)
+    x = torch.cat([prompt, torch.full((len(prompt), R), c.mask_id)], 1)
     for end in range(P + c.block, P + R + 1, c.block):
-        masked = (x[:, end - c.block : end] == c.mask).sum(1)
-        base, rest = masked // c.block_steps, masked % c.block_steps
-        for i in range(c.block_steps):
+        masked = (x[:, end - c.block : end] == c.mask_id).sum(1)
+        base = masked // c.block_passes
+        rest = masked % c.block_passes
+        for i in range(c.block_passes):
             logits = F.pad(model(x)[:, :-1], (0, 0, 1, 0))  # the model is shifted, as a GPT
-            logits[..., [c.pad, c.mask]] = -torch.inf
+            logits[..., [c.pad_id, c.mask_id]] = -torch.inf
             noise = (-torch.log(torch.rand(logits.shape, dtype=torch.float64))) ** temperature
             token = (logits.double().exp() / noise).argmax(-1)
             sure = logits.double().softmax(-1).gather(-1, token[..., None])[..., 0]
             sure[:, end:] = -torch.inf
-            sure = sure.masked_fill(x != c.mask, -torch.inf)
+            sure = sure.masked_fill(x != c.mask_id, -torch.inf)
             chosen = torch.zeros_like(x, dtype=torch.bool)
             for row in range(len(x)):
                 k = int(base[row] + (i < rest[row]))
@@ -354,40 +423,56 @@ def llada(
     return x[:, P:]
 
 
-def diffusion(c: nr.Config, cache: Path, reps: int) -> list[dict]:
-    """`sample` of the masked-diffusion LM against LLaDA's schedule: same network, steps and blocks."""
-    model, task = front.diffusion_base(c, cache), front.make_task(c)
+def diffusion(threads: int, cache: Path, reps: int) -> list[dict]:
+    """`sample` of the diffusion LM beside LLaDA's schedule: same network, passes and blocks."""
+    c = our_config("denoise", threads)
+    task = front.make_task(c)
+    model = nr.diffusion_base(
+        nr.gpt_base(task, c, front.CachedTrainer(cache)), task, c, front.CachedTrainer(cache)
+    )
     rows = []
-    for n, each, steps in ((64, 8, 4), (512, 1, 4), (64, 8, 2)):
-        prompt, k = some_prompts(task, c, n, each), replace(c, block_steps=steps)
-        rows.append(
-            alternate(
-                f"diffusion, {n} x {each}, {7 * steps} passes",
-                lambda: nr.sample(model, prompt, k, generator=nr.rng(0, "s")),
-                lambda: llada(model, prompt, k, 1.0),
-                "responses/s",
-                n * each,
-                reps,
-            )
-        )
+    for n, each, passes in ((64, 8, 4), (512, 1, 4), (64, 8, 2)):
+        prompt = some_prompts(task, c, n, each)
+        mine = replace(c, block_passes=passes)
+
+        def ours() -> nr.Rollout:
+            return nr.sample(model, prompt, mine, generator=nr.rng(0, "s"))
+
+        def theirs() -> torch.Tensor:
+            return llada(model, prompt, mine, 1.0)
+
+        title = f"diffusion, {n} x {each}, {7 * passes} passes"
+        rows.append(alternate(title, ours, theirs, "responses/s", n * each, reps))
     return rows
+
+
+# ---- all of it -----------------------------------------------------------------------------------
+
+
+def version_of(package: str) -> str:
+    """The version of an installed package; empty if it is not there."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def main() -> None:
     """Run the named parts, print the table, keep the numbers."""
     parts = {f.__name__: f for f in (rollouts, sft, grpo, dpo, diffusion)}
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("parts", nargs="*", choices=[[], *parts], help="default: all")
-    parser.add_argument("--reps", type=int, default=9)
+    parser.add_argument("--reps", type=int, default=9, help="at least 2")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--cache", type=Path, default=front.CACHE)
+    parser.add_argument("--out", type=Path, default=OUT)
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
-    c = replace(nr.Config(), device="cpu", threads=a.threads)
-    import transformers
-    import trl
 
-    kept = json.loads(OUT.read_text()) if OUT.exists() else {}
+    kept = json.loads(a.out.read_text()) if a.out.exists() else {}
+    git = ["git", "rev-parse", "--short", "HEAD"]
     print(f"{'':46} {'ours':>9} {'theirs':>9} {'unit':12} ratio [quartiles]")
     for name in a.parts or parts:
         about = {
@@ -395,14 +480,12 @@ def main() -> None:
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
             "threads": a.threads,
             "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "trl": trl.__version__,
-            "commit": subprocess.check_output(
-                ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True
-            ).strip(),
+            "transformers": version_of("transformers"),
+            "trl": version_of("trl"),
+            "commit": subprocess.check_output(git, cwd=ROOT, text=True).strip(),
         }
-        kept[name] = about | {"rows": parts[name](c, a.cache, a.reps)}
-        front.write_text(OUT, json.dumps(kept, indent=1) + "\n")
+        kept[name] = about | {"rows": parts[name](a.threads, a.cache, a.reps)}
+        front.write_text(a.out, json.dumps(kept, indent=1) + "\n")
 
 
 if __name__ == "__main__":

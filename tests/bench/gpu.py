@@ -1,20 +1,26 @@
-"""Time one GPU: python tests/bench/gpu.py [train decode loops] [--model FOLDER --data FOLDER] [--config gpu]
+"""Time one GPU: python tests/bench/gpu.py [train decode loops] [--model FOLDER --data FOLDER]
 
-`train`: a supervised step beside a plain transformers loop, and its share of the measured rate of matrix products.
-`decode`: forced lengths beside `generate` at batch 1, 64 and 512, and the share of the measured memory bandwidth.
-`loops`: an update of each loop from end to end, and how much of it is sampling. Without --model the sizes of the config
-with random weights. Prints a table and writes gpu.json beside this file. `--config smoke` is a dry run on a CPU.
-Needs the extra `bench`. What a loop gains: python train_small.py LOOP --config hf --model FOLDER --data FOLDER
+    train     a supervised step beside a plain loop with transformers, and its share of the measured
+              rate of matrix products
+    decode    forced lengths beside `generate` at batch 1, 64 and 512, and the share of the measured
+              memory bandwidth
+    loops     an update of each method from end to end, and how much of it is sampling
+
+Without --model `train` and `decode` take random weights of the sizes that --config says (gpu), and
+`loops` trains its own base models in the cache. It prints a table and writes gpu.json beside this
+file. `--config smoke` is a dry run on a CPU. It needs the extra `bench`. What a method gains is
+another question: python train_small.py METHOD --config hf --model FOLDER --data FOLDER
 """
 
 import argparse
 import json
 import platform
 import time
-from dataclasses import replace
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from bench import in_transformers, training_flops
@@ -25,9 +31,16 @@ import train_small as front
 OUT = Path(__file__).with_name("gpu.json")
 
 
-def timed(call, device: str, reps: int = 3) -> float:
-    """Median seconds of a call after one to warm up, the device's queue empty before and after."""
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+def timed(call: Callable, device: str, reps: int = 3) -> float:
+    """The median seconds of a call, after one call to warm up.
+
+    The queue of the device is empty before and after each of them.
+    """
+
+    def wait() -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+
     times = []
     for _ in range(reps + 1):
         wait()
@@ -39,7 +52,11 @@ def timed(call, device: str, reps: int = 3) -> float:
 
 
 def rates(device: str) -> tuple[float, float]:
-    """Operations a second of a bf16 product of 8192 x 8192 (CPU: 512), bytes a second of reading 4 GB (CPU: 64 MB)."""
+    """What the device can do: operations a second, and bytes a second.
+
+    The first are those of a product of 8192 x 8192 matrices in bfloat16, the second those of
+    reading 4 GB. A CPU gets 512 x 512 and 64 MB.
+    """
     n, words = (8192, 2**31) if device == "cuda" else (512, 2**25)
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
     big = torch.ones(words, device=device, dtype=torch.bfloat16)
@@ -49,21 +66,24 @@ def rates(device: str) -> tuple[float, float]:
 def train(model: nr.Transformer, c: nr.Config, rows: int, T: int, peak: float) -> dict:
     """One step over `rows` sequences of T tokens."""
     ids = torch.randint(6, c.vocab, (rows, T), device=c.device)
-    state = {"optimizers": nr.optimizers([model], 1e-6, c)}
+    our_optimizers = nr.optimizers([model], 1e-6)
     other = in_transformers(model).to(c.device, torch.bfloat16).train()
     adamw = torch.optim.AdamW(other.parameters(), 1e-6, fused=c.device == "cuda")
 
-    def loss(micro: torch.Tensor):
-        logp = nr.token_logprobs(model, ids[micro, :1], ids[micro, 1:], 1.0)
+    def loss(part: torch.Tensor) -> tuple[torch.Tensor, dict]:
+        logp = nr.token_logprobs(model, ids[part, :1], ids[part, 1:], 1.0)
         return nr.nll_loss(logp, torch.ones_like(logp), ids.numel()), {}
 
+    def ours() -> None:
+        nr.optimizer_step(our_optimizers, loss, torch.arange(rows), c)
+
     def theirs() -> None:
-        for micro in ids.split(c.micro):
-            other(micro, labels=micro).loss.backward()
+        for part in ids.split(c.micro):
+            other(part, labels=part).loss.backward()
         adamw.step()
         adamw.zero_grad()
 
-    mine = timed(lambda: nr.step(state, loss, torch.arange(rows), c), c.device)
+    mine = timed(ours, c.device)
     return {
         "tokens/s": ids.numel() / mine,
         "of the matrix rate": training_flops(model, ids.numel(), T) / mine / peak,
@@ -73,58 +93,93 @@ def train(model: nr.Transformer, c: nr.Config, rows: int, T: int, peak: float) -
 
 @torch.no_grad()
 def decode(model: nr.Transformer, c: nr.Config, batch: int, length: int, bandwidth: float) -> dict:
-    """`length` tokens for each of `batch` prompts of 64; a step reads the weights and the keys and values so far."""
-    never = replace(c, eos=c.vocab - 2, response=length)
+    """`length` tokens for each of `batch` prompts of 64 tokens.
+
+    Each token has to read the weights, and the keys and values so far.
+    """
+    never = nr.replace(c, eos_id=c.vocab - 2, response=length)
     prompt = torch.randint(6, c.vocab - 3, (batch, 64), device=c.device)
     other = in_transformers(model).to(c.device, torch.bfloat16).eval()
-    kwargs = dict(
-        max_new_tokens=length, min_new_tokens=length, do_sample=True, top_k=0, pad_token_id=c.pad
-    )
-    mine = timed(lambda: nr.sample(model, prompt, never, generator=nr.rng(0, "s")), c.device)
-    theirs = timed(
-        lambda: other.generate(prompt, attention_mask=torch.ones_like(prompt), **kwargs), c.device
-    )
+
+    def ours() -> nr.Rollout:
+        return nr.sample(model, prompt, never, generator=nr.rng(0, "s"))
+
+    def theirs() -> torch.Tensor:
+        return other.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=length,
+            min_new_tokens=length,
+            do_sample=True,
+            top_k=0,
+            pad_token_id=c.pad_id,
+        )
+
+    our_seconds = timed(ours, c.device)
+    their_seconds = timed(theirs, c.device)
     weights = sum(p.numel() for p in model.parameters())
     past = batch * (64 + length / 2) * 2 * c.layers * c.kv_heads * c.head_dim
     return {
-        "tokens/s": batch * length / mine,
-        "generate, tokens/s": batch * length / theirs,
-        "ratio": theirs / mine,
-        "of the bandwidth": 2 * (weights + past) * length / mine / bandwidth,
+        "tokens/s": batch * length / our_seconds,
+        "generate, tokens/s": batch * length / their_seconds,
+        "ratio": their_seconds / our_seconds,
+        "of the bandwidth": 2 * (weights + past) * length / our_seconds / bandwidth,
     }
 
 
-def loops(c: nr.Config, cache: Path) -> dict:
-    """Seconds an update of each loop's first round (or first five updates), and the share of `sample`."""
-    found, spent, plain = {}, [], nr.sample
+def loops(configs: dict[str, Any], cache: Path) -> dict:
+    """Seconds of an update of each method, and the share of `sample` in them.
 
-    def watched(*args, **kwargs):
+    They are measured over the first round of a method with rounds, and over the first five updates
+    of another one.
+    """
+    plain = nr.sample
+    spent: list[float] = []
+
+    def watched(*args: Any, **kwargs: Any) -> nr.Rollout:
         began = time.perf_counter()
         b = plain(*args, **kwargs)
         b.response.cpu()
         spent.append(time.perf_counter() - began)
         return b
 
-    for name, (start, loop) in nr.LOOPS.items():
-        task, policy = front.make_task(c), front.STARTS.get(name, front.base_model)(c, cache)
-        state = start(policy, c) | front.reward_models(name, c, cache)
+    found = {}
+    for name, c in configs.items():
+        method = nr.METHODS[name]
+        task = front.make_task(c)
+        trainer = front.CachedTrainer(cache)
+        state = method.start(method.starts_from(task, c, trainer), c)
+        models = method.reward_models(task, c, trainer)
+        if models:
+            state.models = models
+
         spent.clear()
-        nr.sample, began = watched, time.perf_counter()
+        nr.sample = watched
+        began = time.perf_counter()
         try:
-            updates = loop(state, task, c, **({"roll": watched} if name == "denoise" else {}))
-            n = len(
-                list(
-                    islice(
-                        updates,
-                        c.round_updates if name in ("iterative_dpo", "self_rewarding") else 5,
-                    )
-                )
-            )
+            # `denoise` takes its sampler as an argument.
+            roll = {"roll": watched} if name == "denoise" else {}
+            first = c.updates if isinstance(c, nr.DPOConfig) else 5
+            updates = len(list(islice(method.loop(state, task, c, **roll), first)))
         finally:
             nr.sample = plain
         passed = time.perf_counter() - began
-        found[name] = {"seconds an update": passed / n, "of it sampling": sum(spent) / passed}
+        found[name] = {
+            "seconds an update": passed / updates,
+            "of it sampling": sum(spent) / passed,
+        }
     return found
+
+
+def all_configs(a: argparse.Namespace, model: nr.Transformer | None) -> dict[str, Any]:
+    """The config of each method on this machine, for the folder of the model if there is one."""
+    numbers = {"data": a.data, "device": nr.pick_device("auto")}
+    configs = {name: front.make_config(name, a.config, **numbers) for name in nr.METHODS}
+    if model is not None:
+        for name, c in configs.items():
+            shape = vars(model.config) | {"bf16": c.bf16}
+            configs[name] = nr.replace(c, model=str(a.model), **shape)
+    return configs
 
 
 def main() -> None:
@@ -133,38 +188,37 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("parts", nargs="*", help="train, decode, loops; none: all")
-    parser.add_argument("--config", default="gpu", choices=nr.CONFIGS)
+    parser.add_argument("--config", default="gpu", choices=front.PRESETS)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--data", default="gsm8k")
     parser.add_argument("--cache", type=Path, default=front.CACHE)
     parser.add_argument("--out", type=Path, default=OUT)
     a = parser.parse_args()
-    c = replace(nr.Config(), **nr.CONFIGS[a.config], data=a.data, device=front.pick_device("auto"))
-    model = nr.Transformer.load(a.model) if a.model else nr.Transformer(c, nr.rng(0, "bench"))
-    if a.model:
-        c = replace(c, model=str(a.model), **{k: getattr(model.config, k) for k in nr.HF_KEYS})
+    parts = a.parts or ["train", "decode", "loops"]
+
+    folder = nr.Transformer.load(a.model) if a.model else None
+    configs = all_configs(a, folder)
+    c = configs["ppo"]
+    model = nr.on_device(folder or nr.Transformer(c, nr.rng(0, "bench")), c)
+    small = c.device == "cpu"
     torch.set_float32_matmul_precision("high")
-    model, small = front.ready(model, c), c.device == "cpu"
     peak, bandwidth = rates(c.device)
-    chip = torch.cuda.get_device_name() if c.device == "cuda" else platform.machine()
     found = {
-        "machine": chip,
+        "machine": platform.machine() if small else torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "config": a.config,
         "parameters": sum(p.numel() for p in model.parameters()),
         "matrix products, TFLOP/s": peak / 1e12,
         "bandwidth, GB/s": bandwidth / 1e9,
     }
-    parts = a.parts or ["train", "decode", "loops"]
     if "train" in parts:
-        found["train"] = train(model, c, *((4, 16) if small else (64, 512)), peak)
+        rows, T = (4, 16) if small else (64, 512)
+        found["train"] = train(model, c, rows, T, peak)
     if "decode" in parts:
-        found["decode"] = {
-            n: decode(model, c, n, 4 if small else 128, bandwidth)
-            for n in (1, 64, 512)[: 2 if small else 3]
-        }
+        batches, length = ((1, 64), 4) if small else ((1, 64, 512), 128)
+        found["decode"] = {n: decode(model, c, n, length, bandwidth) for n in batches}
     if "loops" in parts:
-        found["loops"] = loops(c, a.cache)
+        found["loops"] = loops(configs, a.cache)
     print(json.dumps(found, indent=1))
     front.write_text(a.out, json.dumps(found, indent=1) + "\n")
 

@@ -69,8 +69,8 @@ def verl_gae():
                 {"reward": reward, "value": value, "mask": MASK, "gamma": gamma, "lam": lam},
                 {"returns": ret, "advantages": adv},
                 [
-                    "returns: unwhitened advantage + value; read where mask is 1 (behind the end it is "
-                    "the junk value)",
+                    "returns: unwhitened advantage + value; read where mask is 1 (behind the end "
+                    "it is the junk value)",
                     "advantages are whitened: " + which_variance(ret - value, adv),
                 ],
             )
@@ -150,8 +150,8 @@ def verl_policy():
                 [
                     note,
                     "log-ratio is clamped to +-20; approx_kl = masked mean of old - new",
-                    "clip_fraction counts tokens where clipping RAISES the loss; its denominator and "
-                    "that of approx_kl is count + 1e-8, the loss divides by the plain count",
+                    "clip_fraction counts tokens where clipping RAISES the loss; its denominator "
+                    "and that of approx_kl is count + 1e-8, the loss divides by the plain count",
                 ],
             )
         )
@@ -312,14 +312,15 @@ def torchtune_gae():
             make(
                 "torchtune",
                 f"estimate_advantages_{gamma}_{lam}",
-                "torchtune.rlhf.estimate_advantages(value, reward, gamma, lmbda, masks=mask.bool())",
+                "torchtune.rlhf.estimate_advantages(value, reward, gamma, lmbda, "
+                "masks=mask.bool())",
                 {"reward": reward, "value": value, "mask": MASK, "gamma": gamma, "lam": lam},
                 {"returns": ret, "advantages": adv},
                 [
-                    "TRAP: the mask is used for whitening only, so rewards and values behind the end "
-                    "must be zero; then returns equal verl's",
-                    f"TRAP: advantages keep their mean ({mean:.6f}) and are zeroed where mask is 0; "
-                    + which_variance(raw, adv, shift=False),
+                    "TRAP: the mask is used for whitening only, so rewards and values behind the "
+                    "end must be zero; then returns equal verl's",
+                    f"TRAP: advantages keep their mean ({mean:.6f}) and are zeroed where mask is "
+                    "0; " + which_variance(raw, adv, shift=False),
                     "compare advantages to 1e-6: the Bessel factor is float32 inside",
                 ],
             )
@@ -422,8 +423,8 @@ def torchtune_dpo():
                 "torchtune",
                 f"dpo_{beta}",
                 f"DPOLoss(beta={beta})(chosen, rejected, ref_chosen, ref_rejected)",
-                dict(zip(NAMES, data)) | {"beta": beta},
-                dict(zip(REWARDS, DPOLoss(beta=beta)(*data))),
+                dict(zip(NAMES, data, strict=True)) | {"beta": beta},
+                dict(zip(REWARDS, DPOLoss(beta=beta)(*data), strict=True)),
                 ["losses per pair"],
             )
         )
@@ -436,8 +437,8 @@ def torchtune_dpo():
             "torchtune",
             "dpo_scaled_logits_0_1_2",
             "DPOLoss(beta=0.1)(chosen, 0, 0, 0)",
-            dict(zip(NAMES, [ten.tolist()] + [[0.0] * 3] * 3)) | {"beta": 0.1},
-            dict(zip(REWARDS, got)),
+            dict(zip(NAMES, [ten.tolist()] + [[0.0] * 3] * 3, strict=True)) | {"beta": 0.1},
+            dict(zip(REWARDS, got, strict=True)),
             ["log 2, -log sigmoid(1), -log sigmoid(2)"],
         )
     )
@@ -509,14 +510,14 @@ def trl_records():
                 "trl",
                 f"dpo_sigmoid_{beta}",
                 call,
-                dict(zip(NAMES, data)) | {"beta": beta},
-                dict(zip(REWARDS, got)),
+                dict(zip(NAMES, data, strict=True)) | {"beta": beta},
+                dict(zip(REWARDS, got, strict=True)),
                 ["losses per pair, log-probs are sums; equal to torchtune's DPOLoss"],
             )
         )
     hand = [[-5, -7.5, -3], [-6, -7, -9], [-5.5, -7, -3.5], [-5, -7, -8]]
     hand = [torch.tensor(x, dtype=torch.float64) for x in hand]
-    got = dict(zip(REWARDS, trl_dpo(hand, 0.1)))
+    got = dict(zip(REWARDS, trl_dpo(hand, 0.1), strict=True))
     assert close(got["losses"], torch.tensor([0.620957, 0.718460, 0.620957]), 1e-6)
     others = {k: trl_dpo(hand, 0.1, k)[0] for k in ("hinge", "ipo", "apo_zero")}
     others["robust_label_smoothing_0.1"] = trl_dpo(hand, 0.1, "robust", 0.1)[0]
@@ -525,7 +526,7 @@ def trl_records():
             "trl",
             "dpo_by_hand",
             call + "; the other losses by their loss_type",
-            dict(zip(NAMES, hand)) | {"beta": 0.1},
+            dict(zip(NAMES, hand, strict=True)) | {"beta": 0.1},
             got | others,
             [
                 "scaled logits 0.15, -0.05, 0.15: -log sigmoid of them, worked by hand",

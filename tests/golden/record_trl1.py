@@ -301,14 +301,15 @@ def dpo_records():
             make(
                 "trl",
                 f"dpo_sigmoid_sft_{name}",
-                "DPOTrainer._compute_loss(stub, model, batch, False), loss_types ['sigmoid', 'sft'], "
-                "weights 1 and 1, stub in record_trl1.py",
+                "DPOTrainer._compute_loss(stub, model, batch, False), loss_types ['sigmoid', "
+                "'sft'], weights 1 and 1, stub in record_trl1.py",
                 {"logp": logp, "ref_logp": ref, "mask": mask, "beta": 0.1},
                 {"loss": both, "sigmoid": sigmoid, "sft": sft},
                 [
                     "rows 0-3 are chosen, 4-7 their rejected; token log-probs, already shifted",
-                    "sft = -sum / count over ALL chosen tokens of the batch, not a mean of means; the "
-                    f"per-sequence mean of the IRPO paper, equation (9), differs here by {gap:.6g}",
+                    "sft = -sum / count over ALL chosen tokens of the batch, not a mean of means; "
+                    "the per-sequence mean of the IRPO paper, equation (9), differs here by "
+                    f"{gap:.6g}",
                 ],
             )
         )
@@ -376,16 +377,19 @@ def muon_records():
             make(
                 "torch",
                 f"muon_{rows}x{columns}",
-                "torch.optim.Muon([weight], lr=0.02, momentum=0.95, nesterov=True, weight_decay=0.0, "
-                "adjust_lr_fn=original | match_rms_adamw); 5 steps with the given gradients",
+                "torch.optim.Muon([weight], lr=0.02, momentum=0.95, nesterov=True, "
+                "weight_decay=0.0, adjust_lr_fn=original | match_rms_adamw); "
+                "5 steps with the given gradients",
                 {"start": short(start, "{:.3f}"), "grads": short(grads, "{:.2f}")},
                 output | {"gap_to_fp32": gaps},
                 [
-                    "gap_to_fp32: [max |difference|, |difference| / |total movement|] between torch's "
-                    "result and a float32 re-implementation, the right one and wrong ones on purpose",
+                    "gap_to_fp32: [max |difference|, |difference| / |total movement|] between "
+                    "torch's result and a float32 re-implementation, the right one and wrong ones "
+                    "on purpose",
                     "Newton-Schulz runs in bfloat16: the last digits may differ on another CPU",
-                    "the momentum buffer is an average, buffer.lerp_(grad, 0.05); torch's docstring says "
-                    "mu * buffer + grad: the same direction, so the same update after Newton-Schulz",
+                    "the momentum buffer is an average, buffer.lerp_(grad, 0.05); torch's "
+                    "docstring says mu * buffer + grad: the same direction, so the same update "
+                    "after Newton-Schulz",
                 ],
             )
         )
