@@ -1295,8 +1295,10 @@ class PolicyGradientConfig(Config):
     arm: str = "gae"
     # How often an update goes through its rollouts.
     epochs: int = 1
-    # Rollouts of one optimizer step.
-    minibatch: int = 512
+    # Rollouts of one optimizer step. The 512 of an update make four of them, and from the second on
+    # the policy is no longer the one that sampled, so that the clip of (14) acts. With one
+    # optimizer step for all 512 dev ends at 92 % and not at 94.
+    minibatch: int = 128
     # A ratio earns nothing more outside of 1 +- clip, and a value more than clip away from its old
     # one neither. As in PPO.
     clip: float = 0.2

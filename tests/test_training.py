@@ -506,6 +506,42 @@ def weights_after(clip, **numbers):
     return torch.cat([p.detach().flatten() for p in state.policy.parameters()]), logs
 
 
+def test_ppo_clips_by_default(monkeypatch):
+    """Several optimizer steps for a batch of rollouts, or no ratio ever leaves 1 and clip is idle.
+
+    The critic's band is `clip` too. Its loss has no weight here, so only the policy's is left.
+    """
+    default = nr.PPOConfig()
+    prompts, samples = 16, 8
+    share = default.minibatch / (default.prompts * default.samples)
+    usual = dict(
+        prompts=prompts,
+        samples=samples,
+        minibatch=round(share * prompts * samples),
+        epochs=default.epochs,
+        arm=default.arm,
+    )
+    inner = nr.optimizer_step
+    steps = []
+
+    def counted(*arguments):
+        steps.append(arguments)
+        return inner(*arguments)
+
+    monkeypatch.setattr(nr, "optimizer_step", counted)
+    clipped, logs = weights_after(default.clip, **usual)
+    assert len(steps) / len(logs) > 1
+    assert max(m["clipfrac"] for m in logs) > 0
+    free, _ = weights_after(1e9, **usual)
+    assert not torch.equal(clipped, free)
+
+    # With one step a batch all ratios are 1, and the same comparison finds no difference.
+    usual |= dict(minibatch=prompts * samples, epochs=1)
+    clipped, logs = weights_after(default.clip, **usual)
+    free, _ = weights_after(1e9, **usual)
+    assert torch.equal(clipped, free) and all(m["clipfrac"] == 0 for m in logs)
+
+
 def test_credits_by_hand():
     mask = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]])
     zero = torch.zeros(2, 3, dtype=torch.long)
