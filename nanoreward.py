@@ -11,7 +11,7 @@ Greedy accuracy on held-out problems before and after, means of five seeds. The 
 has 0.01, a model trained on error-free demonstrations 1.00.
 
     method           accuracy      what is rewarded                          paper (arXiv)
-    ppo              0.44 -> 0.93  the right answer                          1707.06347, 2402.03300
+    ppo              0.44 -> 0.94  the right answer                          1707.06347, 2402.03300
     iterative_dpo    0.44 -> 0.93  a right response over a wrong one         2404.19733
     self_rewarding   0.42 -> 0.61  what the model itself judges to be good   2401.10020
     seq2seq          0.44 -> 0.57  tokens that a rewriting model would keep  2409.00162
