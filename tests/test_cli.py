@@ -11,12 +11,15 @@ import sys
 import time
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import nanoreward as nr
 import train_small as front
+from data import arithmetic
+from data.arithmetic import Arithmetic
 from tests.conftest import ROOT, tiny
 
 
@@ -836,3 +839,63 @@ def test_intervals_are_student_t():
 def test_numbers_that_are_not_finite_become_null(tmp_path):
     front.append(tmp_path / "m.jsonl", {"a": float("nan"), "b": float("inf"), "c": 1.5, "d": None})
     assert lines(tmp_path / "m.jsonl") == [{"a": None, "b": None, "c": 1.5, "d": None}]
+
+
+@pytest.mark.parametrize(
+    "argv, lacks",
+    [
+        (["ppo"], "chance"),
+        (["ppo", "--reward", "learned"], "preferences"),
+        (["ppo", "--reward", "sorm"], "result"),
+        (["self_rewarding"], "judge_demo"),
+        (["seq2seq"], "preferences"),
+        (["refine"], "steps"),
+    ],
+)
+def test_a_task_that_lacks_what_a_method_asks_of_it_is_one_line(
+    argv, lacks, tmp_path, monkeypatch, capsys
+):
+    every = {k: v for k, v in vars(Arithmetic).items() if not k.startswith("_") and k != lacks}
+    lacking = type("Lacking", (), every)
+    task = SimpleNamespace(**vars(arithmetic) | {"make": lambda c, careful=False: lacking()})
+    monkeypatch.setitem(front.TASKS, "arithmetic", task)
+    assert inside(*argv, "--config", "smoke", "--out", tmp_path / "x", "--cache", tmp_path) == 2
+    error = capsys.readouterr().err
+    assert f"a method {lacks!r}; Lacking has none" in error and error.count("\n") == 1
+
+
+def test_why_a_number_is_not_read_is_said_in_words():
+    """Also where no run shows it: arms of denoise and seq2seq, and models that are folders."""
+
+    def why(name, number, **numbers):
+        return front.why_unread(name, number, tiny(name, **numbers))
+
+    for number in ("branches", "process_weight"):
+        assert why("denoise", number, arm="outcome") == "it is read only with --arm process"
+        assert why("denoise", number, arm="process") == ""
+    for name in ("ppo", "seq2seq"):
+        for number in ("lam", "value_coef"):
+            assert why(name, number, arm="rloo") == "it is read only with --arm gae"
+            assert why(name, number, arm="gae") == ""
+    for number in ("beta", "alpha"):
+        for name in ("iterative_dpo", "self_rewarding"):
+            assert why(name, number, arm="sft_chosen") == "it is read only with --arm dpo_nll"
+            assert why(name, number, arm="dpo_nll") == ""
+    assert why("refine", "epochs").startswith("refine does not read it, but ppo, seq2seq")
+    assert why("ppo", "width", model="folder") == "the folder of --model decides it"
+    assert why("ppo", "width") == "" and why("ppo", "lr", model="folder") == ""
+
+
+def test_a_trained_model_is_keyed_by_the_source_of_its_task(tmp_path, monkeypatch):
+    c = tiny("ppo")
+    trainer = front.CachedTrainer(tmp_path)
+
+    def key():
+        return trainer.folder("gpt", nr.gpt_base, c, reads="")
+
+    before = key()
+    edited = tmp_path / "arithmetic.py"
+    edited.write_text(Path(arithmetic.__file__).read_text() + "# More.\n")
+    monkeypatch.setattr(arithmetic, "__file__", str(edited))
+    assert key() != before
+    assert trainer.folder("gpt", nr.gpt_base, replace(c, task="sudoku"), reads="") != before

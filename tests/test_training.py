@@ -611,3 +611,25 @@ def test_learned_reward_and_truth_are_logged_apart(model):
     }
     logs = list(nr.ppo(state, TASK, config))
     assert all(m["reward"] != m["truth"] and m["truth"] <= 1 for m in logs)
+
+
+def test_an_optimizer_step_is_divided_by_the_count_that_its_arm_makes_of_all_its_rows(monkeypatch):
+    c = tiny("ppo", arm="grpo", updates=1, epochs=1, minibatch=8, micro=3)
+    seen = []
+
+    def objective(logp, value, b, denom, c):
+        seen.append((float(denom), float(b.mask.sum())))
+        return 0.0 * logp.sum()
+
+    def denoms(**changed):
+        seen.clear()
+        monkeypatch.setitem(nr.PPO_ARMS, "grpo", nr.Arm(nr.grpo_credit, objective, **changed))
+        list(nr.ppo(nr.start_ppo(rough(c), c), Arithmetic(1, 1), c))
+        steps = [seen[i : i + 3] for i in range(0, len(seen), 3)]  # parts of 3, 3 and 2 rows
+        assert len(steps) == c.prompts * c.samples // 8
+        return steps
+
+    for step in denoms():  # every token of the step weighs the same
+        assert {denom for denom, _ in step} == {sum(tokens for _, tokens in step)}
+    for step in denoms(denom=len):  # one's own count: the rows of the step
+        assert {denom for denom, _ in step} == {8.0}
