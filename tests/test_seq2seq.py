@@ -204,7 +204,8 @@ def test_only_seq2seq_and_a_learned_reward_of_ppo_ask_for_models():
         "refine": ({}, []),
         "denoise": ({}, []),
     }
-    assert {reward: asked("ppo", reward=reward) for reward in nr.REWARDS} == {
+    rewards = ("verifier", "learned", "sorm", "shaped")
+    assert {reward: asked("ppo", reward=reward) for reward in rewards} == {
         "verifier": ({}, []),
         "learned": ({"scorer": nr.PreferenceScorer}, ["scorer"]),
         "sorm": ({"scorer": nr.StepScorer}, ["sorm"]),

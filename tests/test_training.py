@@ -432,14 +432,14 @@ def play(world, response=2, no_eos=0.0, **numbers):
         return state, list(nr.ppo(state, world, config))
 
 
-@pytest.mark.parametrize("arm", list(nr.PPO_ARMS))
+@pytest.mark.parametrize("arm", ["gae", "grpo", "rloo"])
 def test_probe_one_token(arm):
     """One prompt, one rewarded first token of 30: found and kept."""
     _, logs = play(World(lambda x, y: y[:1] == "7", "3"), arm=arm)
     assert logs[0]["truth"] < 0.2 and logs[-1]["truth"] > 0.95
 
 
-@pytest.mark.parametrize("arm", list(nr.PPO_ARMS))
+@pytest.mark.parametrize("arm", ["gae", "grpo", "rloo"])
 def test_probe_reward_depends_on_the_prompt(arm):
     _, logs = play(World(lambda x, y: y[:1] == x), arm=arm, updates=200, lr=4e-3)
     assert logs[-1]["truth"] > 0.8  # deaf to the prompt: at most .5
@@ -465,7 +465,7 @@ def test_probe_constant_reward_is_what_the_value_head_learns_and_teaches_nothing
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
-@pytest.mark.parametrize("arm", list(nr.PPO_ARMS))
+@pytest.mark.parametrize("arm", ["gae", "grpo", "rloo"])
 def test_probe_a_huge_kl_weight_keeps_the_policy_at_its_reference(arm):
     world = World(lambda x, y: y[:1] == "7")
     _, free = play(world, arm=arm, updates=40)
@@ -473,7 +473,7 @@ def test_probe_a_huge_kl_weight_keeps_the_policy_at_its_reference(arm):
     assert free[-1]["kl"] > 1.0 and abs(held[-1]["kl"]) < 0.2
 
 
-@pytest.mark.parametrize("arm", list(nr.PPO_ARMS))
+@pytest.mark.parametrize("arm", ["gae", "grpo", "rloo"])
 def test_ratio_is_one_before_the_first_update_and_every_weight_gets_a_gradient(arm):
     config = nr.replace(TINY, temperature=0.7, arm=arm, beta=0.1)
     state = nr.start_ppo(rough(config), config)
