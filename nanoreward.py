@@ -1257,6 +1257,8 @@ class Method:
     # (state, task, b, c) -> what the reward says about the inside of each response, or for denoise
     # of a new response to the same problem.
     explain: Callable = nothing_inside
+    # How many right and how many wrong responses are explained at a time.
+    shown: int = 3
     # Numbers that are names: the names that there are.
     choices: dict[str, Any] = field(default_factory=dict)
     # Numbers that are read only if another one has a certain value, as {"lam": "arm gae"}.
@@ -3380,6 +3382,7 @@ METHODS["denoise"] = Method(
     loop=denoise,
     starts_from=diffusion_base,
     explain=explain_denoising,
+    shown=1,  # each canvas is valued by branches, which takes time
     choices={"arm": DENOISE_ARMS},
     only_with={"branches": "arm process", "process_weight": "arm process"},
 )

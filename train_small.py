@@ -348,7 +348,7 @@ def check(name: str, c: Any) -> None:
 def check_task(name: str, c: Config, task: nr.Task) -> None:
     """Refuse a task that lacks what the method or its reward asks of it."""
     needs = f"encode decode prompts demo grade chance {METHODS[name].needs}"
-    if name == "ppo":
+    if "reward" in vars(c):
         needs += f" {nr.REWARDS[c.reward].needs}"
     for needed in needs.split():
         if needed not in dir(task):
@@ -806,7 +806,7 @@ class Job:
 
     def show(self) -> None:
         """A few right and a few wrong responses -> samples.jsonl."""
-        few = 1 if self.name == "denoise" else 3  # each of its states is valued by branches
+        few = self.method.shown
         texts = self.answer(self.dev[:32])
         shown: dict[bool, list[dict]] = {True: [], False: []}
         for x, y in zip(self.dev, texts, strict=False):
