@@ -474,13 +474,18 @@ def checked_configs(a: argparse.Namespace, loops: list[str]) -> dict[str, Config
     if not 1 <= a.seeds <= len(T95) + 1:
         raise UserError(f"--seeds must lie in 1..{len(T95) + 1}")
     configs = configs_of(loops, a.config, given_numbers(a))
+    theirs = {}
+    shared = next(iter(configs.values()))
+    if shared.model:  # whatever is wrong with the folder is said now
+        theirs = asdict(Transformer.load(shared.model).config) | {"bf16": shared.bf16}
     for name, c in configs.items():
-        if c.model:  # whatever is wrong with the folder is said now
-            theirs = asdict(Transformer.load(c.model).config) | {"bf16": c.bf16}
-            c = replace(c, **theirs)
+        c = replace(c, **theirs)
         check(name, c)
         configs[name] = replace(c, device=nr.pick_device(c.device))
-        check_task(name, c, make_task(c))
+    # Folder and task are the same for all methods, so they are read once.
+    task = make_task(next(iter(configs.values())))
+    for name, c in configs.items():
+        check_task(name, c, task)
     return configs
 
 
