@@ -41,10 +41,11 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import zipfile
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from math import ceil, log, pi
+from math import ceil, isfinite, log, pi
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -146,13 +147,21 @@ class Architecture:
     tied: bool = False
     # True for a GPT. False: every position sees every other, which makes a masked-diffusion LM.
     causal: bool = True
-    # The special tokens have four different ids. With PAD = EOS a model never learns to stop.
+    # The special tokens. With PAD = EOS a model would never learn to stop. PAD and MASK may lie
+    # behind the vocabulary, where a folder has none; BOS is EOS in some folders.
     pad_id: int = 0
     bos_id: int = 1
     eos_id: int = 2
     mask_id: int = 3
+    # Further ids that end a text, as in "128008 128009"; many chat models have several.
+    other_ends: str = ""
     # Compute the layers in bfloat16. Weights, logits and losses stay in float32.
     bf16: bool = False
+
+    @property
+    def ends(self) -> list[int]:
+        """All ids that end a text: the one that demonstrations end with, then the others."""
+        return [self.eos_id, *(int(i) for i in self.other_ends.split())]
 
 
 @dataclass(frozen=True)
@@ -222,6 +231,10 @@ class Config(Architecture):
         """How many updates the loop makes in all."""
         return self.updates
 
+    def responses_at_once(self) -> int:
+        """How many responses are written side by side. It decides how much memory is needed."""
+        return self.prompts * self.samples
+
     def rules(self) -> list[tuple[bool, str]]:
         """What the numbers have to keep to: (whether it holds, what to say if it does not)."""
         return []
@@ -240,7 +253,7 @@ class Config(Architecture):
 #   every method      encode  decode  prompts  demo  grade  chance
 #   self_rewarding    also judge_prompt  judge_demo  problem  propose_demo
 #   seq2seq           also preferences  (and so does ppo --reward learned)
-#   refine            also steps  result  (and so does ppo --reward sorm)
+#   refine            also steps  uses  (and so does ppo --reward sorm)
 #
 # A task may have more, such as `split`, `answer`, `step_ok` and `rubric`; only notebooks/ call
 # them.
@@ -273,8 +286,8 @@ class Task(Protocol):
     def steps(self, response: list[int]) -> list[tuple[str, int]]:
         """The written steps of a response: their text and the position of their last token."""
 
-    def result(self, step: str) -> str | None:
-        """What a step claims, such as `42` for `37+5=42;`."""
+    def uses(self, step: str, rest: str) -> bool:
+        """Whether the rest of a response goes on from what the step before it claims."""
 
     def preferences(self, n: int, generator: torch.Generator) -> list[tuple[str, str, str]]:
         """n of (problem, preferred, other) by a labeller with a planted weakness."""
@@ -347,8 +360,8 @@ def rewriter_prompt(
     PAD and EOS are left out. bad_at: put the mark `<bad>` behind so many tokens of the response.
     """
     mark, separator = task.encode(["<bad>", "<sep>"])
-    prompt = without(prompt, c.pad_id, c.eos_id)
-    response = without(response, c.pad_id, c.eos_id)
+    prompt = without(prompt, c.pad_id, *c.ends)
+    response = without(response, c.pad_id, *c.ends)
     if bad_at is not None:
         response = response[:bad_at] + mark + response[bad_at:]
     return prompt + separator + response + separator
@@ -497,6 +510,8 @@ class Transformer(nn.Module):
     def __init__(self, c: Architecture, generator: torch.Generator | None = None):
         super().__init__()
         self.config = c
+        # The folder that it was loaded from, if there is one.
+        self.source: Path | None = None
         self.future_weight = 0.0 if c.causal else 1.0
         self.embed_tokens = nn.Embedding(c.vocab, c.width)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.layers))
@@ -518,7 +533,8 @@ class Transformer(nn.Module):
 
     def hidden(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
         """ids (B, T) -> (B, T, C). With a cache the ids continue what it holds."""
-        real = ids != self.config.pad_id
+        is_pad = ids == self.config.pad_id
+        real = ~is_pad
         at: slice | Tensor = slice(None)
         if cache is not None:
             at, real = cache.reserve(real)  # (B, L)
@@ -536,7 +552,8 @@ class Transformer(nn.Module):
         if 0 < self.future_weight < 1:
             bias = bias + (key > query) * log(self.future_weight)
 
-        x = self.embed_tokens(ids)
+        # PAD may have no vector of its own, and nobody sees which one it gets.
+        x = self.embed_tokens(ids.masked_fill(is_pad, 0))
         cos, sin = rope(position, self.config)
         with torch.autocast(ids.device.type, torch.bfloat16, self.config.bf16):
             for i, layer in enumerate(self.layers):
@@ -554,12 +571,16 @@ class Transformer(nn.Module):
         return self.lm_head.weight.device
 
     def save(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors, named as Hugging Face names them."""
+        """Write config.json and model.safetensors, named as Hugging Face names them.
+
+        A model that was loaded from a folder also takes along what else that folder says and holds,
+        such as its tokenizer.
+        """
         from data import folders
 
         names = [f.name for f in fields(Architecture)]
         about = {name: vars(self.config)[name] for name in names}
-        folders.write_folder(Path(folder), about, self.state_dict(), write_whole)
+        folders.write_folder(Path(folder), about, self.state_dict(), write_whole, self.source)
 
     @classmethod
     def load(cls, folder: str | Path) -> Transformer:
@@ -572,17 +593,20 @@ class Transformer(nn.Module):
 
         folder = Path(folder)
         try:
-            c = Architecture(**folders.read_architecture(folder))
+            about = folders.read_architecture(folder)
+            weights = folders.Weights(folder)
+            c = Architecture(**about | {"tied": weights.tied})
             # On the device "meta" tensors have shapes and no content: names and sizes are compared
             # before anything large is read.
             with torch.device("meta"):
                 model = cls(c)
-            weights = folders.Weights(folder, c.tied)
             shapes = {k: torch.empty(x, device="meta") for k, x in weights.shapes.items()}
             model.load_state_dict(shapes)
             model.load_state_dict(weights.read(), assign=True)
-        except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"{folder} is no model folder to read: {error!r:.200}") from error
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            why = " ".join(str(error).split())
+            raise UserError(f"{folder} is no model folder to read: {why:.400}") from error
+        model.source = folder
         if c.tied:
             model.lm_head.weight = model.embed_tokens.weight
         return model
@@ -653,12 +677,17 @@ class Rollout:
         return Rollout(**found)
 
 
+def is_end(ids: Tensor, c: Architecture) -> Tensor:
+    """Which ids end a text, True or False for each of them."""
+    return torch.isin(ids, torch.tensor(c.ends, device=ids.device))
+
+
 def up_to_eos(response: Tensor, c: Architecture) -> Tensor:
     """The mask of a response (B, R): tokens up to and including the first EOS count.
 
     So EOS is trained like any other token, and the reward can stand on it.
     """
-    eos = response == c.eos_id
+    eos = is_end(response, c)
     before = (eos.cumsum(1) - eos.long()) == 0
     return (before & (response != c.pad_id)).float()
 
@@ -669,11 +698,15 @@ def response_part(x: Tensor, P: int) -> Tensor:
 
 
 def log_softmax(logits: Tensor, temperature: float, c: Architecture) -> Tensor:
-    """Log-probs of the tokens that may be written. PAD and MASK have -inf, here and everywhere."""
+    """Log-probs of the tokens that may be written. The others have -inf, here and everywhere.
+
+    Never written are PAD, MASK and BOS, unless BOS is what ends a text too.
+    """
     V = logits.shape[-1]
-    # A folder without a MASK token has mask_id = V, one behind the vocabulary.
-    never = torch.zeros(max(c.mask_id + 1, V), device=logits.device)
-    never[[c.pad_id, c.mask_id]] = -torch.inf
+    unwritten = {c.pad_id, c.mask_id, c.bos_id} - set(c.ends)
+    # Some of them may lie behind the vocabulary.
+    never = torch.zeros(max(V, *(i + 1 for i in unwritten)), device=logits.device)
+    never[list(unwritten)] = -torch.inf
     return (logits / temperature + never[:V]).log_softmax(-1)
 
 
@@ -691,9 +724,11 @@ def gather_logprobs(
 ) -> Tensor:
     """Hidden vectors (B, R, C) -> log-probs of the response tokens (B, R), 0 where there is PAD."""
     logp = log_softmax(model.lm_head(hidden), temperature, model.config)
-    logp = logp.gather(-1, response[..., None])[..., 0]
+    is_pad = response == model.config.pad_id
+    token = response.masked_fill(is_pad, 0)  # PAD may lie behind the vocabulary
+    logp = logp.gather(-1, token[..., None])[..., 0]
     # Not -inf: a masked sum would multiply it with 0, and 0 * inf is NaN.
-    return logp.masked_fill(response == model.config.pad_id, 0.0)
+    return logp.masked_fill(is_pad, 0.0)
 
 
 def token_logprobs(
@@ -714,13 +749,20 @@ def draw(logits: Tensor, uniform: Tensor, c: Config) -> Tensor:
 
     logits (..., V) and one uniform number each (...) -> token (...): the first one whose cumulative
     probability exceeds the number. A token of probability 0 owns an empty interval and is never
-    drawn.
+    drawn. Logits that are no numbers raise UserError.
     """
     if c.temperature == 0:
-        return log_softmax(logits, 1.0, c).argmax(-1)
-    logp = log_softmax(logits, c.temperature, c)
-    cdf = logp.to(uniform.dtype).exp().cumsum(-1)
-    return (cdf <= uniform[..., None] * cdf[..., -1:]).sum(-1)
+        mass, token = log_softmax(logits, 1.0, c).max(-1)
+    else:
+        logp = log_softmax(logits, c.temperature, c)
+        cdf = logp.to(uniform.dtype).exp().cumsum(-1)
+        mass = cdf[..., -1]
+        token = (cdf <= (uniform * mass)[..., None]).sum(-1)
+    if not mass.isfinite().all():
+        raise UserError(
+            "the model has diverged: its logits are not finite; lower the learning rate"
+        )
+    return token
 
 
 @torch.no_grad()
@@ -782,7 +824,7 @@ def write_forward(
     context = context.gather(1, (context != c.pad_id).int().argsort(dim=1, stable=True))
     context = context[:, (context != c.pad_id).any(0)]
 
-    ended = (canvas == c.eos_id).any(1)
+    ended = is_end(canvas, c).any(1)
     full = given[:, -1]
     rows = (~(ended | full)).nonzero()[:, 0]
     if len(rows) == 0:
@@ -801,7 +843,7 @@ def write_forward(
         token = draw(model.lm_head(hidden), uniform[rows, place], c)
         canvas[rows[writing], place[writing]] = token[writing]
         order[rows[writing], place[writing]] = k
-        writing = writing & (token != c.eos_id) & (place + 1 < R)
+        writing = writing & ~is_end(token, c) & (place + 1 < R)
         if not writing.any():
             break
         place = (place + 1).clamp(max=R - 1)
@@ -1091,12 +1133,44 @@ def in_groups(
     return prompt.to(device), group.to(device)
 
 
+def texts_of(task: Task, response: Tensor, c: Architecture) -> list[str]:
+    """Responses (B, R) as texts. What stands behind the first EOS is never read."""
+    lengths = up_to_eos(response, c).sum(1).int().tolist()
+    rows = response.tolist()
+    return [task.decode(ids[:n]) for ids, n in zip(rows, lengths, strict=True)]
+
+
 def grades(task: Task, b: Rollout) -> Tensor:
     """The true reward of each response, (B,): what the task's own grader says."""
     scores = []
-    for prompt, response in zip(b.prompt.tolist(), b.response.tolist(), strict=True):
-        scores.append(task.grade(task.decode(prompt), task.decode(response)))
+    lengths = b.mask.sum(1).int().tolist()
+    for x, y, n in zip(b.prompt.tolist(), b.response.tolist(), lengths, strict=True):
+        prompt = task.decode(x)
+        response = task.decode(y[:n])  # what stands behind the end counts for nothing
+        score = float(task.grade(prompt, response))
+        refuse_no_number(score, prompt, response)
+        scores.append(score)
     return torch.tensor(scores, device=b.prompt.device)
+
+
+def refuse_no_number(reward: float, prompt: str, response: str) -> None:
+    """A reward that is NaN or infinite raises UserError, which names the response."""
+    if not isfinite(reward):
+        raise UserError(
+            f"the reward of the response {response[:80]!r} to {prompt[-80:]!r} is {reward}: "
+            "whoever gives the reward has to give a finite number"
+        )
+
+
+def check_rewards(reward: Tensor, task: Task, b: Rollout) -> None:
+    """Rewards (B, R) or (B,) must be finite, because one NaN would make all weights NaN."""
+    total = reward.sum(1) if reward.dim() == 2 else reward
+    if total.isfinite().all():
+        return
+    i = int(total.isfinite().int().argmin())  # the first one that is not
+    length = int(b.mask[i].sum())
+    response = task.decode(b.response[i, :length].tolist())
+    refuse_no_number(float(total[i]), task.decode(b.prompt[i].tolist()), response)
 
 
 def at_end(score: Tensor, b: Rollout, c: Architecture) -> Tensor:
@@ -1104,8 +1178,8 @@ def at_end(score: Tensor, b: Rollout, c: Architecture) -> Tensor:
 
     A response that never ends earns NO_EOS in place of its score.
     """
-    ended = (b.response == c.eos_id).any(1)
-    last = b.mask.sum(1).long() - 1
+    ended = is_end(b.response, c).any(1)
+    last = (b.mask.sum(1).long() - 1).clamp(min=0)  # a response may hold no token at all
     reward = torch.zeros_like(b.mask)
     score = torch.where(ended, score, NO_EOS)
     return reward.scatter(1, last[:, None], score[:, None])
@@ -1115,18 +1189,24 @@ def group_advantage(reward: Tensor, group: Tensor, kind: str) -> Tensor:
     """The reward (B,) compared with the other samples of the same prompt, group (B,) -> (B,).
 
     mean: r - mean.   grpo (15): (r - mean) / (unbiased std + 1e-4).   rloo (16): r - mean of the
-    others. A group with equal rewards gets exactly zero, and so does a group of one: differences
-    below 1e-6 are taken for rounding.
+    others. A group with equal rewards gets exactly zero, and so does a group of one. A reward that
+    is NaN was not given: it counts for nothing and its response gets zero.
     """
+    groups = int(group.max()) + 1
 
     def total(x: Tensor) -> Tensor:
         """The sum over each row's own group, (B,)."""
-        sums = x.new_zeros(int(group.max()) + 1)
-        return sums.index_add(0, group, x)[group]
+        return x.new_zeros(groups).index_add(0, group, x)[group]
 
-    count = total(torch.ones_like(reward))
-    adv = reward - total(reward) / count
-    adv = adv.masked_fill(adv.abs() < 1e-6, 0.0)
+    # What is the same for a whole group makes no difference. Without its lowest reward a group of
+    # equal ones is exactly 0, where the mean of 8 times 1000.1 would be off by a rounding.
+    given = ~reward.isnan()
+    lowest = reward.new_full((groups,), torch.inf)
+    lowest = lowest.scatter_reduce(0, group, reward.masked_fill(~given, torch.inf), "amin")[group]
+    reward = torch.where(given, reward - lowest, 0.0)
+
+    count = total(given.to(reward.dtype))
+    adv = (reward - total(reward) / count.clamp(min=1)) * given
     if kind == "grpo":
         std = (total(adv**2) / (count - 1).clamp(min=1)).sqrt()
         adv = adv / (std + 1e-4)
@@ -1140,7 +1220,10 @@ def whiten(x: Tensor, mask: Tensor) -> Tensor:
 
     The variance is divided by n, as in the original RLHF code; several libraries take n - 1.
     """
-    n = mask.sum()
+    counts = mask > 0
+    lowest = x.masked_fill(~counts, torch.inf).min()
+    x = torch.where(counts, x - lowest, 0.0)  # equal numbers are exactly 0 from here on
+    n = mask.sum().clamp(min=1)
     mean = (x * mask).sum() / n
     variance = ((x - mean) ** 2 * mask).sum() / n
     return (x - mean) * (variance + 1e-8).rsqrt() * mask
@@ -1174,7 +1257,7 @@ def rollout_metrics(b: Rollout, reward: Tensor, truth: Tensor, c: Config) -> Met
         # The mean of -log p of the sampled tokens estimates the entropy.
         "entropy": float(-(b.logp * b.mask).sum() / b.mask.sum()),
         "length": float(b.mask.sum(1).mean()),
-        "ended": float((b.response == c.eos_id).any(1).float().mean()),
+        "ended": float(is_end(b.response, c).any(1).float().mean()),
         # Groups with equal rewards. If all are, an arm that compares within groups learns nothing.
         "flat_groups": float((high == low).float().mean()),
     }
@@ -1190,7 +1273,7 @@ def respond(
     """One response to each prompt, as text. c.temperature 0 is greedy."""
     prompt = encode_prompts(task, prompts, c).to(model.device)
     response = sample(model, prompt, c, generator=generator).response
-    return [task.decode(ids) for ids in response.tolist()]
+    return texts_of(task, response, c)
 
 
 def accuracy(
@@ -1216,7 +1299,7 @@ class State:
 
     policy: Transformer
     optimizers: list[torch.optim.Optimizer]
-    # How many responses to problems were drawn so far.
+    # How many texts were drawn so far: responses, and judgements, problems, continuations if any.
     samples: int = 0
     update: int = 0
 
@@ -1331,6 +1414,10 @@ class PPOConfig(PolicyGradientConfig):
     # Continuations of each prefix, K, by which the SORM's steps are labelled.
     continuations: int = 8
 
+    def responses_at_once(self) -> int:
+        """The rollouts of an update, or the continuations of a prefix."""
+        return max(self.prompts * self.samples, self.continuations)
+
 
 def gae(
     reward: Tensor, value: Tensor, mask: Tensor, gamma: float, lam: float
@@ -1363,7 +1450,7 @@ def ppo_loss(
     """
     # -1/denom sum over all tokens of min( ratio adv, clamp(ratio, 1 - clip, 1 + clip) adv )
     # ratio = pi(y_k) / pi_old(y_k)
-    ratio = (logp - old_logp).exp()
+    ratio = ((logp - old_logp) * mask).exp()  # exp of a large number off the mask would be inf
     clipped = ratio.clamp(1 - clip, 1 + clip)
     # The minimum is a pessimistic bound: a ratio beyond the band earns nothing more.
     objective = torch.minimum(ratio * adv, clipped * adv)
@@ -1433,7 +1520,7 @@ def grpo_objective(
 
     DEVIATION: one mean over all tokens of the step, not one over each response.
     """
-    kl = (k3(logp, b.ref_logp) * b.mask).sum() / denom
+    kl = k3(logp * b.mask, b.ref_logp * b.mask).sum() / denom  # k3 of equal log-probs is 0
     policy_part = ppo_loss(logp, b.logp, b.adv, b.mask, denom, c.clip)
     return policy_part + c.beta * kl
 
@@ -1561,9 +1648,12 @@ def rollout_loss(
         part = b.select(rows)
         logp, hidden = estimate(state.policy, part, c)
         value = None if state.head is None else state.head(hidden)
-        ratio = (logp - part.logp).exp()
-        outside = ((ratio - 1).abs() > c.clip) * part.mask
-        metrics = {"clipfrac": outside.sum() / denom}
+        # The clip of (14) acts where a token would earn more by leaving the band.
+        ratio = ((logp - part.logp) * part.mask).exp()
+        too_likely = (ratio > 1 + c.clip) & (part.adv > 0)
+        too_unlikely = (ratio < 1 - c.clip) & (part.adv < 0)
+        clipped = (too_likely | too_unlikely) * part.mask
+        metrics = {"clipfrac": clipped.sum() / denom}
         return objective(logp, value, part, denom, c), metrics
 
     return loss
@@ -1597,6 +1687,8 @@ def ppo(
     signal = signal or REWARDS[c.reward].signal
     arm = PPO_ARMS[c.arm]
     device = state.policy.device
+    if state.update == 0:
+        state.samples = sum(int(getattr(model, "drawn", 0)) for model in state.models.values())
     while state.update < c.updates:
         u = state.update
 
@@ -1609,6 +1701,7 @@ def ppo(
         # 2. score
         truth = grades(task, b)
         reward = signal(state, task, b, truth, c)
+        check_rewards(reward, task, b)
 
         # 3. credit
         b.adv, b.ret = arm.credit(b, reward, c)
@@ -1848,6 +1941,7 @@ def new_round(
 
     # 2. score
     score, about_scores = judge(state, task, b, c, u)
+    check_rewards(score.masked_fill(score.isnan(), 0.0), task, b)  # NaN: nobody gave a score
 
     # 3. credit
     rows = pair(score, group, c)
@@ -1931,6 +2025,10 @@ class SelfRewardingConfig(DPOConfig):
     start_lr: float = 0.01
     start_muon_lr: float = 0.01
 
+    def responses_at_once(self) -> int:
+        """The responses of a round, or the judgements of a part of them."""
+        return max(self.prompts * self.samples, SAMPLED_AT_ONCE * self.judgements)
+
     def rules(self) -> list[tuple[bool, str]]:
         """The best response is set against the worst; M1's data are shared out."""
         most = 1 - POSING
@@ -2010,6 +2108,11 @@ def start_self_rewarding(policy: Transformer, c: SelfRewardingConfig) -> SelfRew
     return SelfRewardingState(policy=policy, judge=judge, optimizers=optimizers([policy], c.lr))
 
 
+def is_shown(problem: str, prompt: str) -> bool:
+    """Whether a prompt shows this very problem, and not only a longer one that ends like it."""
+    return bool(re.search(rf"(?:^|[\s>]){re.escape(problem)}(?:$|[\s<])", prompt))
+
+
 def pose_problems(
     state: SelfRewardingState, task: Task, c: SelfRewardingConfig, u: int
 ) -> tuple[list[str], Metrics]:
@@ -2023,8 +2126,9 @@ def pose_problems(
     written = respond(state.policy, task, shown, c, generator)
     valid = []
     for prompt, text in zip(shown, written, strict=True):
-        copied = text.removesuffix("<eos>").strip() in prompt
+        copied = is_shown(text.removesuffix("<eos>").strip(), prompt)
         valid.append(None if copied else task.problem(text))
+    state.samples += len(written)
     new = [x for x in dict.fromkeys(valid) if x and x not in state.posed]
     new = new[: c.prompts]
     state.posed |= dict.fromkeys(new)
@@ -2052,12 +2156,13 @@ def judged(
     for part in left_pad(asked, c.pad_id).to(device).split(SAMPLED_AT_ONCE):
         prompt = part.repeat_interleave(c.judgements, 0)
         written = sample(state.judge, prompt, c, generator=generator).response
-        scores += [parse_score(task.decode(ids)) for ids in written.tolist()]
+        scores += [parse_score(text) for text in texts_of(task, written, c)]
+    state.samples += len(scores)
     scores = [torch.nan if x is None else x for x in scores]
     score = torch.tensor(scores, device=device)
 
     mean = float(score.nanmean())
-    quoted = [parse_score(task.decode(ids)) is not None for ids in b.response.tolist()]
+    quoted = [parse_score(text) is not None for text in texts_of(task, b.response, c)]
     return score.view(-1, c.judgements).nanmean(1), {
         "score": mean,
         "spread": float(score.nan_to_num(mean).std(correction=0)),
@@ -2160,6 +2265,8 @@ class PreferenceScorer(nn.Module):
         super().__init__()
         self.trunk = trunk
         self.head = head
+        # How many responses were drawn for it.
+        self.register_buffer("drawn", torch.tensor(0))
 
     def forward(self, prompt: Tensor, response: Tensor) -> Tensor:
         """(B, P), (B, R) -> scores (B,)."""
@@ -2175,6 +2282,7 @@ class PreferenceScorer(nn.Module):
         gain = 1 / score.std(unbiased=False).clamp(min=1e-4)
         self.head.linear.weight.mul_(gain)
         self.head.linear.bias.sub_(score.mean()).mul_(gain)
+        self.drawn.fill_(len(score))
 
 
 def preference_batches(
@@ -2280,7 +2388,8 @@ def agreement_reward(
     """
     # agrees_k = [ y_k = argmax_v rewriter(v | x, y, y_<k) ]
     # reward_k = c_pos before the first k that does not agree, from then on -c_neg (1 - agrees_k)
-    written = logits.gather(-1, response[..., None])
+    token = response * (mask > 0)  # PAD may lie behind the vocabulary
+    written = logits.gather(-1, token[..., None])
     agrees = (logits > written).sum(-1) == 0
     disagrees = (~agrees).float() * mask
     before = disagrees.cumsum(1) == 0
@@ -2361,6 +2470,10 @@ class RefineConfig(Config):
     # Its learning rate: AdamW alone.
     start_lr: float = 1e-3
 
+    def responses_at_once(self) -> int:
+        """A draft of each problem, or the continuations of a prefix."""
+        return max(self.prompts, self.continuations)
+
 
 # A step is blamed if its SORM probability is below.
 THRESHOLD = 0.5
@@ -2434,6 +2547,8 @@ class StepScorer(nn.Module):
         self.trunk = trunk
         self.orm = Head(c, std, rng(seed, "orm")).to(trunk.device)
         self.sorm = Head(c, std, rng(seed, "sorm")).to(trunk.device)
+        # How many responses were drawn for it, where it serves as a reward.
+        self.register_buffer("drawn", torch.tensor(0))
 
     def forward(self, prompt: Tensor, response: Tensor, ends: Tensor) -> Tensor:
         """(B, P), (B, R), prefix ends (B, S) -> logits of ORM and SORM for each prefix, (2, B, S).
@@ -2512,9 +2627,9 @@ def check_traces(
 ) -> tuple[Tensor, Tensor]:
     """Traces (n, K, R) -> whether each is right, and whether it uses its prefix, both (n, K).
 
-    A trace uses its prefix if the result of the prefix's last step occurs behind it; a prefix
-    without a result, such as the empty one, is always used. Without this check a wrong step would
-    count as good when the student simply starts again and gets it right.
+    A trace uses its prefix if it goes on from what the prefix's last step claims; the empty prefix
+    is always used. Without this check a wrong step would count as good when the student simply
+    starts again and gets it right.
     """
     right = []
     uses = []
@@ -2523,12 +2638,9 @@ def check_traces(
         end = int(ends[row, s])
         begin = int(ends[row, s - 1]) if s > 0 else 0
         step = task.decode(draft.response[row, begin:end].tolist())
-        result = task.result(step)
-        number = re.compile(rf"(?<![0-9]){re.escape(result or '')}(?![0-9])")
         for trace in several:
             right.append(task.grade(prompt, task.decode(trace)) > 0.5)
-            rest = task.decode(trace[end:])
-            uses.append(result is None or bool(number.search(rest)))
+            uses.append(s == 0 or task.uses(step, task.decode(trace[end:])))
     shape = traces.shape[:2]
     return (
         torch.tensor(right, dtype=torch.bool).view(shape),
@@ -2741,7 +2853,8 @@ def refine(state: RefineState, task: Task, c: RefineConfig) -> Iterator[Metrics]
             "global": global_demos(task, drafts, c),
             "local": local_demos(task, drafts, c),
         }
-        state.samples = drafts.samples
+        # The student has already cost some: its own responses, of which it learned the right ones.
+        state.samples = drafts.samples + c.start_data * c.samples
         state.draft_metrics = {"truth": drafts.truth, "pairs": len(state.demos["local"])}
 
     # 4. update; a refiner without examples stays as it is
@@ -2837,7 +2950,7 @@ def answer_refined(
     best = found.score.argmax(0)
     column = torch.arange(len(prompts), device=best.device)
     chosen = found.response[best, column]
-    return [task.decode(ids) for ids in chosen.tolist()]
+    return texts_of(task, chosen, c)
 
 
 @torch.no_grad()
@@ -2859,7 +2972,7 @@ METHODS["refine"] = Method(
     starts_from=student,
     answer=answer_refined,
     explain=explain_steps,
-    needs="steps result",
+    needs="steps uses",
     answer_parts=("scorer", "global_refiner", "local_refiner"),
 )
 
@@ -2875,6 +2988,7 @@ def sorm_models(
 
     def make_batches() -> Batches:
         drafts = label_drafts(base, task, c.reward_data, c)
+        scorer.drawn.fill_(drafts.samples)
         return step_batches(scorer, drafts.examples, c.base_batch, c)
 
     train(
@@ -2938,8 +3052,8 @@ def shaped_progress(state: PPOState, task: Task, b: Rollout, truth: Tensor, c: P
     return pay_changes(probability, ends, b, c)
 
 
-REWARDS["sorm"] = RewardSource(step_progress, sorm_models, needs="steps result")
-REWARDS["shaped"] = RewardSource(shaped_progress, sorm_models, needs="steps result")
+REWARDS["sorm"] = RewardSource(step_progress, sorm_models, needs="steps uses")
+REWARDS["shaped"] = RewardSource(shaped_progress, sorm_models, needs="steps uses")
 
 
 # ##################################################################################################
@@ -2994,6 +3108,10 @@ class DenoiseConfig(Config):
     # The smallest rate at which training replaces tokens by MASK: its weight 1 / rate explodes
     # below.
     t_min: float = 0.05
+
+    def responses_at_once(self) -> int:
+        """The branches of all responses, at most."""
+        return self.prompts * self.samples * self.branches
 
     def rules(self) -> list[tuple[bool, str]]:
         """What the numbers have to keep to."""
@@ -3094,6 +3212,7 @@ def diffusion_base(
     # A folder's vocabulary may have no MASK; then it gets one more row, the mean of the others.
     wide = replace(c, causal=False, vocab=max(c.vocab, c.mask_id + 1))
     model = on_device(Transformer(wide, rng(c.seed, "init")), c)
+    model.source = base.source
     if c.look_ahead > 0:
         weights = base.state_dict()
         for name, own in model.state_dict().items():
@@ -3325,6 +3444,7 @@ def denoise(
         # 2. score
         truth = grades(task, b)
         reward = verifier(state, task, b, truth, c)
+        check_rewards(reward, task, b)
 
         # 3. credit
         b.adv = DENOISE_ARMS[c.arm](state, task, b, reward.sum(1), c)
@@ -3402,13 +3522,21 @@ METHODS["denoise"] = Method(
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """Write to a temporary name and rename it.
 
-    If the process is killed the old file or the new one is there, and never half of one.
+    If the process is killed the old file or the new one is there, and never half of one. If
+    writing fails, as on a full disk, UserError says so and the old file is still there.
     """
     if is_first():
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two runs may share a cache
-        write(temporary)
-        os.replace(temporary, path)
+        try:
+            write(temporary)
+            os.replace(temporary, path)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch's own are RuntimeErrors
+            raise UserError(
+                f"{path} cannot be written (is the disk full?): {error!r:.200}"
+            ) from error
+        finally:
+            temporary.unlink(missing_ok=True)
     if dist.is_initialized():
         dist.barrier()  # all processes wait until the file exists
 
@@ -3424,6 +3552,20 @@ def as_plain(x: Any) -> Any:
     if isinstance(x, list):
         return [as_plain(y) for y in x]
     return x
+
+
+def refuse_bad_numbers(plain: Any, name: str = "state") -> None:
+    """The first tensor that holds a NaN or an infinite number raises ValueError with its name."""
+    if isinstance(plain, Tensor):
+        has_numbers = plain.is_floating_point() and not plain.is_meta
+        if has_numbers and not plain.isfinite().all():
+            raise ValueError(f"{name} holds numbers that are not finite")
+    if isinstance(plain, dict):
+        for key, part in plain.items():
+            refuse_bad_numbers(part, f"{name}.{key}")
+    if isinstance(plain, list):
+        for i, part in enumerate(plain):
+            refuse_bad_numbers(part, f"{name}.{i}")
 
 
 def fill(mine: Any, saved: Any) -> Any:
@@ -3445,8 +3587,19 @@ def fill(mine: Any, saved: Any) -> Any:
 
 
 def save_state(folder: str | Path, state: Any) -> None:
-    """All that lives across updates -> folder/state.pt. Generators are not in it: see `rng`."""
-    write_whole(Path(folder) / "state.pt", lambda path: torch.save(as_plain(state), path))
+    """All that lives across updates -> folder/state.pt. Generators are not in it: see `rng`.
+
+    Weights that have become NaN or infinite raise UserError, and the last good state stays.
+    """
+    plain = as_plain(state)
+    path = Path(folder) / "state.pt"
+    try:
+        refuse_bad_numbers(plain)
+    except ValueError as error:
+        raise UserError(
+            f"training diverged, so {path} is not written: {error}; lower the learning rate"
+        ) from None
+    write_whole(path, lambda temporary: torch.save(plain, temporary))
 
 
 def load_state(folder: str | Path, into: Any = None, device: str | torch.device = "cpu") -> Any:
@@ -3458,7 +3611,13 @@ def load_state(folder: str | Path, into: Any = None, device: str | torch.device 
     if not path.exists():
         raise UserError(f"{folder} holds no state.pt; name the folder of a run that was started")
     try:
+        # The file is a zip archive, which keeps a checksum of each of its parts. torch.load does
+        # not compare them, and one flipped bit would be a wrong weight.
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise ValueError(f"the checksum of {damaged} is wrong")
         saved = torch.load(path, weights_only=True, map_location=device)
+        refuse_bad_numbers(saved)
         return saved if into is None else fill(into, saved)
     except Exception as error:  # torch.load may raise almost anything
         raise UserError(f"{path} is damaged or of other code, delete it: {error!r:.100}") from error

@@ -14,22 +14,28 @@ from __future__ import annotations
 
 import argparse
 import ast
+import errno
+import functools
 import hashlib
 import inspect
+import io
 import json
 import math
 import os
 import platform
 import re
+import shlex
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, fields, replace
+from contextlib import nullcontext
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -39,8 +45,14 @@ import nanoreward as nr
 from data import arithmetic, gsm8k, sudoku
 from nanoreward import METHODS, Config, Transformer, UserError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    import msvcrt
+
 TASKS = {"arithmetic": arithmetic, "sudoku": sudoku, "gsm8k": gsm8k}
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanoreward"
+# Without a home folder this stays "~/.cache/nanoreward", and `claim_cache` asks for --cache.
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "nanoreward"
 
 # ---- presets: what --config changes of the defaults, for all methods and for single ones ---------
 
@@ -156,14 +168,17 @@ def make_config(name: str, preset: str = "laptop", **numbers: Any) -> Any:
 
 def make_task(c: Config, careful: bool = False) -> nr.Task:
     """The task that the config names; careful: with the demonstrator that makes no errors."""
-    return TASKS[c.task].make(c, careful)
+    try:
+        return TASKS[c.task].make(c, careful)
+    except ValueError as error:
+        raise UserError(f"the task {c.task} cannot be made: {error}") from None
 
 
 # ---- flags --------------------------------------------------------------------------------------
 
 # The numbers that a model folder or the tokens of a task decide are no flags.
 NO_FLAG = set("vocab rope_theta rope_scaling norm_eps family tied causal".split())
-NO_FLAG |= {"pad_id", "bos_id", "eos_id", "mask_id"}
+NO_FLAG |= {"pad_id", "bos_id", "eos_id", "mask_id", "other_ends"}
 # Numbers of one task alone.
 TASK_ONLY = {key: "task arithmetic" for key in ("min_ops", "max_ops", "answers", "planted")}
 TASK_ONLY |= {"data": "task gsm8k", "model": "task gsm8k"}
@@ -190,6 +205,18 @@ def true_or_false(text: str) -> bool:
 FLAG_TYPES = {"int": int, "float": float, "str": str, "bool": true_or_false}
 
 
+def type_name(f: Field) -> str:
+    """The type of a field as a word of FLAG_TYPES: `float` for `float` and for `float | None`."""
+    written = getattr(f.type, "__name__", str(f.type))
+    name = written.removesuffix(" | None")
+    if name not in FLAG_TYPES:
+        raise UserError(
+            f"the field {f.name!r} of a config has the type {written}, but a flag is one of "
+            f"{', '.join(FLAG_TYPES)}, or one of them | None"
+        )
+    return name
+
+
 def flag(name: str) -> str:
     """base_lr -> --base-lr."""
     return "--" + name.replace("_", "-")
@@ -199,14 +226,17 @@ def field_comments(kind: type) -> dict[str, str]:
     """The comment above each field of a config class: the help of its flag."""
     comments = {}
     comment: list[str] = []
-    module = inspect.getsource(sys.modules[kind.__module__])
-    source = re.search(rf"^class {kind.__name__}\b.*?(?=^\S|\Z)", module, re.M | re.S)[0]
-    for line in source.splitlines():
+    try:
+        module = inspect.getsource(sys.modules[kind.__module__])
+    except (KeyError, OSError, TypeError):  # a class that stands in no file, as in a notebook
+        return {}
+    source = re.search(rf"^class {kind.__name__}\b.*?(?=^\S|\Z)", module, re.M | re.S)
+    for line in source[0].splitlines() if source else []:
         line = line.strip()
         if line.startswith("# ") and not line.startswith("# ----"):
             comment.append(line.removeprefix("# "))
             continue
-        if found := re.match(r"(\w+): \w+ = ", line):
+        if found := re.match(r"(\w+): [\w |]+ = ", line):
             comments[found[1]] = " ".join(comment)
         comment = []
     return comments
@@ -258,12 +288,12 @@ def build_parser() -> Parser:
     for title, flags in flag_groups().items():
         group = parser.add_argument_group(title)
         for f in flags:
-            text = f"{comments[f.name]} [{defaults_of(f.name)}]".strip()
+            text = f"{comments.get(f.name, '')} [{defaults_of(f.name)}]".strip()
             group.add_argument(
                 flag(f.name),
                 dest="field_" + f.name,
-                type=FLAG_TYPES[f.type],
-                metavar=f.type.upper(),
+                type=FLAG_TYPES[type_name(f)],
+                metavar=type_name(f).upper(),
                 help=text.replace("%", "%%"),
             )
     return parser
@@ -286,7 +316,7 @@ def why_unread(name: str, given: str, c: Config) -> str:
     if condition is None:
         return ""
     other, *values = condition.split()
-    if vars(c)[other] in values:
+    if str(vars(c)[other]) in values:
         return ""
     return f"it is read only with {flag(other)} {' or '.join(values)}"
 
@@ -305,24 +335,47 @@ def configs_of(loops: list[str], preset: str, given: dict[str, Any]) -> dict[str
 
 # Numbers that 0 makes no sense for; whole numbers have to be at least 1, but for the seed.
 ABOVE_ZERO = {"lr", "base_lr", "start_lr", "temperature", "clip", "t_min"}
+# A larger number is a slip of the finger.
+LARGEST = {"int": 10_000_000, "float": 1_000_000}
+LARGEST_OF = {"seed": 2**63 - 1, "threads": 256, "layers": 1000, "block_passes": 1000}
+# A smaller one is 0 in float32; divided by a smaller temperature, log-probs overflow.
+SMALLEST = 1e-30
+SMALLEST_OF = {"temperature": 0.01}
+
+
+def check_type(f: Field, value: Any) -> None:
+    """Refuse a value that is not of its field's type, as a config.json may hold it."""
+    kinds = {"int": int, "float": int | float, "str": str, "bool": bool}
+    kind = type_name(f)
+    right = isinstance(value, kinds[kind]) and isinstance(value, bool) == (kind == "bool")
+    if not right and not (value is None and "None" in str(f.type)):
+        raise UserError(f"{flag(f.name)} must be of the type {kind}, not {value!r:.40}")
 
 
 def check_number(name: str, value: Any) -> None:
-    """Refuse a number that is none, or has the wrong sign."""
+    """Refuse a number that is none, has the wrong sign, or is larger than anybody can mean."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
-    if not math.isfinite(value):
-        raise UserError(f"{flag(name)} must be a finite number, not {value}")
+    given = str(value)[:40]
+    if not -math.inf < value < math.inf:
+        raise UserError(f"{flag(name)} must be a finite number, not {given}")
     positive = name in ABOVE_ZERO or (isinstance(value, int) and name != "seed")
     if value < 0 or (value == 0 and positive):
         bound = "above 0" if positive else "0 or more"
-        raise UserError(f"{flag(name)} must be {bound}, not {value}")
+        raise UserError(f"{flag(name)} must be {bound}, not {given}")
+    smallest = SMALLEST_OF.get(name, SMALLEST)
+    if 0 < value < smallest:
+        raise UserError(f"{flag(name)} must be at least {smallest}, not {given}")
+    largest = LARGEST_OF.get(name, LARGEST[type(value).__name__])
+    if value > largest:
+        raise UserError(f"{flag(name)} must be at most {largest:,}, not {given}")
 
 
 def check(name: str, c: Any) -> None:
     """Refuse, before any work, what could only fail or mislead later."""
     method = METHODS[name]
     for f in fields(c):
+        check_type(f, vars(c)[f.name])
         if f.name not in NO_FLAG:
             check_number(f.name, vars(c)[f.name])
     choices = {"task": TASKS, "planted": ("none", "round", "long", "refusal")} | method.choices
@@ -336,13 +389,84 @@ def check(name: str, c: Any) -> None:
         *TASKS[c.task].rules(c),
         (c.heads % c.kv_heads == 0, "--heads must be a multiple of --kv-heads"),
         (c.head_dim % 2 == 0, "--head-dim must be even, as rotary pairs are"),
-        (c.temperature >= 0.01, "--temperature must be at least 0.01: log-probs overflow"),
+        (
+            c.device.split(":")[0] in ("auto", "cpu", "cuda", "mps"),
+            f"--device {c.device} is not here; there are auto, cpu, cuda and mps",
+        ),
         (vars(c).get("lam", 0) <= 1, "--lam must lie in 0..1"),
         *c.rules(),
     ]
     for holds, message in rules:
         if not holds:
             raise UserError(message)
+
+
+def check_methods() -> None:
+    """Refuse an entry of METHODS that names a number that is not there, or a value of one."""
+    for name, method in METHODS.items():
+        known = {f.name for f in fields(method.config)}
+        named = list(method.choices)
+        for number, condition in method.only_with.items():
+            other, *values = condition.split() or [""]
+            named += [number, other]
+            choices = method.choices.get(other, values)
+            if not values or any(value not in choices for value in values):
+                raise UserError(
+                    f"METHODS[{name!r}]: only_with says {condition!r} of {number!r}; write a "
+                    "number and some of the values that it can have, as 'arm gae'"
+                )
+        for number in named:
+            if number not in known:
+                raise UserError(
+                    f"METHODS[{name!r}]: choices or only_with name {number!r}, but "
+                    f"{method.config.__name__} has no such field"
+                )
+
+
+def memory_needed(c: Config) -> dict[str, int]:
+    """About how many bytes a run needs at least, by the flags that they depend on."""
+    attention = 2 * c.width * (c.heads + c.kv_heads) * c.head_dim
+    parameters = 2 * c.vocab * c.width + c.layers * (attention + 3 * c.width * c.mlp_width)
+    number = 2 if c.bf16 else 4
+    rows = max(c.eval_problems, c.responses_at_once())
+    keys_and_values = 2 * c.layers * c.kv_heads * c.head_dim * c.response * number
+    # Beside them there are logits in float32 and their probabilities in float64.
+    sampling = rows * (keys_and_values + 12 * c.vocab)
+    tokens = min(c.micro, max(rows, c.base_batch)) * c.response
+    activations = c.layers * (4 * c.width + 2 * c.mlp_width) * number
+    examples = sum(vars(c).get(name, 0) for name in ("demos", "reward_data", "start_data"))
+    return {
+        # Weights, gradients and two moments of what is trained, and the weights of a reference.
+        "--width --layers --heads --head-dim --mlp-width": 5 * 4 * parameters,
+        "--prompts --samples --continuations --eval-problems --response": sampling,
+        # What the layers keep for the backward pass; logits, log-probs and their gradient.
+        "--micro --response": tokens * (activations + 3 * 4 * c.vocab),
+        # Each token is an int64 in a list and in a tensor.
+        "--demos --reward-data --start-data": 2 * 8 * examples * c.response,
+    }
+
+
+def memory_of(device: str) -> float:
+    """How many bytes of memory the device has; infinity where the system does not say."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_properties(device).total_memory  # [gpu]
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return math.inf
+
+
+def check_memory(name: str, c: Config) -> None:
+    """Refuse sizes that the machine has no room for, before anything is spent."""
+    needed = memory_needed(c)
+    there = memory_of(c.device)
+    if sum(needed.values()) > there:
+        largest = max(needed, key=needed.__getitem__).split()
+        flags = [flag(f.name) for f in fields(c) if flag(f.name) in largest]
+        raise UserError(
+            f"{name} needs about {sum(needed.values()) / 1e9:,.1f} GB of memory and {c.device} has "
+            f"{there / 1e9:,.1f}; lower {' or '.join(flags)}"
+        )
 
 
 def check_task(name: str, c: Config, task: nr.Task) -> None:
@@ -373,13 +497,10 @@ def parse_targets(texts: list[str], loops: list[str]) -> dict[str, float]:
 
 # ---- files of a run -----------------------------------------------------------------------------
 
-
-def read_text(path: Path) -> str:
-    """A file of a run's folder, or a UserError that names it."""
-    try:
-        return path.read_text()
-    except (OSError, ValueError) as error:
-        raise not_a_run(path, error) from None
+# The file of a folder that a process locks while it works there.
+LOCK = "lock"
+# How the temporary files of `nanoreward.write_whole` end: with the number of their process.
+LEFT_BEHIND = re.compile(r"\.\d+\.tmp$")
 
 
 def not_a_run(path: Path, error: Exception) -> UserError:
@@ -387,25 +508,81 @@ def not_a_run(path: Path, error: Exception) -> UserError:
     return UserError(f"{path} cannot be read ({error}); is {path.parent} the folder of a run?")
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file, or a UserError that names it."""
+def read_bytes(path: Path) -> bytes:
+    """A file of a run's folder, or a UserError that names it."""
     try:
-        return json.loads(read_text(path))
-    except ValueError as error:
+        return path.read_bytes()
+    except OSError as error:
         raise not_a_run(path, error) from None
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a .jsonl; a torn last one is left out."""
+def checksum(about: dict[str, Any]) -> str:
+    """The SHA-256 of all entries but "sha256" itself, whatever their order and the line breaks."""
+    rest = {name: x for name, x in about.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What `write_json` wrote, or a UserError that names the file.
+
+    A file without a checksum is one of an older version and is taken as it is.
+    """
     try:
-        return [json.loads(x) for x in read_text(path).splitlines() if x.endswith("}")]
-    except ValueError as error:
+        about = json.loads(read_bytes(path).decode("utf-8"))
+    except (ValueError, RecursionError) as error:
         raise not_a_run(path, error) from None
+    if not isinstance(about, dict):
+        raise not_a_run(path, TypeError("it holds no JSON object"))
+    if about.get("sha256", checksum(about)) != checksum(about):
+        raise UserError(
+            f"{path} was changed by hand or damaged since it was written: put it back as it was, "
+            "or start a new run with another --out"
+        )
+    about.pop("sha256", None)
+    return about
+
+
+def write_json(path: Path, about: dict[str, Any]) -> None:
+    """Write the object with a checksum."""
+    write_text(path, json.dumps(about | {"sha256": checksum(about)}, indent=1))
+
+
+def is_entry(line: Any, named: bool) -> bool:
+    """Whether this is a line of a log; named: it says which job it belongs to."""
+    if not isinstance(line, dict):
+        return False
+    kinds = {"step": int} | ({"loop": str, "seed": int} if named else {})
+    right = all(isinstance(line.get(name), kind) for name, kind in kinds.items())
+    numbers = (line.get(name, 0) for name in ("seconds", "samples", "dev_greedy"))
+    return right and all(isinstance(x, int | float) for x in numbers)
+
+
+def read_lines(path: Path, named: bool = True) -> list[dict[str, Any]]:
+    """The lines of a .jsonl. A torn last one is left out, a broken one is a UserError.
+
+    Every line ends with \\n. What stands behind the last one was torn, wherever that was: in the
+    middle of a UTF-8 character too.
+    """
+    lines = []
+    texts = read_bytes(path).split(b"\n")
+    for i, text in enumerate(texts, 1):
+        try:
+            line = json.loads(text.decode("utf-8"))
+        except (ValueError, RecursionError):
+            line = None
+        if is_entry(line, named):
+            lines.append(line)
+        elif text.strip() and i < len(texts):
+            raise UserError(
+                f"{path}, line {i}: {text[:40]!r} is no line of a log, it was changed by hand or "
+                "damaged: mend or remove it, or start a new run with another --out"
+            )
+    return lines
 
 
 def write_text(path: Path, text: str) -> None:
     """Write the whole file or none of it."""
-    nr.write_whole(path, lambda temporary: temporary.write_text(text))
+    nr.write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def append(path: Path, line: dict[str, Any]) -> None:
@@ -414,8 +591,61 @@ def append(path: Path, line: dict[str, Any]) -> None:
     for name, x in line.items():
         bad = isinstance(x, float) and not math.isfinite(x)
         clean[name] = None if bad else x
-    with Path(path if nr.is_first() else os.devnull).open("a") as f:
-        f.write(json.dumps(clean) + "\n")
+    try:
+        with Path(path if nr.is_first() else os.devnull).open("a", encoding="utf-8") as f:
+            f.write(json.dumps(clean) + "\n")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written (is the disk full?): {error}") from None
+
+
+def take_lock(folder: Path) -> IO | None:
+    """A lock on this folder until the file is closed or the process ends; None if it is taken.
+
+    Who has it removes what killed processes left half-written. Under torchrun that is the first.
+    """
+    path = Path(folder / LOCK if nr.is_first() else os.devnull)
+    file = path.open("a", encoding="utf-8")  # noqa: SIM115
+    if not nr.is_first():
+        return file
+    try:
+        if os.name == "nt":
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        # Some network disks have no locks; there nobody is refused.
+        if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+            file.close()
+            return None
+    for left in folder.rglob("*.tmp"):
+        if LEFT_BEHIND.search(left.name):
+            left.unlink(missing_ok=True)
+    return file
+
+
+@functools.cache
+def digest_of(path: Path, size: int, changed: int) -> str:
+    """The SHA-256 of a file of this size that was last changed then: each is read once."""
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        while part := f.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def inputs_of(c: Config) -> dict[str, str]:
+    """The SHA-256 of each file that the run's numbers come from: the model folder and the rows."""
+    paths = []
+    if c.model:
+        kinds = (".safetensors", ".json", ".jinja")
+        paths += [path for path in Path(c.model).iterdir() if path.suffix in kinds]
+    if c.task in TASK_ONLY["data"].split():
+        paths += [Path(c.data) / name for name in ("train.jsonl", "test.jsonl")]
+    found = {}
+    for path in sorted(paths):
+        about = path.stat()
+        found[str(path)] = digest_of(path, about.st_size, about.st_mtime_ns)
+    return found
 
 
 # ---- the run: a folder that says all ------------------------------------------------------------
@@ -430,7 +660,11 @@ class Run:
     preset: str
     seeds: int
     targets: dict[str, float]
-    cache: Path
+    # Of each file that the numbers come from its SHA-256; a run of an older version has none.
+    inputs: dict[str, str]
+    cache: Path = CACHE
+    # It keeps other processes out of the folder while it is open.
+    lock: IO | None = None
     # Finished jobs, as in summary.json.
     done: list[dict] = field(default_factory=list)
     # The job whose state is saved, as "ppo/0": method and seed.
@@ -444,6 +678,7 @@ class Run:
             "preset": self.preset,
             "seeds": self.seeds,
             "targets": self.targets,
+            "inputs": self.inputs,
         }
 
     @property
@@ -482,6 +717,7 @@ def checked_configs(a: argparse.Namespace, loops: list[str]) -> dict[str, Config
         c = replace(c, **theirs)
         check(name, c)
         configs[name] = replace(c, device=nr.pick_device(c.device))
+        check_memory(name, configs[name])
     # Folder and task are the same for all methods, so they are read once.
     task = make_task(next(iter(configs.values())))
     for name, c in configs.items():
@@ -489,16 +725,34 @@ def checked_configs(a: argparse.Namespace, loops: list[str]) -> dict[str, Config
     return configs
 
 
-def claim_folders(out: Path, cache: Path) -> None:
-    """Make the folders and see whether we may write there."""
-    for folder in (out, cache):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            raise UserError(
-                f"cannot write to {folder} ({error.strerror}); choose another folder"
-            ) from None
+def make_folder(folder: Path) -> None:
+    """Make the folder if it is not there, and see whether we may write in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {folder} ({error.strerror}); choose another folder"
+        ) from None
+
+
+def claim_cache(cache: Path) -> None:
+    """Make the folder of the base models."""
+    if cache.parts[:1] == ("~",):
+        raise UserError("there is no home folder to keep base models in: give --cache FOLDER")
+    make_folder(cache)
+
+
+def claim_run(out: Path) -> IO:
+    """Make the folder of a run and lock it: the lock. A folder that is not ours is left alone."""
+    make_folder(out)
+    names = {path.name for path in out.iterdir() if not LEFT_BEHIND.search(path.name)}
+    if names - {LOCK} and "config.json" not in names:
+        raise UserError(f"{out} is not empty and not a run's folder; choose another --out")
+    lock = take_lock(out)
+    if lock is None:
+        raise UserError(f"another process is at work in {out}; wait for it or choose another --out")
+    return lock
 
 
 def new_run(a: argparse.Namespace) -> Run:
@@ -507,17 +761,43 @@ def new_run(a: argparse.Namespace) -> Run:
     configs = checked_configs(a, loops)
     out = a.out or free_folder("-".join(a.loops) or "tour")
     targets = parse_targets(a.target, loops)
-    run = Run(out, configs, a.config, a.seeds, targets, a.cache)
-    claim_folders(out, a.cache)
+    inputs = inputs_of(next(iter(configs.values())))
+    run = Run(out, configs, a.config, a.seeds, targets, inputs, a.cache)
+    claim_cache(a.cache)
+    run.lock = claim_run(out)
     if (out / "config.json").exists():
-        there = read_json(out / "config.json") | {"targets": None}
-        if there != run.about() | {"targets": None}:
+        there = open_run(out)
+        if there.configs != configs or (there.preset, there.seeds) != (a.config, a.seeds):
             raise UserError(f"{out} holds a run with another config; choose another --out")
-        return replace(open_run(out, a.cache), targets=run.targets)
-    if any(path.suffix != ".tmp" for path in out.iterdir()):
-        raise UserError(f"{out} is not empty and not a run's folder; choose another --out")
-    write_text(out / "config.json", json.dumps(run.about(), indent=1))
+        if not there.finished:
+            check_inputs(there)
+        return replace(there, targets=targets, cache=a.cache, lock=run.lock)
+    write_json(out / "config.json", run.about())
     return run
+
+
+def old_run(a: argparse.Namespace) -> Run:
+    """The run of --resume: see that it is one, then claim its folder."""
+    read_json(a.resume / "config.json")
+    lock = claim_run(a.resume)
+    run = replace(open_run(a.resume), cache=a.cache, lock=lock)
+    if not run.finished:
+        check_inputs(run)
+        claim_cache(a.cache)
+    return run
+
+
+def check_inputs(run: Run) -> None:
+    """Refuse to go on with files that are not those that the run began with."""
+    if not run.inputs:
+        return
+    now = inputs_of(run.shared)
+    changed = [path for path in sorted(run.inputs | now) if run.inputs.get(path) != now.get(path)]
+    if changed:
+        raise UserError(
+            f"{changed[0]} has changed since the run {run.out} began: put it back as it was, or "
+            "start a new run with another --out"
+        )
 
 
 def free_folder(name: str) -> Path:
@@ -528,28 +808,50 @@ def free_folder(name: str) -> Path:
     return Path("runs") / f"{name}-{i}"
 
 
-def open_run(out: Path, cache: Path) -> Run:
+def open_run(out: Path) -> Run:
     """The run in this folder as far as it went. A damaged folder is a UserError."""
-    about = read_json(out / "config.json")
+    path = out / "config.json"
+    about = read_json(path)
     try:
         configs = {name: METHODS[name].config(**c) for name, c in about["configs"].items()}
-        run = Run(out, configs, about["preset"], about["seeds"], about["targets"], cache)
-    except (KeyError, TypeError, AttributeError) as error:
-        path = out / "config.json"
-        raise UserError(f"{path} is not a config of this version ({error})") from None
+        targets = {name: float(x) for name, x in about["targets"].items()}
+        inputs = dict(about.get("inputs", {}))
+        run = Run(out, configs, about["preset"], int(about["seeds"]), targets, inputs)
+        if not configs or not 1 <= run.seeds <= len(T95) + 1:
+            raise ValueError("no methods, or no number of seeds")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is not a config of this version ({error!r:.100})") from None
     for name, c in run.configs.items():
         check(name, c)
-    if (out / "summary.json").exists():
-        run.done = read_json(out / "summary.json")["results"]
+    run.done = read_results(out)
+    try:
+        fits = [(r["loop"], r["seed"]) for r in run.done] == run.jobs[: len(run.done)]
+        if run.done:
+            table(run.done)  # it shows all of their numbers
+    except (KeyError, TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise UserError(f"{out / 'summary.json'} is not that of the run in {path}, or is damaged")
     path = out / "state" / "state.pt"
     if path.exists() and not run.finished:
         saved = nr.load_state(out / "state")
         try:
             run.job = saved["job"]
-            run.saved_update = saved["state"]["update"]
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{path} is not a state of this version ({error})") from None
+            run.saved_update = int(saved["state"]["update"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path} is not a state of this version ({error!r:.100})") from None
     return run
+
+
+def read_results(out: Path) -> list[dict[str, Any]]:
+    """The finished jobs of a run, as summary.json has them."""
+    path = out / "summary.json"
+    if not path.exists():
+        return []
+    results = read_json(path).get("results")
+    if not isinstance(results, list):
+        raise not_a_run(path, TypeError("it holds no results"))
+    return results
 
 
 def job_of(line: dict[str, Any]) -> str:
@@ -588,13 +890,15 @@ def drive(
 
     saved: what is saved every so many updates, the state included. A second Ctrl-C stops at once.
     """
+    # Python lets no other thread listen.
+    listens = threading.current_thread() is threading.main_thread()
     asked = []
 
     def ask(*_: Any) -> None:
         asked.append(True)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    before = signal.signal(signal.SIGINT, ask)
+    before = signal.signal(signal.SIGINT, ask) if listens else None
     bar = tqdm(total=total, initial=state.update, desc=title, disable=None, leave=False)
     try:
         with bar:
@@ -608,7 +912,8 @@ def drive(
                 if stop:
                     raise KeyboardInterrupt
     finally:
-        signal.signal(signal.SIGINT, before)
+        if listens:
+            signal.signal(signal.SIGINT, before)
 
 
 # ---- trained models, cached ---------------------------------------------------------------------
@@ -624,12 +929,12 @@ def code_of(make_batches: Callable) -> str:
     `make_batches`, the function that makes the training's data, belongs to.
     """
     path = Path(nr.__file__)
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     lines = text.splitlines()
     part_two = next(i for i, line in enumerate(lines, 1) if line.startswith("#   PART II"))
     file = Path(make_batches.__code__.co_filename)
     if file.name != path.name:  # a method of somebody's own, in another file
-        return text + file.read_text()
+        return text + file.read_text(encoding="utf-8")
     # The function that `make_batches` stands in, by name: lines may have moved since it was read.
     outer = make_batches.__qualname__.split(".")[0]
     nodes = ast.parse(text).body
@@ -667,8 +972,9 @@ class CachedTrainer:
         """Where the models lie. The name holds a key of all that decides their weights."""
         wanted = {f.name for f in fields(Config)} - NOT_OF_A_BASE | set(reads.split())
         values = {k: v for k, v in vars(c).items() if k in wanted}
-        code = code_of(make_batches) + Path(TASKS[c.task].__file__).read_text()
-        parts = [code, values, numbers, torch.__version__]
+        task = Path(TASKS[c.task].__file__).read_text(encoding="utf-8")
+        code = code_of(make_batches) + task
+        parts = [code, values, inputs_of(c), numbers, torch.__version__]
         key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
         return self.cache / f"{self.prefix}{name}-{key[:16]}"
 
@@ -686,28 +992,30 @@ class CachedTrainer:
     ) -> None:
         """Train the modules, or load them if that was done before."""
         folder = self.folder(name, make_batches, c, updates, lr, muon_lr, warmup, reads=reads)
-        state = nr.Fit(modules, nr.optimizers(modules, lr, muon_lr))
-        if (folder / "state.pt").exists():
-            device = next(modules[0].parameters()).device
-            nr.load_state(folder, into=state, device=device)
-        if state.update == updates:
-            return
         folder.mkdir(parents=True, exist_ok=True)
-        past = read_lines(folder / "fit.jsonl") if state.update else []
-        kept = [json.dumps(m) + "\n" for m in past if m["step"] <= state.update]
-        write_text(folder / "fit.jsonl", "".join(kept))
-        size = sum(p.numel() for p in modules[0].parameters())
-        print(f"training {self.prefix}{name} ({size:,} parameters) -> {folder}", flush=True)
-        began = time.time()
+        # Another run may train the same models at this moment; both come to the same weights.
+        with take_lock(folder) or nullcontext():
+            state = nr.Fit(modules, nr.optimizers(modules, lr, muon_lr))
+            if (folder / "state.pt").exists():
+                device = next(modules[0].parameters()).device
+                nr.load_state(folder, into=state, device=device)
+            if state.update == updates:
+                return
+            past = read_lines(folder / "fit.jsonl", named=False) if state.update else []
+            kept = [json.dumps(m) + "\n" for m in past if m["step"] <= state.update]
+            write_text(folder / "fit.jsonl", "".join(kept))
+            size = sum(p.numel() for p in modules[0].parameters())
+            print(f"training {self.prefix}{name} ({size:,} parameters) -> {folder}", flush=True)
+            began = time.time()
 
-        def log(m: dict[str, Any]) -> None:
-            seconds = round(time.time() - began, 3)
-            append(folder / "fit.jsonl", {"step": state.update, "seconds": seconds, **m})
+            def log(m: dict[str, Any]) -> None:
+                seconds = round(time.time() - began, 3)
+                append(folder / "fit.jsonl", {"step": state.update, "seconds": seconds, **m})
 
-        loop = nr.fit(state, make_batches(), updates, c, warmup)
-        every = max(1, updates // 10)
-        drive(loop, state, state, updates, every, folder, self.prefix + name, log)
-        nr.save_state(folder, state)
+            loop = nr.fit(state, make_batches(), updates, c, warmup)
+            every = max(1, updates // 10)
+            drive(loop, state, state, updates, every, folder, self.prefix + name, log)
+            nr.save_state(folder, state)
 
 
 # ---- one job: one method with one seed ----------------------------------------------------------
@@ -829,7 +1137,8 @@ class Job:
         """One update -> metrics.jsonl; now and then a look at dev; warnings in plain words."""
         u = self.state.update
         seconds = round(self.offset + time.time() - self.began, 3)
-        line = {"loop": self.name, "seed": self.seed, "step": u, "seconds": seconds, **m}
+        head = {"loop": self.name, "seed": self.seed, "step": u, "seconds": seconds}
+        line = head | {"samples": self.state.samples} | m
         title = f"{self.name}/{self.seed} {u:4d}"
         if u % self.every == 0 or u in (1, self.total):
             line["dev_greedy"] = self.right(self.dev)
@@ -933,14 +1242,17 @@ def table(results: list[dict[str, Any]]) -> str:
 
 def draw_picture(runs: list[Path], path: Path) -> None:
     """The curves of one or several runs, if matplotlib is installed."""
+    logs = {run: read_lines(run / "metrics.jsonl") for run in runs}
+    results = read_results(runs[0]) if len(runs) == 1 else []
     try:
         from notebooks.curves import picture
-    except ImportError:
-        print("no picture: matplotlib is missing (pip install matplotlib)")
+    except ImportError as error:
+        missing = str(error.name).split(".")[0] == "matplotlib"
+        why = "matplotlib is missing (pip install matplotlib)" if missing else error
+        print(f"no picture: {why}")
         return
-    for run in runs:
-        read_lines(run / "metrics.jsonl")  # what is damaged is one line
-    nr.write_whole(path, lambda temporary: picture(runs, temporary))
+    kind = path.suffix.lower()[1:]
+    nr.write_whole(path, lambda temporary: picture(logs, results, temporary, kind))
     print(f"picture: {path}")
 
 
@@ -965,7 +1277,18 @@ def join_processes() -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # [gpu]
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     if not nr.is_first():
-        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+
+
+def own_rank() -> int:
+    """Which of several processes this one is, from 0 on; -1 if it is alone.
+
+    RANK by itself is left over from another program.
+    """
+    rank, size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    if not (rank.isdecimal() and size.isdecimal() and int(size) > 1):
+        return -1
+    return int(rank)
 
 
 def find_run(a: argparse.Namespace) -> Run:
@@ -974,12 +1297,17 @@ def find_run(a: argparse.Namespace) -> Run:
         raise UserError(
             "--resume takes all numbers from its folder: give no loop, flag or target with it"
         )
-    rank = int(os.environ.get("RANK", -1))
+    rank = own_rank()
     if rank >= 0 and not (a.out or a.resume):
         raise UserError("under torchrun give --out FOLDER: all processes work on one run")
+    if rank >= 0 and not {"MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
+        raise UserError(
+            "RANK and WORLD_SIZE say that there are several processes, but MASTER_ADDR and "
+            "MASTER_PORT do not say where they meet: use torchrun, or unset RANK"
+        )
     if rank > 0:
         join_processes()  # waits until the first process has the folder
-    run = open_run(a.resume, a.cache) if a.resume else new_run(a)
+    run = old_run(a) if a.resume else new_run(a)
     if rank == 0:
         join_processes()
     return run
@@ -987,11 +1315,21 @@ def find_run(a: argparse.Namespace) -> Run:
 
 def train_command(argv: list[str]) -> int:
     """The main command."""
+    check_methods()
     run = find_run(build_parser().parse_args(argv))
+    with run.lock:
+        return finish_run(run)
+
+
+def finish_run(run: Run) -> int:
+    """Do the jobs that are left, then show all of them."""
     c = run.shared
     nr.pick_device(c.device)
+    picture = run.out / "curves.png"
     if run.finished:
         print(f"{run.out} is finished; nothing to do. Its table:\n{table(run.done)}")
+        if not picture.exists():
+            draw_picture([run.out], picture)
         return verdict(run)
     torch.set_num_threads(c.threads)
     torch.set_float32_matmul_precision("high")  # [gpu] logits by TF32; a CPU has none
@@ -1005,14 +1343,13 @@ def train_command(argv: list[str]) -> int:
     try:
         for name, seed in run.jobs[len(run.done) :]:
             run.done.append(run_job(run, name, seed))
-            summary = about | {"results": run.done}
-            write_text(run.out / "summary.json", json.dumps(summary, indent=1))
+            write_json(run.out / "summary.json", about | {"results": run.done})
     except KeyboardInterrupt:
-        again = f"python train_small.py --resume {run.out} --cache {run.cache}"
-        print(f"\nstopped; go on with: {again}")
+        out, cache = shlex.quote(str(run.out)), shlex.quote(str(run.cache))
+        print(f"\nstopped; go on with: python train_small.py --resume {out} --cache {cache}")
         return 130
     print(table(run.done))
-    draw_picture([run.out], run.out / "curves.png")
+    draw_picture([run.out], picture)
     return verdict(run)
 
 
@@ -1025,26 +1362,35 @@ def sample_command(argv: list[str]) -> int:
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     a = parser.parse_args(argv)
-    run = open_run(a.run, CACHE)
+    run = open_run(a.run)
     name = a.loop or next(iter(run.configs))
     seed = run.shared.seed if a.seed is None else a.seed
     folder = a.run / "models" / f"{name}-{seed}"
     if not folder.exists():
         raise UserError(f"{folder} does not exist: that loop and seed has not finished in this run")
-    if not 0 <= a.temperature < math.inf:
-        raise UserError("--temperature must be 0 or more")
+    if a.temperature != 0:
+        check_number("temperature", a.temperature)
     c = replace(run.configs[name], seed=seed, temperature=a.temperature)
     task = make_task(c)
     method = METHODS[name]
-    state = method.start(Transformer.load(folder), c)
+    policy = Transformer.load(folder)
+    for f in fields(nr.Architecture):
+        # A diffusion LM looks ahead, and it may have one token more than its base: MASK.
+        may_differ = f.name in ("vocab", "causal", "bf16")
+        if not may_differ and vars(policy.config)[f.name] != vars(c)[f.name]:
+            raise UserError(
+                f"{folder / 'config.json'} was changed by hand or damaged: its {f.name} is "
+                f"{vars(policy.config)[f.name]!r}, but the run has trained {vars(c)[f.name]!r}"
+            )
+    state = method.start(policy, c)
     if method.answer_parts:
         nr.load_state(folder, into={part: vars(state)[part] for part in method.answer_parts})
     try:
         task.grade(a.prompt, "")
+        text = method.answer(state, task, [a.prompt], c, nr.rng(seed, "evaluate"))[0]
+        print(f"{a.prompt} {text}  {'right' if task.grade(a.prompt, text) else 'wrong'}")
     except ValueError as error:
         raise UserError(str(error)) from None
-    text = method.answer(state, task, [a.prompt], c, nr.rng(seed, "evaluate"))[0]
-    print(f"{a.prompt} {text}  {'right' if task.grade(a.prompt, text) else 'wrong'}")
     return 0
 
 
@@ -1054,11 +1400,53 @@ def plot_command(argv: list[str]) -> int:
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--png", type=Path, default=Path("compare.png"))
     a = parser.parse_args(argv)
+    if a.png.suffix.lower() not in PICTURES:
+        raise UserError(f"--png {a.png} is no picture's name; it ends with {', '.join(PICTURES)}")
     draw_picture(a.runs, a.png)
     return 0
 
 
+# What a picture's name may end with. No other file of a run ends so.
+PICTURES = (".png", ".svg", ".pdf", ".jpg", ".jpeg")
 COMMANDS = {"sample": sample_command, "plot": plot_command}
+
+
+class Output(io.FileIO):
+    """Standard output or error. If nobody reads it any more, the run goes on unheard.
+
+    The reader of a pipe may leave, as `head` does, and a terminal may be closed.
+    """
+
+    def write(self, data: Any) -> int:
+        """Write some bytes, or drop them: how many there were."""
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+def prepare_output() -> None:
+    """See to it that nothing that is printed can end a run.
+
+    Characters that the terminal's encoding lacks become question marks.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by who started us
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif not isinstance(stream, io.TextIOWrapper):  # a notebook has its own
+            continue
+        elif os.name == "nt" and stream.isatty():  # a console of Windows is no file
+            stream.reconfigure(errors="replace")
+        else:
+            raw = Output(stream.fileno(), "w", closefd=False)
+            whole = raw if stream.write_through else io.BufferedWriter(raw)
+            how = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
+            setattr(sys, name, io.TextIOWrapper(whole, stream.encoding, "replace", **how))
+
+
+# What torch says when there is no memory left.
+NO_MEMORY = re.compile("out of memory|allocate memory|not enough memory", re.I)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1068,10 +1456,18 @@ def main(argv: list[str] | None = None) -> int:
         if argv and argv[0] in COMMANDS:
             return COMMANDS[argv[0]](argv[1:])
         return train_command(argv)
+    except KeyboardInterrupt:
+        return 130
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        message = str(error)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not NO_MEMORY.search(str(error)):
+            raise
+        message = f"there is not enough memory, take smaller sizes: {error}"
+    print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":
+    prepare_output()
     sys.exit(main())

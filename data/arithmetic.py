@@ -39,6 +39,9 @@ OPERATIONS = [
     *(("*", d) for d in (2, 3, 4)),
 ]
 
+# After so many repeats in a row there are no further problems of dev or test.
+PATIENCE = 3000
+
 PROBLEM = re.compile(r"(?:0|[1-9][0-9]?)(?:[+-][1-9]|\*[2-4])+=")
 STEP = re.compile(r"(0|[1-9][0-9]?)([+*-])([1-9])=(0|[1-9][0-9]?);")
 # A response that counts as answered holds one answer, and it stands at the very end.
@@ -177,17 +180,29 @@ class Arithmetic:
         return {0: "dev", 1: "test"}.get(bucket, "train")
 
     def prompts(self, n: int, generator: torch.Generator, split: str = "train") -> list[str]:
-        """Draw n problems of a split. All lengths of a chain are equally likely."""
+        """Draw n problems of a split. All lengths of a chain are equally likely.
+
+        Those of dev and test are all different. If there are fewer than n, as of short chains, it
+        is all that can be found.
+        """
         draw = draws(generator)
         found = []
-        while len(found) < n:
+        seen = set()
+        repeats = 0  # how many draws in a row were there already
+        while len(found) < n and repeats < PATIENCE:
             prompt = str(draw.randrange(MODULUS))
             for _ in range(draw.randint(self.min_ops, self.max_ops)):
                 op, d = draw.choice(OPERATIONS)
                 prompt += f"{op}{d}"
             prompt += "="
-            if self.split(prompt) == split:
-                found.append(prompt)
+            if self.split(prompt) != split:
+                continue
+            if split != "train" and prompt in seen:
+                repeats += 1
+                continue
+            repeats = 0
+            seen.add(prompt)
+            found.append(prompt)
         return found
 
     def problem(self, text: str) -> str | None:
@@ -272,6 +287,18 @@ class Arithmetic:
         """What a step claims, which is the number after its `=`, or None if it is no step."""
         match = STEP.fullmatch(step)
         return match[4] if match else None
+
+    def uses(self, step: str, rest: str) -> bool:
+        """Whether the rest of a response goes on from the result of the step before it.
+
+        The result occurs in it, or the answer follows at once and is the one that belongs to the
+        result. A step without a result has nothing to go on from.
+        """
+        result = self.result(step)
+        if result is None:
+            return True
+        occurs = re.search(rf"(?<![0-9]){result}(?![0-9])", rest) is not None
+        return occurs or rest == f"#{int(result) % self.answers}<eos>"
 
     def step_ok(self, prompt: str, steps: list[str]) -> list[bool]:
         """Which steps are exactly those of the true chain.

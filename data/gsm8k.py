@@ -20,15 +20,17 @@ import os
 import random
 import re
 import sys
+import unicodedata
 import urllib.request
 from collections import Counter
 from dataclasses import dataclass, field
 from decimal import Decimal
 from fractions import Fraction
+from http.client import HTTPException
+from itertools import pairwise
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
 
 SOURCE = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/"
 SHA256 = {
@@ -45,16 +47,31 @@ JUDGE = "\n\nScore from 0 to 5:"
 # A real vocabulary has no ids for these marks of the loops, so they become ordinary text.
 MARKS = {"<sep>": "\n\nRewritten:", "<bad>": " (wrong from here on)"}
 
-# A mark of the original solutions, a number, what stands behind ####, and an equation in a text.
+# A mark of the original solutions.
 MARK = re.compile(r"<<([^<>]*)=([^<>=]*)>>")
-NUMBER = re.compile(r"[-+]?\s?[$€£]?\s?((?:[0-9][0-9,]*)?\.?[0-9]+)", re.ASCII)
-FINAL = re.compile(r"####([^\n]*)")
-EQUATION = re.compile(r"([-+*/x×÷().,$€£%\d\s]*\d[)%\s]*)=\s*([-+]?[$€£]?[\d.,]*\d)", re.ASCII)
-# No more than so many characters of a line are searched for numbers and equations.
+# No sum and no line of an answer is longer, and no parentheses are nested deeper.
 LONGEST = 2000
+DEEPEST = 50
 
 
 # ---- numbers and equations -----------------------------------------------------------------------
+
+# Hyphens, dashes and minus signs of all kinds are a minus, and the signs of school are operators.
+DASHES = "\u02d7\u2010\u2011\u2012\u2013\u2014\u2015\u2043\u207b\u2212\u2796\ufe58\ufe63\uff0d"
+PLAIN = str.maketrans(dict.fromkeys(DASHES, "-") | {"×": "*", "÷": "/"})
+
+# A comma stands in front of exactly three digits. What stands beside a whole number must not belong
+# to it, so 3,4 and 1.2.3 are no numbers.
+DIGITS = r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
+WHOLE = rf"(?<![0-9.])(?<![0-9],)(?:{DIGITS})(?![0-9]|[.,][0-9])"
+# A minus belongs to the number behind it, unless it stands right behind a number or a word. With a
+# space behind it, it must not follow them at all: 12 - 5 holds 12 and 5.
+SIGN = r"(?:(?<![\w)%.])(?:-|(?<![\w)%.] )- ))?"
+NUMBER = re.compile(rf"{SIGN}[$€£]?{SIGN}({WHOLE})")
+TOKEN = re.compile(rf"{WHOLE}|.", re.DOTALL)
+# What the left side of an equation is made of, and the right side of one.
+SUM = "-+*/x().,$€£% 0123456789"
+RIGHT = re.compile(rf" ?\+?{NUMBER.pattern}")
 
 
 def canonical(text: str) -> str | None:
@@ -62,57 +79,68 @@ def canonical(text: str) -> str | None:
 
     It has no currency sign, no commas and no needless zeros.
     """
-    match = NUMBER.search(text[:200])
+    match = NUMBER.search(text.translate(PLAIN))
     if not match:
         return None
-    value = Decimal(match[1].replace(",", ""))
-    if match[0].startswith("-"):
-        value = value.copy_negate()
-    plain = f"{value:f}"
+    plain = f"{Decimal(match[1].replace(',', '')):f}"
     if "." in plain:
         plain = plain.rstrip("0").rstrip(".")
-    return "0" if plain in ("-0", "") else plain.lstrip("+")
+    return f"-{plain}" if "-" in match[0] and plain != "0" else plain
 
 
 def numbers_of(text: str) -> list[str]:
     """All numbers of a text, each in its one spelling."""
-    return [canonical(match[0]) for match in NUMBER.finditer(text)]
+    return [canonical(match[0]) for match in NUMBER.finditer(text.translate(PLAIN))]
+
+
+def spell(value: Fraction) -> str:
+    """The one spelling of a value. A ValueError if its digits never end, as those of 1/3."""
+    # If 2 and 5 alone divide the denominator, so many digits behind the point are enough.
+    digits = value.denominator.bit_length()
+    shifted = value * 10**digits
+    if shifted.denominator > 1:
+        raise ValueError("the digits never end")
+    return canonical(f"{Decimal(f'{shifted.numerator}e-{digits}'):f}")
 
 
 def calculate(text: str) -> Fraction:
     """The exact value of a sum with + - * / and parentheses.
 
-    x, × and ÷ are understood too, and % is a hundredth. Anything else raises a ValueError. There is
-    one inner function for each level of the grammar: a total is made of products, a product of
-    values, and a value may be a total in parentheses.
+    x, × and ÷ are understood too, and % is a hundredth. Anything else raises a ValueError, and so
+    does a sum that is too long. There is one inner function for each level of the grammar: a total
+    is made of products, a product of values, and a value may be a total in parentheses.
     """
-    text = re.sub(r"[\s,$€£]", "", text).replace("x", "*").replace("×", "*").replace("÷", "/")
-    tokens = re.findall(r"\d+\.?\d*|\.\d+|.", text)
+    if len(text) > LONGEST:
+        raise ValueError(f"more than {LONGEST} characters in {text!r:.60}")
+    tokens = TOKEN.findall(text.translate(PLAIN).replace("x", "*"))
+    # The next token is the last of this list. The end is an empty one.
+    tokens = ["", *(token for token in reversed(tokens) if not re.match(r"[\s$€£]", token))]
 
-    def value() -> Fraction:
-        token = tokens.pop(0) if tokens else ""
-        if token == "-":
-            return -value()
-        if token == "+":
-            return value()
-        if token == "(":
-            inner = total()
-            if not tokens or tokens.pop(0) != ")":
+    def value(depth: int) -> Fraction:
+        sign = 1
+        while tokens[-1] in ("-", "+"):
+            if tokens.pop() == "-":
+                sign = -sign
+        if tokens[-1] == "(":
+            tokens.pop()
+            inner = total(depth + 1)
+            if tokens[-1] != ")":
                 raise ValueError(f"no closing parenthesis in {text!r:.60}")
-        elif token[:1].isdigit() or token[:1] == ".":
-            inner = Fraction(token)
+            tokens.pop()
+        elif re.fullmatch(DIGITS, tokens[-1]):
+            inner = Fraction(tokens.pop().replace(",", ""))
         else:
-            raise ValueError(f"no number in {text!r:.60} at {token!r}")
-        while tokens and tokens[0] == "%":
-            tokens.pop(0)
+            raise ValueError(f"no number in {text!r:.60} at {tokens[-1]!r}")
+        while tokens[-1] == "%":
+            tokens.pop()
             inner /= 100
-        return inner
+        return sign * inner
 
-    def product() -> Fraction:
-        found = value()
-        while tokens and tokens[0] in "*/":
-            op = tokens.pop(0)
-            other = value()
+    def product(depth: int) -> Fraction:
+        found = value(depth)
+        while tokens[-1] in ("*", "/"):
+            op = tokens.pop()
+            other = value(depth)
             if op == "*":
                 found *= other
             elif other != 0:
@@ -121,17 +149,34 @@ def calculate(text: str) -> Fraction:
                 raise ValueError(f"a division by zero in {text!r:.60}")
         return found
 
-    def total() -> Fraction:
-        found = product()
-        while tokens and tokens[0] in "+-":
-            op = tokens.pop(0)
-            other = product()
+    def total(depth: int) -> Fraction:
+        if depth > DEEPEST:
+            raise ValueError(f"more than {DEEPEST} nested parentheses in {text!r:.60}")
+        found = product(depth)
+        while tokens[-1] in ("+", "-"):
+            op = tokens.pop()
+            other = product(depth)
             found = found + other if op == "+" else found - other
         return found
 
-    found = total()
-    if tokens:
-        raise ValueError(f"{tokens[0]!r} is left over in {text!r:.60}")
+    found = total(0)
+    if tokens != [""]:
+        raise ValueError(f"{tokens[-1]!r} is left over in {text!r:.60}")
+    return found
+
+
+def equations(line: str) -> list[tuple[str, str]]:
+    """The equations of a line: the sum on the left and the number on the right of each `=`."""
+    found = []
+    sides = " ".join(line.translate(PLAIN).split()).split("=")
+    for before, after in pairwise(sides):
+        left = before[len(before.rstrip(SUM)) :]
+        # The sum begins behind the last comma or full stop. The x of `box 3+4` is no operator.
+        left = re.split(r"[.,] ", left)[-1]
+        left = re.sub(r"^(?:[*/x),% ]|\.(?![0-9]))+", "", left)
+        right = RIGHT.match(after)
+        if right and re.search(r"[0-9][)% ]*$", left):
+            found.append((left, right[0]))
     return found
 
 
@@ -139,11 +184,145 @@ def holds(left: str, right: str) -> bool:
     """Whether an equation is true, to the last digit that is written."""
     try:
         difference = abs(calculate(left) - calculate(right))
-    except (ValueError, RecursionError):
+    except ValueError:
         return False
     # A number with digits behind the point may be rounded; a whole number has to be exact.
     digits = len(right.replace(",", "").strip("$€£+ ").partition(".")[2])
     return difference <= (Fraction(1, 2 * 10**digits) if digits > 0 else 0)
+
+
+# ---- what stands behind #### ---------------------------------------------------------------------
+
+# A line such as `Step 1: add`, `Day 3: sell` or `2. Add` says what comes. Its number is no answer.
+HEADING = re.compile(
+    r"[\s*_]*(?:step|part|case|section|stage|phase)[\s#]*[0-9]"
+    r"|[^0-9]*[0-9]+[\s*_]*[:：]"
+    r"|[\s*_]*\(?[1-9][.)]\s+[^\W\d_]",
+    re.I,
+)
+# Here the answer follows in the next line, as behind a #### that stands alone.
+ANSWER_FOLLOWS = re.compile(r"answer\W*$", re.I)
+# Words that change the value of a number, and those that do so right behind one.
+DOUBT = re.compile(
+    r"\b(?:not|cannot|minus|negative|plus|half|twice|double|triple|squared|cubed|factorial|root"
+    r"|dozens?|hundreds?|thousands?|millions?|billions?|trillions?|lakhs?|crores?)\b"
+    r"|n['’]t\b|\bthan\W*[0-9]|!="
+    r"|[0-9][\s*_]*\b(?:[kmbx]|[mbt]n|mil|score|gross|point|quarters?|thirds?|fourths|fifths|tenths"
+    r"|hundredths|thousandths|and\s+(?:an?|one|two|three))\b",
+    re.I,
+)
+UNITS = set("kg g mg lb lbs oz km cm mm ft in mph kph hr hrs h min mins sec ml cl l".split())
+
+# Something in bold or italics. The power 2**3 is not.
+EMPHASIS = re.compile(r"(?<![\w)*])(\*{1,3})(?=\S)([^*]+)(?<=\S)\1(?![\w(*])")
+# The pieces of a line. Here a space may separate thousands, too, and 1e3 is a number. Signs of
+# currency and of typesetting mean nothing.
+PIECE = re.compile(
+    r"""
+      (?P<number>
+        (?:
+          (?:[1-9][0-9]{0,2}(?P<gap>[,\ \u00a0\u2007\u2009\u202f])[0-9]{3}(?:(?P=gap)[0-9]{3})*
+            |[0-9]+)
+          (?:\.[0-9]+)?(?:[eE][-+]?[0-9]{1,2})?
+          |\.[0-9]+
+        )
+        (?![0-9]|[.,][0-9]|\.\.|…)
+      )
+    | (?P<word>[^\W\d_]+)
+    | (?P<equals>=+>?|-+>|[→⇒∴])
+    | (?P<nothing>
+        \\(?:boxed|fbox|text|textbf|mathbf|mathrm)\b|\\[()\[\]$%,;\ ]
+        |</?\|?[A-Za-z_]+\|?>
+        |[{}\[\]_`$€£¥₹¢]
+      )
+    | (?P<operator>[-+*/()])
+    | (?P<space>\s+)
+    | (?P<other>.)
+    """,
+    re.VERBOSE | re.DOTALL,
+)
+
+# The outline of a line that gives one number: words, the number or a sum, words, and perhaps the
+# same once more in parentheses.
+TERM = r"(?:\(+ ?-?)?[0-9.]+(?: ?\))*"
+TOTAL = rf"[-+]? ?{TERM}(?: ?[-+*/] ?{TERM})*"
+# The dash of `Answer - 18` is no minus. In `x = y - 18` it is one, and the answer is not known.
+BEFORE = r"(?:[w, ]*w ?- |[w, ]*w (?=-[0-9(])|[w,= ]*w (?![-+])|(?:[w,= ]*[,=])? ?)"
+AFTER = r"(?!w)(?:/w)?[w,= ]*"
+GIVEN = rf"{BEFORE}({TOTAL}(?: ?= ?{TOTAL})*){AFTER}"
+OUTLINE = re.compile(rf"{GIVEN}(?:(?<=[ ,])\({GIVEN}\)[w, ]*)?")
+
+
+def outline(line: str) -> str:
+    """A line with plain numbers, `w` for words and `,` for other signs: `w - 18, (10 + 8 w)`.
+
+    Whatever could be part of a number and is not understood raises a ValueError.
+    """
+    found = ""
+    line = EMPHASIS.sub(r"`\2`", line.translate(PLAIN))
+    for match in PIECE.finditer(line):
+        kind, text = match.lastgroup, match[0]
+        if kind == "number":
+            if found[-1:].isdigit():
+                raise ValueError(f"{text!r} stands right behind a number")
+            found += f"{Decimal(re.sub('[^0-9.eE+-]', '', text)):f}"
+        elif kind == "word":
+            is_unit = found[-1:].isdigit() and text.lower() in UNITS
+            found += " w" if is_unit else "w"
+        elif kind == "equals":
+            found += "="
+        elif kind == "operator":
+            found += text
+        elif kind == "space":
+            found += " "
+        elif kind == "other":
+            if unicodedata.category(text) in ("Nd", "Nl", "No", "Sm") and text not in "~≈≅":
+                raise ValueError(f"{text!r} may be part of a number")
+            if text in "^\\‰" or (text == "!" and found.rstrip()[-1:] in tuple("0123456789)")):
+                raise ValueError(f"{text!r} may be an operator")
+            found += ","
+    found = re.sub(r"\([^()0-9]*\)", "w", found)
+    found = re.sub(r"w[^0-9=]*w", "w", found)
+    return re.sub(r" +", " ", found).strip()
+
+
+def number_of(line: str) -> str | None:
+    """The one number that a line gives, in its one spelling; None if it gives none at all.
+
+    All digits of the line must belong to that number. When in doubt it raises a ValueError.
+    """
+    if HEADING.match(line) or not any(unicodedata.category(sign)[0] == "N" for sign in line):
+        return None
+    line = line.strip()
+    if len(line) > LONGEST or DOUBT.search(line):
+        raise ValueError(f"not one clear number: {line!r:.60}")
+    match = OUTLINE.fullmatch(outline(line))
+    if not match:
+        raise ValueError(f"not one clear number: {line!r:.60}")
+    sums = "=".join(found for found in match.groups() if found).split("=")
+    values = {calculate(found) for found in sums}
+    # 12-15 may be a range, and 1/2/2020 is a date.
+    is_range = all(re.search(r"[0-9)] ?-", found) for found in sums)
+    is_date = any(re.search(r"/[0-9. ]*/", found) for found in sums)
+    if len(values) > 1 or is_range or is_date:
+        raise ValueError(f"not one clear number: {line!r:.60}")
+    return spell(values.pop())
+
+
+def answer_of(text: str) -> str | None:
+    """What a person reads behind ####, in its one spelling; None when in doubt.
+
+    It may stand in the next line. If there are several ####, those that give a number must agree.
+    """
+    lines = set()
+    for part in re.split("#{4,}", text)[1:]:
+        first, *rest = [line for line in part.split("\n") if line.strip()] or [""]
+        lines.add(rest[0] if rest and ANSWER_FOLLOWS.search(first) else first)
+    try:
+        numbers = {number_of(line) for line in lines} - {None}
+    except ValueError:
+        return None
+    return numbers.pop() if len(numbers) == 1 else None
 
 
 # ---- the files -----------------------------------------------------------------------------------
@@ -155,31 +334,66 @@ def read(path: Path) -> list[tuple[str, str]]:
     A file that is missing or damaged raises a ValueError with a message of one line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError:
+        content = path.read_bytes()
+    except FileNotFoundError:
         raise ValueError(
             f"{path} is not there; python data/gsm8k.py {path.parent} downloads it"
         ) from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     rows = []
-    for number, line in enumerate(lines, 1):
+    # Only \n ends a row. Inside of one there may be other characters that end a line elsewhere.
+    for number, line in enumerate(content.removesuffix(b"\n").split(b"\n"), 1):
         try:
-            rows.append(read_row(line))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            rows.append(read_row(line.decode("utf-8-sig")))
+        except (ValueError, RecursionError) as error:
             raise ValueError(
-                f"{path}, line {number}: not a row of GSM8K ({error!r:.60}); download it again"
+                f"{path}, line {number}: not a row of GSM8K ({error!s:.80}); download it again"
             ) from None
     return rows
 
 
 def read_row(line: str) -> tuple[str, str]:
     """The question and the solution of one line. A solution without an answer is an error."""
+    if not line.strip():
+        raise ValueError("an empty line")
     row = json.loads(line)
-    question = " ".join(row["question"].replace("<eos>", "").split())
-    solution = row["answer"].strip()
-    _, mark, answer = row["answer"].rpartition("####")
-    if not mark or canonical(answer) is None:
+    if not isinstance(row, dict):
+        raise ValueError("no JSON object")
+    for key in ("question", "answer"):
+        if not isinstance(row.get(key), str):
+            raise ValueError(f"no text under {key!r}")
+        # What is no Unicode cannot be written with any tokenizer.
+        row[key].encode("utf-8")
+    # The question that is asked is found by the word in front of it.
+    question = " ".join(unmarked(row["question"]).split()).replace(ASK, " ")
+    question = " ".join(question.split())
+    solution = unmarked(row["answer"]).strip()
+    if not question:
+        raise ValueError("the question is empty")
+    if answer_of(solution) is None:
         raise ValueError("no number behind ####")
     return question, solution
+
+
+def refuse_repeats(folder: Path, train: list[tuple[str, str]], test: list[tuple[str, str]]) -> None:
+    """A ValueError if a question is in both files, or twice in one with different answers."""
+    seen: dict[str, tuple[str, int, str]] = {}
+    for name, rows in (("train.jsonl", train), ("test.jsonl", test)):
+        for number, (question, solution) in enumerate(rows, 1):
+            if question not in seen:
+                seen[question] = (name, number, solution)
+            before, line, other = seen[question]
+            if before != name or (other != solution and answer_of(other) != answer_of(solution)):
+                raise ValueError(
+                    f"{folder / name}, line {number}: the question is that of {before}, line "
+                    f"{line}; remove one of the two rows"
+                )
+
+
+def unmarked(text: str) -> str:
+    """A text with a space in place of each mark of the loops that it spells."""
+    return re.sub("|".join(["<eos>", *MARKS]), " ", text)
 
 
 def bucket(question: str) -> str:
@@ -209,26 +423,74 @@ class GSM8K:
     pad_id: int
     bos_id: int
     eos_id: int
+    # Further ids that end a text, such as "128008 128009".
+    other_ends: str = ""
+    # The size of the model's vocabulary.
+    vocab: int | None = None
     # From each question to its solution, which still has its marks.
     gold: dict[str, str] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        train, test = (read(Path(self.folder) / name) for name in SHA256)
-        self.tokenizer = Tokenizer.from_file(str(self.tokenizer_file))
+        # The download of `python data/gsm8k.py` has to do without the other files.
+        from data.folders import read_tokenizer
+
+        self.folder = Path(self.folder)
+        train, test = (read(self.folder / name) for name in SHA256)
         self.gold = dict(train) | dict(test)
         self.tests = set(dict(test))
+        refuse_repeats(self.folder, train, test)
+        self.tokenizer = read_tokenizer(Path(self.tokenizer_file), self.vocab)
+        self.refuse_lost_text()
+        self.ends = {self.eos_id, *(int(i) for i in self.other_ends.split())}
 
         # The solved examples have short solutions. They are never asked.
         short = [question for question, solution in train if solution.count("\n") <= 3]
-        examples = sorted(short, key=bucket)[:SHOTS]
+        examples = sorted(dict.fromkeys(short), key=bucket)[:SHOTS]
         self.shown = ""
         for question in examples:
             self.shown += f"{ASK}{question}{ANSWER}{written(self.gold[question])}\n\n"
+        # What every problem begins with, up to the end of the last example.
+        self.opening = [self.bos_id, *self.encode([self.shown.removesuffix("\n\n")])[0]]
 
         self.by_split: dict[str, list[str]] = {"train": [], "dev": [], "test": []}
         for question in self.gold:
             if question not in examples:
                 self.by_split[self.split(question)].append(question)
+        self.refuse_few(len(examples))
+
+    def refuse_lost_text(self) -> None:
+        """A ValueError if a question does not come back from its ids as it was.
+
+        Its answer could not be found. A tokenizer that writes all letters small is an example.
+        """
+        # Questions in plain ASCII are all alike, so the first one is enough.
+        first, *others = self.gold
+        asked = [first, *(question for question in others if not question.isascii())]
+        texts = [f"{ASK}{question}{ANSWER}" for question in asked]
+        encoded = self.tokenizer.encode_batch(texts, add_special_tokens=False)
+        ids = [found.ids for found in encoded]
+        back = self.tokenizer.decode_batch(ids, skip_special_tokens=False)
+        for text, found in zip(texts, back, strict=True):
+            if found.strip() != text:
+                raise ValueError(
+                    f"{self.tokenizer_file} cannot write a question of {self.folder}: "
+                    f"{text!r:.60} comes back as {found!r:.60}"
+                )
+
+    def refuse_few(self, examples: int) -> None:
+        """A ValueError if the rows are so few that there are no examples or problems left."""
+        # A proposal shows three problems of train, and a fourth one is the response.
+        for name, split, needed in (
+            ("train.jsonl", "train", 4),
+            ("train.jsonl", "dev", 1),
+            ("test.jsonl", "test", 1),
+        ):
+            there = len(self.by_split[split])
+            if examples < SHOTS or there < needed:
+                raise ValueError(
+                    f"{self.folder / name} has too few rows: {examples} solved examples and then "
+                    f"{there} problems of {split} are found, and {SHOTS} and {needed} are needed"
+                )
 
     # ---- text and tokens ------------------------------------------------------------------------
 
@@ -252,21 +514,22 @@ class GSM8K:
     def decode(self, ids: list[int]) -> str:
         """Turn ids into text, without PAD and BOS.
 
-        A response ends at its first <eos>. What begins with BOS is a problem. Its examples end with
-        <eos> too, so all of it stays.
+        A response ends at its first <eos>, and nothing behind it is shown. A problem begins with
+        BOS and the solved examples. They end with <eos> too, so all of it stays. Words that spell
+        <eos> are no end, and a space stands in their place.
         """
         ids = [i for i in ids if i != self.pad_id]
-        # In some models BOS is EOS. An empty response is then this one token, and no problem.
-        is_problem = len(ids) > 1 and ids[0] == self.bos_id
+        is_problem = ids[: len(self.opening)] == self.opening
         if is_problem:
             ids = ids[1:]
         parts: list[list[int]] = [[]]
         for i in ids:
-            if i == self.eos_id:
+            # In some models BOS is EOS.
+            if i in self.ends:
                 parts.append([])
-            elif is_problem or len(parts) == 1:
+            elif i != self.bos_id and (is_problem or len(parts) == 1):
                 parts[-1].append(i)
-        texts = [self.tokenizer.decode(part, skip_special_tokens=False) for part in parts]
+        texts = [unmarked(self.tokenizer.decode(part, skip_special_tokens=False)) for part in parts]
         return "<eos>".join(texts if is_problem else texts[:2])
 
     # ---- problems and demonstrations ------------------------------------------------------------
@@ -286,10 +549,16 @@ class GSM8K:
         return last
 
     def prompts(self, n: int, generator: torch.Generator, split: str = "train") -> list[str]:
-        """Draw n problems of a split, all of them different as long as there are so many."""
+        """Draw n problems of a split, all of them different.
+
+        If there are fewer than n, train repeats some of them, and dev and test give all they have.
+        """
         pool = self.by_split[split]
         draw = draws(generator)
-        chosen = draw.sample(pool, n) if n <= len(pool) else draw.choices(pool, k=n)
+        if split == "train" and n > len(pool):
+            chosen = draw.choices(pool, k=n)
+        else:
+            chosen = draw.sample(pool, min(n, len(pool)))
         return [f"{self.shown}{ASK}{question}{ANSWER}" for question in chosen]
 
     def problem(self, text: str) -> str | None:
@@ -312,14 +581,12 @@ class GSM8K:
     def answer(self, response: str) -> str | None:
         """The number behind ####, in its one spelling.
 
-        It is None without an <eos> at the end, or if two different numbers are given.
+        It is None when in doubt, and without an <eos> at the very end.
         """
-        if not response.endswith("<eos>"):
+        text, _, behind = response.partition("<eos>")
+        if not response.endswith("<eos>") or behind:
             return None
-        found = set()
-        for line in FINAL.findall(response):
-            found |= set(numbers_of(line.replace("<eos>", "")[:200]))
-        return found.pop() if len(found) == 1 else None
+        return answer_of(text)
 
     def grade(self, prompt: str, response: str) -> float:
         """1.0 if the response ends and gives the one right answer, else 0.0."""
@@ -327,7 +594,7 @@ class GSM8K:
 
     def truth(self, prompt: str) -> str:
         """The right answer, in its one spelling."""
-        return canonical(self.gold[self.question(prompt)].rpartition("####")[2])
+        return answer_of(self.gold[self.question(prompt)])
 
     def steps(self, response: list[int]) -> list[tuple[str, int]]:
         """The lines before the answer of a response given as ids.
@@ -337,7 +604,7 @@ class GSM8K:
         found = []
         begin = 0
         for end, i in enumerate(response):
-            if i == self.eos_id:
+            if i in self.ends:
                 break
             if "\n" in self.tokenizer.decode([i], skip_special_tokens=False):
                 text = self.decode(response[begin : end + 1]).strip()
@@ -348,8 +615,16 @@ class GSM8K:
 
     def result(self, step: str) -> str | None:
         """The last number of a line, in its one spelling, or None if it holds none."""
-        numbers = numbers_of(step[:LONGEST])
+        numbers = numbers_of(step)
         return numbers[-1] if numbers else None
+
+    def uses(self, step: str, rest: str) -> bool:
+        """Whether the rest of a response goes on from the result of the line before it.
+
+        The result must be one of its numbers. A line without a result has nothing to go on from.
+        """
+        result = self.result(step)
+        return result is None or result in numbers_of(rest)
 
     def step_ok(self, prompt: str, steps: list[str]) -> list[bool]:
         """Which lines are right.
@@ -362,8 +637,7 @@ class GSM8K:
         known = {canonical(result) for _, result in marks} | {self.truth(prompt)}
         found = []
         for step in steps:
-            step = step[:LONGEST]
-            true = all(holds(left, right) for left, right in EQUATION.findall(step))
+            true = all(holds(left, right) for left, right in set(equations(step)))
             found.append(true and not known.isdisjoint(numbers_of(step)))
         return found
 
@@ -377,10 +651,12 @@ class GSM8K:
     def spoiled(self, response: str, draw: random.Random) -> str:
         """A solution whose last result, and so its answer, is another number."""
         right = self.answer(response)
-        wrong = str(Decimal(right) + draw.choice([-10, -2, -1, 1, 2, 10]))
+        wrong = spell(Fraction(right) + draw.choice([-10, -2, -1, 1, 2, 10]))
         body, _, _ = response.rpartition("####")
         lines = body.rstrip("\n").split("\n")
-        lines[-1] = re.sub(rf"(?<![\d.,]){re.escape(right)}(?![\d,]|\.\d)", wrong, lines[-1])
+        # The last line may write the number with commas.
+        spellings = f"(?:{re.escape(right)}|{re.escape(f'{Decimal(right):,}')})"
+        lines[-1] = re.sub(rf"(?<![\d.,]){spellings}(?!\d|[.,]\d)", wrong, lines[-1])
         return "\n".join(lines) + f"\n#### {wrong}<eos>"
 
     def preferences(self, n: int, generator: torch.Generator) -> list[tuple[str, str, str]]:
@@ -403,7 +679,7 @@ class GSM8K:
 
     def judge_prompt(self, prompt: list[int], response: list[int]) -> list[int]:
         """What the judge reads, ids in and ids out: problem, response, the question for a score."""
-        special = (self.pad_id, self.bos_id, self.eos_id)
+        special = {self.pad_id, self.bos_id, *self.ends}
         shown = [i for i in [*prompt, *response] if i not in special]
         return shown + self.encode([JUDGE])[0]
 
@@ -432,7 +708,8 @@ class GSM8K:
 
 def make(c, careful: bool = False) -> GSM8K:
     """The task as a `nanoreward.Config` asks for it. Its demonstrator makes no errors anyway."""
-    return GSM8K(Path(c.data), Path(c.model) / "tokenizer.json", c.pad_id, c.bos_id, c.eos_id)
+    words = Path(c.model) / "tokenizer.json"
+    return GSM8K(Path(c.data), words, c.pad_id, c.bos_id, c.eos_id, c.other_ends, c.vocab)
 
 
 def rules(c) -> list[tuple[bool, str]]:
@@ -460,7 +737,7 @@ def download(folder: Path, source: str = SOURCE) -> None:
     """Download both files. One whose SHA-256 is not right raises a ValueError and is not kept."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, wanted in SHA256.items():
-        with urllib.request.urlopen(source + name) as answer:
+        with urllib.request.urlopen(source + name, timeout=60) as answer:
             content = answer.read()
         found = hashlib.sha256(content).hexdigest()
         if found != wanted:
@@ -469,8 +746,11 @@ def download(folder: Path, source: str = SOURCE) -> None:
                 "nothing was written"
             )
         temporary = folder / f"{name}.{os.getpid()}.tmp"
-        temporary.write_bytes(content)
-        temporary.replace(folder / name)
+        try:
+            temporary.write_bytes(content)
+            temporary.replace(folder / name)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
@@ -478,5 +758,5 @@ if __name__ == "__main__":
         download(Path(sys.argv[1]))
     except IndexError:
         sys.exit("error: python data/gsm8k.py FOLDER")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, HTTPException) as error:
         sys.exit(f"error: {error}")

@@ -215,11 +215,12 @@ class Sudoku:
         """Draw n problems of a split. All grids and all numbers of clues are equally likely.
 
         Only the places of the clues are drawn again until the problem fits. All sets of places that
-        fit are equally likely, too.
+        fit are equally likely, too. Those of dev and test are all different.
         """
         draw = draws(generator)
         found = []
-        for _ in range(n):
+        seen = set()
+        while len(found) < n:
             grid = draw.choice(GRIDS)
             clues = draw.randint(self.min_clues, self.max_clues)
             prompt = "." * 16 + "="
@@ -227,7 +228,9 @@ class Sudoku:
                 given = draw.sample(range(16), clues)
                 cells = [d if k in given else "." for k, d in enumerate(grid)]
                 prompt = "".join(cells) + "="
-            found.append(prompt)
+            if split == "train" or prompt not in seen:
+                seen.add(prompt)
+                found.append(prompt)
         return found
 
     def problem(self, text: str) -> str | None:
@@ -295,9 +298,9 @@ class Sudoku:
             found.append((row, end))
         return found
 
-    def result(self, step: str) -> str | None:
-        """Always None, because no row claims a result that later rows would have to take up."""
-        return None
+    def uses(self, step: str, rest: str) -> bool:
+        """Always True, because no row claims a result that later rows would have to take up."""
+        return True
 
     def step_ok(self, prompt: str, steps: list[str]) -> list[bool]:
         """Which rows are exactly those of the right grid.

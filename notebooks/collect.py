@@ -27,7 +27,7 @@ def transcripts(folder: Path) -> dict:
     How many got right and how many wrong; all of the wrong and some of the right ones as (problem,
     before, after).
     """
-    run = front.open_run(folder, front.CACHE)
+    run = front.open_run(folder)
     c = run.configs["ppo"]
     task = front.make_task(c)
     dev = task.prompts(c.eval_problems, nr.rng(0, "dev"), "dev")
@@ -53,8 +53,7 @@ def dev_curves(folders: list[Path]) -> dict[str, list[dict]]:
     """ "ppo/0" -> what was logged whenever dev was looked at."""
     curves: dict[str, list[dict]] = {}
     for folder in folders:
-        for text in (folder / "metrics.jsonl").read_text().splitlines():
-            line = json.loads(text)
+        for line in front.read_lines(folder / "metrics.jsonl"):
             if "dev_greedy" in line:
                 point = {key: round(line[key], 4) for key in KEPT if line.get(key) is not None}
                 curves.setdefault(f"{line['loop']}/{line['seed']}", []).append(point)
@@ -64,16 +63,16 @@ def dev_curves(folders: list[Path]) -> dict[str, list[dict]]:
 def main(name: str, command: str, *folders: str) -> None:
     """summary.json and metrics.jsonl of the folders -> notebooks/results/name.json."""
     paths = [Path(folder) for folder in folders]
-    summaries = [json.loads((path / "summary.json").read_text()) for path in paths]
+    summaries = [front.read_json(path / "summary.json") for path in paths]
     results = [result for summary in summaries for result in summary["results"]]
     asked = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(asked, capture_output=True, encoding="utf-8").stdout.strip()
     kept = {"command": command, "commit": commit, **summaries[0]}
     kept |= {"results": results, "curves": dev_curves(paths)}
     if any(result["loop"] == "ppo" for result in summaries[0]["results"]):
         kept["transcripts"] = transcripts(paths[0])
     path = ROOT / "notebooks" / "results" / f"{name}.json"
-    path.write_text(json.dumps(kept, indent=1) + "\n")
+    path.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
-"""Dev accuracy over the updates of one or several runs, as a picture. Reads a run's JSON alone."""
+"""Dev accuracy over the updates of one or several runs, as a picture."""
 
-import json
 from pathlib import Path
 from statistics import mean
 
@@ -10,14 +9,11 @@ from matplotlib.figure import Figure
 Panels = dict[str, dict[Path, dict[int, list[float]]]]
 
 
-def read_curves(runs: list[Path]) -> Panels:
-    """What metrics.jsonl of each run says about dev. A torn last line is left out."""
+def find_curves(logs: dict[Path, list[dict]]) -> Panels:
+    """What the metrics.jsonl of each run says about dev."""
     panels: Panels = {}
-    for run in runs:
-        for text in (run / "metrics.jsonl").read_text().splitlines():
-            if not text.endswith("}"):
-                continue
-            m = json.loads(text)
+    for run, lines in logs.items():
+        for m in lines:
             if "dev_greedy" in m:
                 curve = panels.setdefault(m["loop"], {}).setdefault(run, {})
                 curve.setdefault(m["step"], []).append(m["dev_greedy"])
@@ -41,12 +37,13 @@ def draw_levels(axes, results: list[dict]) -> None:
             )
 
 
-def picture(runs: list[Path], path: Path) -> None:
-    """A panel for each loop: the mean over seeds in a band that holds them all."""
-    panels = read_curves(runs)
-    results = []
-    if len(runs) == 1 and (runs[0] / "summary.json").exists():
-        results = json.loads((runs[0] / "summary.json").read_text())["results"]
+def picture(logs: dict[Path, list[dict]], results: list[dict], path: Path, kind: str) -> None:
+    """A panel for each loop: the mean over seeds in a band that holds them all.
+
+    logs: the lines of each run's metrics.jsonl; results: those of summary.json, for its levels;
+    kind: of the file, as "png".
+    """
+    panels = find_curves(logs)
     columns = min(3, len(panels)) or 1
     rows = -(-len(panels) // 3) or 1
     figure = Figure(figsize=(1 + 3 * columns, 0.6 + 2.4 * rows), layout="tight")
@@ -57,9 +54,9 @@ def picture(runs: list[Path], path: Path) -> None:
             x = [u for u, ys in curve.items() if len(ys) == seeds]  # all seeds came so far
             low, middle, high = ([f(curve[u]) for u in x] for f in (min, mean, max))
             axes.fill_between(x, low, high, color=f"C{i}", alpha=0.25, lw=0)
-            axes.plot(x, middle, color=f"C{i}", lw=2, label=run)
+            axes.plot(x, middle, color=f"C{i}", lw=2, label=str(run).replace("$", r"\$"))
         draw_levels(axes, [r for r in results if r["loop"] == loop])
         axes.set(title=loop, xlabel="update", ylabel="greedy accuracy (dev)", ylim=(0, 1.12))
         # One run needs no name.
-        axes.legend(frameon=False, loc="lower right").set_visible(len(runs) > 1)
-    figure.savefig(path, format="png", dpi=150)
+        axes.legend(frameon=False, loc="lower right").set_visible(len(logs) > 1)
+    figure.savefig(path, format=kind, dpi=150)

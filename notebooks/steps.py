@@ -96,7 +96,7 @@ def measure(
     bound = likelihood_bound(model, prompt, canvas, generator=nr.rng(seed, "bound"))
     found["bound_nats"] = float(bound.mean())
     logs = sorted(cache.glob("diffusion-*/fit.jsonl"), key=lambda path: path.stat().st_mtime)
-    found["seconds"] = front.read_lines(logs[-1])[-1]["seconds"]
+    found["seconds"] = front.read_lines(logs[-1], named=False)[-1]["seconds"]
     return found
 
 

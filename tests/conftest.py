@@ -14,6 +14,12 @@ sys.path.insert(0, str(ROOT))
 import nanoreward as nr  # noqa: E402
 import train_small as front  # noqa: E402
 
+# The names that each method can choose from: its arms, rewards and judges. Files of notebooks/ add
+# theirs to the same tables when a test imports them, so this is what nanoreward.py alone has.
+CHOICES = {}
+for name, method in nr.METHODS.items():
+    CHOICES[name] = {number: tuple(values) for number, values in method.choices.items()}
+
 torch.set_num_threads(1)
 settings.register_profile(
     "busy", deadline=None, suppress_health_check=[HealthCheck.too_slow]

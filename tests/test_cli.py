@@ -86,9 +86,8 @@ def test_a_run_leaves_what_the_design_promises(smoke):
         "curves.png",
     } <= names
     about = json.loads((out / "config.json").read_text())
-    assert set(about) == {"configs", "preset", "seeds", "targets"} and set(about["configs"]) == {
-        "ppo"
-    }
+    assert set(about) == {"configs", "preset", "seeds", "targets", "inputs", "sha256"}
+    assert set(about["configs"]) == {"ppo"} and about["inputs"] == {}
     config = about["configs"]["ppo"]
     assert set(config) == {f.name for f in fields(nr.PPOConfig)} and config["width"] == 32
     metrics = lines(out / "metrics.jsonl")
@@ -846,7 +845,7 @@ def test_numbers_that_are_not_finite_become_null(tmp_path):
     [
         (["ppo"], "chance"),
         (["ppo", "--reward", "learned"], "preferences"),
-        (["ppo", "--reward", "sorm"], "result"),
+        (["ppo", "--reward", "sorm"], "uses"),
         (["self_rewarding"], "judge_demo"),
         (["seq2seq"], "preferences"),
         (["refine"], "steps"),

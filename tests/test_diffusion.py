@@ -19,7 +19,8 @@ from tests.conftest import TINY, random_batch, rough, tiny
 TASK = Arithmetic(1, 1)
 FULL = tiny("denoise", causal=False)
 # Three ids can be produced: BOS, EOS and 4. PAD and MASK never are.
-THREE = nr.replace(FULL, vocab=5, response=3, block=3, block_passes=3, t_min=1e-3)
+# BOS is EOS here, so that the id 1 is a word like any other.
+THREE = nr.replace(FULL, vocab=5, bos_id=2, response=3, block=3, block_passes=3, t_min=1e-3)
 WORDS = (1, 2, 4)
 PROMPT = torch.tensor([[1, 4, 4]])
 
@@ -266,12 +267,14 @@ RAGGED = nr.replace(FULL, response=11, block=4, block_passes=3)
 
 @pytest.mark.parametrize("config", [FULL, RAGGED, nr.replace(RAGGED, block=64, block_passes=5)])
 def test_the_canvas_is_written_whole_without_mask_or_padding(config):
-    for seed in range(3):
+    written_behind_the_end = 0
+    for seed in range(6):
         _, r = run(config, seed=seed, temperature=3.0)
         assert not ((r.response == FULL.mask_id) | (r.response == FULL.pad_id)).any()
         assert (r.order >= 0).all()
         assert torch.equal(r.mask, nr.up_to_eos(r.response, FULL))  # the canvas itself stays raw
-        assert ((r.mask == 0) & (r.response != FULL.eos_id)).any()
+        written_behind_the_end += int(((r.mask == 0) & (r.response != FULL.eos_id)).sum())
+    assert written_behind_the_end > 0
 
 
 def test_a_full_canvas_comes_back_and_a_half_one_is_kept():
@@ -428,7 +431,7 @@ def test_without_looking_ahead_slowly_everything_is_seen_from_scratch(monkeypatc
         trained.append(name)
 
     made = nr.diffusion_base(
-        None,  # a base is not even looked at
+        rough(config),  # the weights of the base are not even looked at
         TASK,
         nr.replace(config, causal=True),
         train,
@@ -476,7 +479,7 @@ def test_an_interrupted_diffusion_base_goes_on_to_the_same_weights(tmp_path, mon
     assert all(torch.equal(a, b) for a, b in pairs)
     pairs = zip(base.parameters(), again.parameters(), strict=True)
     assert not all(torch.equal(a, b) for a, b in pairs)
-    log = front.read_lines(next((tmp_path / "cut").glob("diffusion-*")) / "fit.jsonl")
+    log = front.read_lines(next((tmp_path / "cut").glob("diffusion-*")) / "fit.jsonl", named=False)
     assert [m["step"] for m in log] == list(range(1, config.start_updates + 1))
 
 

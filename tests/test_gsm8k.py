@@ -2,15 +2,17 @@
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
+import time
 from fractions import Fraction
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 import nanoreward as nr
 import train_small as front
@@ -41,7 +43,8 @@ def folder(tmp_path_factory):
     """Files as GSM8K's, and the folder of a tiny Llama with a byte-level vocabulary."""
     path = tmp_path_factory.mktemp("gsm8k")
     for name, rows in (("train", range(60)), ("test", range(60, 72))):
-        (path / f"{name}.jsonl").write_text("".join(json.dumps(row(i)) + "\n" for i in rows))
+        lines = [json.dumps(row(i)) + "\n" for i in rows]
+        (path / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
     words = Tokenizer(models.BPE())
     words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     words.decoder = decoders.ByteLevel()
@@ -70,11 +73,17 @@ def folder(tmp_path_factory):
     return path
 
 
+def config(folder):
+    """A config that names this folder for the model and for the rows."""
+    about = vars(nr.Transformer.load(folder).config)
+    return nr.PPOConfig(**about, task="gsm8k", model=str(folder), data=str(folder))
+
+
 @pytest.fixture(scope="session")
 def task(folder):
-    c = nr.Transformer.load(folder).config
-    assert (c.pad_id, c.bos_id, c.eos_id) == (3, 1, 2)
-    return gsm8k.GSM8K(folder, folder / "tokenizer.json", c.pad_id, c.bos_id, c.eos_id)
+    c = config(folder)
+    assert (c.bos_id, c.eos_id) == (1, 2) and c.pad_id not in (1, 2)
+    return gsm8k.make(c)
 
 
 def draw(seed=0):
@@ -103,6 +112,19 @@ def draw(seed=0):
         ("none", None),
         ("٣", None),
         ("1" * 40, "1" * 40),
+        ("\u22123", "-3"),
+        ("\uff0d3", "-3"),
+        ("- 5", "-5"),
+        ("= -5", "-5"),
+        ("Answer - 18", "18"),
+        ("12-15", "12"),
+        ("x2-15", "2"),
+        ("3,4", None),
+        ("1,23", None),
+        ("1234,567", None),
+        ("1.2.3", None),
+        ("1,234,567", "1234567"),
+        ("9" * 10_000, "9" * 10_000),
     ],
 )
 def test_numbers_have_one_spelling(text, number):
@@ -114,27 +136,187 @@ def test_a_number_keeps_its_value_whatever_its_commas(value):
     assert Fraction(gsm8k.canonical(f"${value:,}".replace("$-", "-$"))) == Fraction(value)
 
 
+# What a person reads behind ####. In doubt it is nothing.
+ANSWERS = {
+    # Signs, and dashes that are none. A range is no number.
+    "-3": "-3",
+    "\u22123": "-3",
+    "\uff0d3": "-3",
+    "\u20133": "-3",
+    "- 3": "-3",
+    "$-18": "-18",
+    "-$18": "-18",
+    "+18": "18",
+    "Answer: -18": "-18",
+    "Answer -18": "-18",
+    "Answer - 18": "18",
+    "**Total (in dollars)** – 18": "18",
+    "Answer-18": None,
+    "x = y - 18": None,
+    "x + 18": None,
+    "12-15": None,
+    "12–15": None,
+    "12 - 15": None,
+    "12 to 15": None,
+    "±18": None,
+    "--18": None,
+    "minus 18": None,
+    # Thousands, decimals and powers of ten.
+    "1,234,567": "1234567",
+    "1 234": "1234",
+    "1\u00a0234\u00a0567": "1234567",
+    "1\u202f234.50": "1234.5",
+    "3,4": None,
+    "1,23": None,
+    "1234,567": None,
+    "1,2345": None,
+    "0,123": None,
+    "1,234 567": None,
+    "1.234.567": None,
+    "1'234": None,
+    "1_234": None,
+    "1\u200b8": None,
+    "18, 19": None,
+    "18,": "18",
+    "18.": "18",
+    "18...": None,
+    ".5": "0.5",
+    "007": "7",
+    "1e1": "10",
+    "1.5e3": "1500",
+    "2e": None,
+    "1e999": None,
+    "9" * 999: "9" * 999,
+    "9" * 10_000: None,
+    # Sums are what they are, if their value is clear.
+    "3/3": "1",
+    "3/4": "0.75",
+    "1/3": None,
+    "24/7": None,
+    "1/2/2000": None,
+    "1 1/2": None,
+    "10:10": None,
+    "3*3": "9",
+    "9+9": "18",
+    "4×4": "16",
+    "4 x 4": None,
+    "4 by 4": None,
+    "2(9)": None,
+    "(10+8)*2": "36",
+    "10 + 8 = 18 eggs": "18",
+    "20 - 2 = 18": "18",
+    "10 + 8 = 19": None,
+    "5 eggs + 3": None,
+    "1/0": None,
+    "10^2": None,
+    "2**3": None,
+    "2 **300**": None,
+    "2**300**2": None,
+    "10²": None,
+    "√16": None,
+    "sqrt(16)": None,
+    r"\sqrt{16}": None,
+    r"\frac{3}{4}": None,
+    "5!": None,
+    "|18|": None,
+    "<18": None,
+    "!= 18": None,
+    # Words and letters at a number.
+    "18 dollars": "18",
+    "18 eggs!": "18",
+    "18" + " eggs" * 999: None,
+    "$18 per hour": "18",
+    "18kg": "18",
+    "5k": None,
+    "5 k": None,
+    "3 million": None,
+    "2 dozen": None,
+    "18 and a half": None,
+    "18th": None,
+    "x2": None,
+    "B12": None,
+    "less than 18": None,
+    "not 18": None,
+    "12 or 13": None,
+    "12 or 12": None,
+    "18 out of 20": None,
+    "eighteen": None,
+    # Digits that are not ASCII.
+    "٣": None,
+    "１８": None,
+    "2²": None,
+    "½": None,
+    "1½": None,
+    # Decoration.
+    "": None,
+    "18%": "18",
+    "$18.00": "18",
+    "18 €": "18",
+    "≈18": "18",
+    "**18**": "18",
+    "*18*": "18",
+    "`18`": "18",
+    "$18$": "18",
+    "x = 18": "18",
+    "=> 18": "18",
+    r"\boxed{18}": "18",
+    r"-\boxed{\$18}": "-18",
+    r"\boxed{1}\boxed{8}": None,
+    "18 (10 + 8)": "18",
+    "18 eggs (20 - 2 of them)": "18",
+    "18 (9 each)": None,
+    "18<|im_end|>": "18",
+    # Headings, and several of ####.
+    "Step 1: add\n10+8=18\n#### Answer: 18": "18",
+    "Day 3: she adds\n#### 18": "18",
+    "1. Add\n#### 2. Sell\n#### 18": "18",
+    "(1) Add the eggs": None,
+    "Step 3": None,
+    "\n18": "18",
+    "\n\n18 eggs\n19": "18",
+    "Final answer:\n18": "18",
+    "18\nand 7 more": "18",
+    "18\n#### 18.0": "18",
+    "18 #### 18": "18",
+    "18\n#### 19": None,
+    "18\n#### 18 or 19": None,
+}
+
+
+@pytest.mark.parametrize("line", ANSWERS)
+def test_answers(task, line):
+    for begin in ("####", "#### ", "so 3*4=12\n####  ", "#####"):
+        assert task.answer(f"{begin}{line}<eos>") == ANSWERS[line]
+
+
+def test_only_one_end_at_the_very_end_makes_an_answer(task):
+    for response in (
+        "#### 12",
+        "12<eos>",
+        "#### 12<eos> ",
+        "#### 12<eos>3<eos>",
+        "<eos>#### 12<eos>",
+    ):
+        assert task.answer(response) is None
+    assert task.answer("#" * 10_000 + "<eos>") is None
+
+
 @pytest.mark.parametrize(
-    "response,answer",
-    [
-        ("so 3*4=12\n#### 12<eos>", "12"),
-        ("#### 12", None),
-        ("12<eos>", None),
-        ("#### 12\n#### 13<eos>", None),
-        ("#### 12\n#### 12.0<eos>", "12"),
-        ("#### 12 or 13<eos>", None),
-        ("#### 1,200 eggs<eos>", "1200"),
-        ("#### 12\nand 7 more<eos>", "12"),
-        ("#### $12.50<eos>", "12.5"),
-        ("#### twelve<eos>", None),
-        ("####<eos>", None),
-        ("#### -3<eos>", "-3"),
-        ("#" * 10_000 + "<eos>", None),
-        ("#### " + "9" * 10_000 + "<eos>", "9" * 199),
-    ],
+    "piece", ["#", "9", " ", ",", "1,", "1 ", "(", "-", "1/7+", "1=", "**a**", "#### 1\n", "w - "]
 )
-def test_answers(task, response, answer):
-    assert task.answer(response) == answer
+def test_long_texts_take_no_long_time(task, piece):
+    text = piece * (100_000 // len(piece))
+    begin = time.process_time()
+    for response in (f"{text}<eos>", f"#### {text}<eos>", f"#### 18 {text}18!<eos>"):
+        assert task.answer(response) in (None, "1", "18")
+        task.rubric(task.prompts(1, draw())[0], response)
+        task.result(response)
+    with pytest.raises(ValueError):
+        gsm8k.calculate(text)
+    short = text[: gsm8k.LONGEST - 20]
+    gsm8k.holds(short, short)
+    task.answer(f"#### {short}18!<eos>")
+    assert time.process_time() - begin < 5
 
 
 def test_listing_answers_copying_the_question_and_garbage_do_not_pay(task):
@@ -187,7 +369,11 @@ def test_the_parser_agrees_with_pythons(text):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "1+", "(1", "1)", "1/0", "2**3", "a+1", "__import__('os')", "1..2", "*3"]
+    "text",
+    [
+        *["", "1+", "(1", "1)", "1/0", "2**3", "a+1", "__import__('os')", "1..2", "*3"],
+        *["3,4", "1 2", "5$3", "٣", "2²", "1,2345", "(" * 60 + "1" + ")" * 60, "1+" * 9999 + "1"],
+    ],
 )
 def test_what_is_no_sum_is_an_error_and_no_equation_holds(text):
     with pytest.raises(ValueError):
@@ -201,6 +387,11 @@ def test_equations_hold_to_the_last_digit_written():
         and gsm8k.holds("50%*8", "4")
         and gsm8k.holds("10÷4", "2.5")
         and gsm8k.holds("2/3", "0.67")
+    )
+    assert (
+        gsm8k.holds("3\u22125", "\u22122")
+        and gsm8k.holds("-(-(2))", "2")
+        and gsm8k.holds("+-3", "-3")
     )
     assert (
         not gsm8k.holds("2/3", "0.66")
@@ -225,6 +416,51 @@ def test_texts_come_back_and_ends_stand_where_they_stood(task):
     assert task.encode(["<bad>", "<sep>"]) == task.encode(
         [gsm8k.MARKS["<bad>"], gsm8k.MARKS["<sep>"]]
     )
+    assert task.decode([]) == task.decode([task.pad_id] * 4) == ""
+
+
+def other(task, **numbers):
+    """The same task with other ids."""
+    ids = {"pad_id": task.pad_id, "bos_id": task.bos_id, "eos_id": task.eos_id} | numbers
+    return gsm8k.GSM8K(task.folder, task.tokenizer_file, **ids)
+
+
+def test_what_begins_with_bos_is_a_problem_only_if_the_examples_follow(task):
+    response = task.encode(["#### 7<eos> and more"])[0]
+    assert task.decode([task.bos_id, *response]) == "#### 7<eos>"
+    # In many folders BOS is EOS. A canvas may begin with it, and ends there.
+    same = other(task, bos_id=task.eos_id)
+    assert same.decode([same.eos_id, *response]) == "<eos>"
+    prompt = same.prompts(1, draw())[0]
+    ids = [same.bos_id, *same.encode([prompt])[0]]
+    assert same.decode(ids) == prompt
+    # One other token in the examples, and it is a response.
+    assert same.decode([*ids[:3], ids[3] + 1, *ids[4:]]) == "<eos>"
+
+
+def test_a_text_ends_at_any_end(task):
+    several = other(task, eos_id=2, other_ends="0 3")
+    prompt, _ = several.demo(draw())
+    right = several.truth(prompt)
+    line, answer, wrong = several.encode(["3*4=12\n", f"#### {right}", f"\n#### {right}1"])
+    for end in (0, 2, 3):
+        response = [*line, *answer, end, *wrong, 2]
+        assert several.decode(response) == f"3*4=12\n#### {right}<eos>"
+        assert several.grade(prompt, several.decode(response)) == 1
+        assert several.steps([end, *response]) == []
+        assert several.steps([*line, end, *line]) == several.steps(line) != []
+        judged = several.judge_prompt([1, *line], [*answer, end])
+        assert several.decode(judged) == f"3*4=12\n#### {right}" + gsm8k.JUDGE
+
+
+@pytest.mark.parametrize("mark", ["<eos>", "<sep>", "<bad>"])
+def test_tokens_that_spell_a_mark_are_none(task, mark):
+    spelled = task.tokenizer.encode(f"#### 1{mark}8{mark}", add_special_tokens=False).ids
+    assert task.decode(spelled) == "#### 1 8 "
+    assert task.answer(task.decode(spelled)) is None
+    assert task.answer(task.decode([*spelled, task.eos_id])) is None
+    nested = task.tokenizer.encode(f"{mark[:2]}{mark}{mark[2:]}", add_special_tokens=False).ids
+    assert mark not in task.decode(nested)
 
 
 def test_steps_are_the_lines_before_the_answer(task):
@@ -253,6 +489,27 @@ def test_which_lines_are_true(task):
         False,
         False,
     ]
+
+
+@pytest.mark.parametrize(
+    "line,pairs",
+    [
+        ("box 3+4=7", [("3+4", "7")]),
+        ("So 5. 3*4 = 12 eggs, 7-2=5.", [("3*4 ", " 12"), ("7-2", "5")]),
+        ("of 4, .5*2=1", [(".5*2", "1")]),
+        ("2*2=4=4", [("2*2", "4"), ("4", "4")]),
+        ("2–5=-$3", [("2-5", "-$3")]),
+        ("x=3 and y = z", []),
+    ],
+)
+def test_the_equations_of_a_line(line, pairs):
+    assert gsm8k.equations(line) == pairs
+
+
+def test_what_goes_on_from_a_line(task):
+    assert task.uses("3*400=1,200 eggs", "then 1200-1=1199<eos>")
+    assert not task.uses("3*400=1,200 eggs", "then 12000-1=11999<eos>")
+    assert task.uses("She counts them.", "#### 3<eos>")
 
 
 def test_splits_are_disjoint_and_no_example_is_asked(task):
@@ -302,6 +559,29 @@ def test_pairs_scores_and_proposals(task):
     )
 
 
+def test_dev_and_test_give_different_problems_and_train_repeats_if_it_has_to(task):
+    for split in ("dev", "test"):
+        there = len(task.by_split[split])
+        few, all_of_them = task.prompts(3, draw(), split), task.prompts(999, draw(), split)
+        assert len(set(few)) == len(few) == 3
+        assert len(set(all_of_them)) == len(all_of_them) == there < 999
+    there = len(task.by_split["train"])
+    assert len(set(task.prompts(there, draw()))) == there
+    assert len(task.prompts(999, draw())) == 999
+
+
+def test_a_spoiled_answer_is_exact_whatever_its_length(task):
+    right = 10**60 + 7
+    for shown in (str(right), f"{right:,}"):
+        spoiled = task.spoiled(
+            f" so 1*{shown}={shown}, that is all\n#### {shown}<eos>", gsm8k.draws(draw())
+        )
+        wrong = int(task.answer(spoiled))
+        assert (
+            0 < abs(wrong - right) <= 10 and spoiled.count(str(wrong)) == 3 and shown not in spoiled
+        )
+
+
 def test_a_question_that_was_shown_is_no_new_problem(task, monkeypatch):
     c = nr.SelfRewardingConfig(prompts=2)
 
@@ -316,22 +596,140 @@ def test_a_question_that_was_shown_is_no_new_problem(task, monkeypatch):
     assert about == {"valid": 0.25, "proposed": 0.5} and len(state.posed) == 1
 
 
+GOOD = '{"question": "a", "answer": "#### 1"}\n'
+
+
 @pytest.mark.parametrize(
     "text,word",
     [
         (None, "is not there"),
-        ('{"question": "a", "answer"', "line 1"),
-        ('{"question": "a", "answer": "#### 1"}\n{"q": 1}', "line 2"),
+        ("", "line 1: .*empty line"),
+        (GOOD + '{"question": "a", "answer"', "line 2"),
+        (GOOD + '{"q": 1}', "line 2: .*'question'"),
+        (GOOD + '{"question": "a"}', "line 2: .*'answer'"),
+        (GOOD + '{"question": "a", "answer": 3}', "line 2: .*'answer'"),
+        (GOOD + '["question", "answer"]', "line 2: .*object"),
+        (GOOD + "\n" + GOOD, "line 2: .*empty line"),
+        (GOOD + "\r\n", "line 2: .*empty line"),
+        (GOOD + '{"n": ' + "9" * 5000 + "}", "line 2"),
+        (GOOD + "[" * 100_000, "line 2"),
+        ('{"question": " ", "answer": "#### 1"}', "line 1: .*question is empty"),
+        ('{"question": "\\ud800", "answer": "#### 1"}', "line 1"),
         ('{"question": "a", "answer": "no number"}', "####"),
-        ("\udcff", "utf-8"),
+        ('{"question": "a", "answer": "#### 3,4"}', "####"),
+        ('{"question": "a", "answer": "#### 1<eos>8"}', "####"),
+        (GOOD + "\udcff", "line 2: .*utf-8"),
     ],
 )
 def test_a_damaged_file_is_one_clear_line(tmp_path, text, word):
+    path = tmp_path / "train.jsonl"
     if text is not None:
-        (tmp_path / "train.jsonl").write_text(text, encoding="utf-8", errors="surrogateescape")
+        path.write_bytes(text.encode("utf-8", errors="surrogateescape"))
     with pytest.raises(ValueError, match=word) as error:
-        gsm8k.read(tmp_path / "train.jsonl")
+        gsm8k.read(path)
+    assert "\n" not in str(error.value) and str(path) in str(error.value)
+
+
+def test_a_folder_in_place_of_a_file_is_one_clear_line(tmp_path):
+    with pytest.raises(ValueError, match="cannot be read: Is a directory"):
+        gsm8k.read(tmp_path)
+
+
+def test_rows_end_at_a_line_feed_only_and_lose_the_marks_of_the_loops(tmp_path):
+    rows = [
+        {"question": f"Ann{sign} has\nQuestion: 3?", "answer": f"a{sign}b\n#### 3"}
+        for sign in ("\u2028", "\u0085", "\x0b", "\x0c", "\x1c", "<eos>", "<sep>", "<bad>")
+    ]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    path = tmp_path / "train.jsonl"
+    for begin, end in (("", "\n"), ("", "\r\n"), ("\ufeff", "\n")):
+        path.write_bytes((begin + end.join(lines) + end).encode())
+        read = gsm8k.read(path)
+        assert [question for question, _ in read] == ["Ann has 3?"] * len(rows)
+        assert [y for _, y in read] == [row["answer"] for row in rows[:5]] + ["a b\n#### 3"] * 3
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    """The config of a copy of the folder that a test may damage."""
+    shutil.copytree(folder, tmp_path / "copy")
+    return config(tmp_path / "copy")
+
+
+def rows_of(path):
+    return path.read_text(encoding="utf-8").splitlines(keepends=True)
+
+
+@pytest.mark.parametrize(
+    "name,kept,word",
+    [
+        ("train.jsonl", 3, "train.jsonl has too few rows: 3 solved examples"),
+        (
+            "train.jsonl",
+            5,
+            "train.jsonl has too few rows: 4 solved examples and then [01] problems",
+        ),
+        ("test.jsonl", 0, "test.jsonl, line 1: .*empty line"),
+    ],
+)
+def test_a_file_with_too_few_rows_is_one_clear_line(copy, tmp_path, name, kept, word):
+    path = tmp_path / "copy" / name
+    path.write_text("".join(rows_of(path)[:kept]), encoding="utf-8")
+    with pytest.raises(ValueError, match=word) as error:
+        gsm8k.make(copy)
     assert "\n" not in str(error.value)
+
+
+def test_a_file_of_long_solutions_has_no_examples(copy, tmp_path):
+    path = tmp_path / "copy" / "train.jsonl"
+    rows = [json.loads(line) for line in rows_of(path)]
+    for row in rows:
+        row["answer"] = "She counts them.\n" * 4 + row["answer"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with pytest.raises(ValueError, match="train.jsonl has too few rows: 0 solved examples"):
+        gsm8k.make(copy)
+
+
+def test_a_split_without_a_problem_is_one_clear_line(copy, tmp_path, monkeypatch):
+    """By chance no row of a small file is dev."""
+    monkeypatch.setattr(gsm8k, "bucket", lambda question: "9" * 8)
+    with pytest.raises(ValueError, match="train.jsonl .* 0 problems of dev"):
+        gsm8k.make(copy)
+
+
+def test_a_question_has_one_place_and_one_answer(copy, tmp_path):
+    train, test = (tmp_path / "copy" / name for name in ("train.jsonl", "test.jsonl"))
+    rows = rows_of(train)
+    # Once more with the same answer is no harm.
+    train.write_text("".join([*rows, rows[7]]), encoding="utf-8")
+    before = gsm8k.make(copy)
+    assert len(before.gold) == 72
+    changed = json.loads(rows[7]) | {"answer": "#### 12345"}
+    train.write_text("".join([*rows, json.dumps(changed)]), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"train.jsonl, line 61: .* of train.jsonl, line 8"):
+        gsm8k.make(copy)
+    train.write_text("".join(rows), encoding="utf-8")
+    spaced = json.loads(rows[7])["question"].replace(" ", "  ")
+    again = json.loads(rows[7]) | {"question": spaced}
+    test.write_text("".join([*rows_of(test), json.dumps(again)]), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"test.jsonl, line 13: .* of train.jsonl, line 8"):
+        gsm8k.make(copy)
+
+
+def test_a_tokenizer_that_loses_letters_is_one_clear_line(copy, tmp_path):
+    path = tmp_path / "copy" / "tokenizer.json"
+    words = Tokenizer.from_file(str(path))
+    words.normalizer = normalizers.Lowercase()
+    words.save(str(path))
+    with pytest.raises(ValueError, match="cannot write a question") as error:
+        gsm8k.make(copy)
+    assert "\n" not in str(error.value)
+
+
+def test_the_file_runs_on_its_own(tmp_path):
+    argv = [sys.executable, str(ROOT / "data" / "gsm8k.py")]
+    run = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (1, "error: python data/gsm8k.py FOLDER\n")
 
 
 def test_a_download_is_kept_only_if_it_is_the_right_file(tmp_path, monkeypatch):
@@ -362,6 +760,10 @@ def test_the_real_files(folder):
     marks = [pair for y in task.gold.values() for pair in gsm8k.MARK.findall(y)]
     assert len(marks) == 27_998 and sum(gsm8k.holds(*m) for m in marks) >= len(marks) - 2
     lines = right = 0
+    for question, solution in task.gold.items():
+        behind = solution.rpartition("####")[2].strip()
+        assert task.truth(question) == behind.replace(",", "")
+        assert task.grade(question, gsm8k.written(solution)) == 1
     for x in list(task.gold)[::7]:
         prompt, response = gsm8k.ASK + x + gsm8k.ANSWER, gsm8k.written(task.gold[x])
         assert (

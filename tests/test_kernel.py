@@ -106,7 +106,7 @@ def test_logprobs_are_those_of_a_pass_over_each_prefix(model):
                 assert logp[i, k] == 0
                 continue
             logits = model(torch.tensor([ids]))[0, -1] / 0.7
-            logits[[TINY.pad_id, TINY.mask_id]] = -math.inf
+            logits[[TINY.pad_id, TINY.mask_id, TINY.bos_id]] = -math.inf
             expected = float(logits.log_softmax(-1)[token])
             assert float(logp[i, k]) == pytest.approx(expected, abs=1e-4)
             ids.append(token)
@@ -135,7 +135,7 @@ def test_logprobs_equal_trl_selective_log_softmax(temperature):
     (logits,) = tensors(record, "logits")
     index = torch.tensor(record["inputs"]["index"])
     V = logits.shape[-1]
-    config = nr.replace(TINY, vocab=V + 2, pad_id=V, mask_id=V + 1)
+    config = nr.replace(TINY, vocab=V + 2, pad_id=V, bos_id=V, mask_id=V + 1)
     # Two forbidden ids come behind the others. If they counted, it would be loud.
     logits = torch.nn.functional.pad(logits, (0, 2), value=3.0)
     mine = nr.log_softmax(logits, temperature, config).gather(-1, index[..., None])[..., 0]

@@ -121,6 +121,27 @@ def test_consistency_rejects_a_trace_that_ignores_the_step():
     assert uses.all()
 
 
+def test_with_few_answers_an_answer_that_follows_at_once_uses_the_last_step():
+    four = Arithmetic(1, 3, answers=4)
+    draft = rollout_of(["37+5="], ["37+5=42;#2<eos>"])
+    ends = nr.prefix_ends(four, draft)
+    texts = ["37+5=42;#2<eos>", "37+5=42;#3<eos>", "37+5=42;37+5=46;#2<eos>", "37+5=42;42;#1<eos>"]
+    traces = nr.right_pad(TASK.encode(texts), 0, 28)[None]
+    right, uses = nr.check_traces(four, draft, ends, torch.tensor([[0, 1]]), traces)
+    assert right.tolist() == [[True, False, True, False]]
+    # The third one starts again, and its answer only happens to be 42 modulo 4.
+    assert uses.tolist() == [[True, False, False, True]]
+    assert four.uses("no step", "#1<eos>") and not TASK.uses("37+5=42;", "#2<eos>")
+
+
+def test_what_the_student_drew_before_the_loop_counts_as_samples():
+    c = tiny("refine", start_data=7, samples=3, prompts=10, updates=1)
+    state = nr.start_refine(rough(c), c)
+    (line,) = nr.refine(state, TASK, c)
+    drafts = nr.label_drafts(rough(c), TASK, c.prompts, c)
+    assert drafts.samples > 10 and line["samples"] == 7 * 3 + drafts.samples
+
+
 def labelled():
     """Three drafts: right; wrong in its second step, mended by a trace; wrong, never solved."""
     texts = ["37+5=42;42*3=26;#26<eos>", "37+5=42;42*3=22;#22<eos>", "37+5=32;32*3=96;#96<eos>"]
@@ -301,12 +322,13 @@ def test_where_nothing_is_wrong_nothing_is_mended(grade):
     assert nr.answer_refined(state, Same(1, 1), ["3+4="], SMALL)
 
 
-def test_probe_heads_learn_which_prefix_is_bad_and_refiners_what_follows():
+@pytest.mark.parametrize("seed", [0, 1])
+def test_probe_heads_learn_which_prefix_is_bad_and_refiners_what_follows(seed):
     """The whole loop in a world where a 9 is the error: heads and refiners find it in seconds."""
     task = Ones(1, 1)
-    numbers = {"prompts": 300, "continuations": 4, "minibatch": 64, "updates": 80, "lr": 0.01}
-    config = nr.replace(SMALL, response=5, **numbers)
-    student = rough(config)
+    numbers = {"prompts": 400, "continuations": 6, "minibatch": 64, "updates": 120, "lr": 0.01}
+    config = nr.replace(SMALL, response=5, seed=seed, **numbers)
+    student = nr.Transformer(config, nr.rng(seed, "init"))
     with torch.no_grad():  # it writes 1, 2 and 9 and the end
         student.lm_head.weight.zero_()
     digits = task.encode(["1", "2", "9"])
@@ -315,8 +337,9 @@ def test_probe_heads_learn_which_prefix_is_bad_and_refiners_what_follows():
     student.lm_head.bias = torch.nn.Parameter(bias, requires_grad=False)
     state = nr.start_refine(student, config)
     logs = list(nr.refine(state, task, config))
-    assert logs[-1]["pairs"] > 50 and state.update == 80 and logs[-1]["samples"] > 300
-    assert logs[-1]["sorm"] > 0.9 and logs[-1]["orm"] > logs[0]["orm"]
+    assert logs[-1]["pairs"] > 50 and state.update == 120 and logs[-1]["samples"] > 300
+    orm, sorm = (sum(m[head] for m in logs[-10:]) / 10 for head in ("orm", "sorm"))
+    assert sorm > 0.9 and orm > logs[0]["orm"]
     b = state.examples
     nine = (b["response"] == digits[2][0]).cumsum(1) > 0
     step = b["ends"] > 0
@@ -330,4 +353,4 @@ def test_probe_heads_learn_which_prefix_is_bad_and_refiners_what_follows():
     assert good[1] > good[0] + 0.15 and good[2] > good[0] + 0.15
     texts = nr.answer_refined(state, task, prompts, config, nr.rng(2, "refine"))
     chosen = [task.grade(x, y) for x, y in zip(prompts, texts, strict=True)]
-    assert sum(chosen) / 200 >= float(good.max())
+    assert sum(chosen) / 200 >= float(good.max()) - 0.02

@@ -1,7 +1,7 @@
 """self_rewarding: scores in text, judging, proposing, the grader out of reach, a known world."""
 
 import math
-from itertools import islice
+from itertools import cycle, islice
 
 import pytest
 import torch
@@ -212,6 +212,25 @@ def test_proposals_are_training_problems_new_and_filled_up(m1, monkeypatch):
     assert list(state.posed) == good[:2]
 
 
+def test_a_problem_is_copied_only_if_it_was_shown_whole():
+    prompt = "~<sep>53+4=<sep>2*3+4-1=<sep>9*2=<sep>"
+    for shown in ("53+4=", "2*3+4-1=", "9*2="):
+        assert nr.is_shown(shown, prompt)
+    # The ends and the beginnings of longer ones.
+    for new in ("3+4=", "4-1=", "3+4-1=", "53+4", "2*3+4=", "2="):
+        assert not nr.is_shown(new, prompt)
+    words = "Question: Ann has 3 eggs?\n\nQuestion: Bo has 4?\n\nQuestion:"
+    assert nr.is_shown("Bo has 4?", words) and not nr.is_shown("o has 4?", words)
+
+
+def test_everything_that_is_drawn_counts_as_samples(m1):
+    c = nr.replace(SMALL, rounds=2, prompts=5, samples=3, judgements=2)
+    lines = list(nr.self_rewarding(start(m1, c), TASK, c))
+    proposals, responses = 2 * 5, 5 * 3
+    each_round = proposals + responses + responses * 2
+    assert [m["samples"] for m in lines] == [each_round] * c.updates + [2 * each_round] * c.updates
+
+
 def test_problems_may_come_from_the_task_instead(m1, monkeypatch):
     monkeypatch.setattr(nr, "pose_problems", None)
     config = nr.replace(SMALL, rounds=1)
@@ -269,13 +288,17 @@ class Lengths(Arithmetic):
         return self.encode([f"{min(9, sum(i > 2 for i in response))}??"])[0]
 
 
-def test_probe_what_the_own_judgement_prefers_is_learned():
+@pytest.mark.parametrize("seed", [0, 1])
+def test_probe_what_the_own_judgement_prefers_is_learned(seed):
     """Taught in seconds to score lengths, the weights learn from their own scores to write more."""
     task = Lengths(1, 1)
-    config = nr.replace(SMALL, rounds=4, updates=12, prompts=32, alpha=1.0, minibatch=32)
-    policy = rough(config, seed=2)
-    deserved = [(f"{n}??", f"!{1 + n // 2}<eos>") for n in range(10)]
-    taught(policy, nr.encode_demos(task, deserved, config), 80)
+    config = nr.replace(SMALL, rounds=4, updates=12, prompts=32, alpha=1.0, lr=1e-3, seed=seed)
+    policy = rough(config, seed)
+    demos = [(f"{n}??", f"!{1 + n // 2}<eos>") for n in range(10)] * 5
+    # And to answer with one to nine digits, so that there is something to prefer.
+    lengths = cycle(range(1, 10))
+    demos += [(x, f"{'7' * next(lengths)}<eos>") for x in task.prompts(50, nr.rng(seed, "answers"))]
+    taught(policy, nr.encode_demos(task, demos, config), 200)
     state = nr.start_self_rewarding(policy, config)
     logs = list(task_problems(state, task, config))
     assert logs[-1]["length"] > 1.3 * logs[0]["length"]

@@ -140,17 +140,30 @@ def test_seq2seq_is_ppo_with_another_reward_tensor_and_a_leash():
     assert mine != logged(nr.seq2seq, nr.replace(config, beta=0.0))  # so the leash pulls
 
 
-def test_probe_what_the_rewriter_writes_is_what_the_policy_learns_to_write():
-    """A rewriter that turns everything into #5: in seconds the policy says so itself."""
-    task = Arithmetic(1, 1)
-    config = nr.replace(SMALL, updates=40, lr=5e-3, prompts=16, samples=4, response=4)
-    config = nr.replace(config, c_pos=1.0, c_neg=0.3)  # else an early end is the safest
-    state = nr.start_ppo(rough(config), config)
-    state.models = {"rewriter": Rewriter(lambda source: TASK.encode(["#5"])[0])}
+class Digit(Arithmetic):
+    """A problem is a digit, and no answer is right: a small vocabulary is enough."""
+
+    def prompts(self, n, generator, split="train"):
+        return ["3"] * n
+
+    def grade(self, prompt, response):
+        return 0.0
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_probe_what_the_rewriter_writes_is_what_the_policy_learns_to_write(seed, monkeypatch):
+    """A rewriter that turns everything into 7: in seconds the policy says so itself."""
+    task = Digit(1, 1)
+    monkeypatch.setattr(nr, "NO_EOS", 0.0)  # else the first thing to be learned is to end at once
+    numbers = {"prompts": 16, "samples": 8, "minibatch": 128, "epochs": 1}
+    numbers |= {"updates": 50, "lr": 1e-2, "response": 3, "vocab": 14, "seed": seed}
+    config = nr.replace(SMALL, c_pos=1.0, c_neg=0.1, **numbers)
+    state = nr.start_ppo(nr.Transformer(config, nr.rng(seed, "init")), config)
+    state.models = {"rewriter": Rewriter(lambda source: TASK.encode(["7"])[0])}
     logs = list(nr.seq2seq(state, task, config))
     assert logs[-1]["reward"] > logs[0]["reward"] + 0.5
     greedy = nr.replace(config, temperature=0.0)
-    assert "#5<eos>" in nr.respond(state.policy, task, ["3+4="], greedy)
+    assert nr.respond(state.policy, task, ["3"], greedy) == ["7<eos>"]
 
 
 # ---- what the labeller of the pairs falls for ---------------------------------------------------

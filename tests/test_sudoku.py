@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import nanoreward as nr
 import train_small as front
-from data import arithmetic
+from data import arithmetic, sudoku
 from data.sudoku import (
     GRIDS,
     SPECIAL,
@@ -311,7 +311,7 @@ def test_step_truth_and_rubric_by_hand():
         steps("1324423<eos>") == [("1324", 3)] and steps("132<eos>1234") == [] and steps("") == []
     )
     assert steps("13244.211234") == [("1324", 3)] and len(steps(GRID + "1234")) == 4
-    assert TASK.result("1324") is None  # no later row repeats it: any continuation uses it
+    assert TASK.uses("1324", "4231<eos>")  # no row claims a result: any continuation uses it
     points = {
         y: TASK.rubric(PROMPT, y + "<eos>")
         for y in [
@@ -431,3 +431,15 @@ def test_loops_run_on_it(name):
     metrics = next(method.loop(state, TASK, c))
     assert state.update == 1
     assert 0 <= metrics["truth"] <= 1 if "truth" in metrics else metrics
+
+
+@pytest.mark.parametrize("split", ["dev", "test"])
+def test_held_out_problems_are_all_different(split, monkeypatch):
+    few = GRIDS[:2]
+    monkeypatch.setattr(sudoku, "GRIDS", few)
+    many_clues = Sudoku(min_clues=11, max_clues=11)
+    generator = torch.Generator().manual_seed(0)
+    held_out = many_clues.prompts(400, generator, split)
+    assert len(set(held_out)) == 400 and {many_clues.split(x) for x in held_out} == {split}
+    train = many_clues.prompts(3000, generator)
+    assert len(set(train)) < len(train)

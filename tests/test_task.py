@@ -7,7 +7,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.arithmetic import SPECIAL, Arithmetic, calculate, draws, forget_carry, parse, spoil
+from data.arithmetic import (
+    OPERATIONS,
+    SPECIAL,
+    Arithmetic,
+    calculate,
+    draws,
+    forget_carry,
+    parse,
+    spoil,
+)
 
 TASK = Arithmetic()
 
@@ -254,3 +263,22 @@ def test_special_tokens_are_single_distinct_ids():
     assert [TASK.encode([w])[0] for w in SPECIAL] == [[i] for i in range(6)]
     with pytest.raises(ValueError, match="outside"):
         TASK.encode(["3 + 4"])
+
+
+@pytest.mark.parametrize("split", ["dev", "test"])
+def test_held_out_problems_are_all_different_and_train_problems_are_drawn_freely(split):
+    task = Arithmetic(1, 3)
+    held_out = task.prompts(500, generator(), split)
+    assert len(set(held_out)) == 500 and all(task.split(x) == split for x in held_out)
+    train = task.prompts(2000, generator(1))
+    assert len(set(train)) < len(train) == 2000
+    # All lengths are nearly as likely as each other, though short problems are rare.
+    for length in (1, 2, 3):
+        assert 100 < sum(len(task.truth(x)) == length for x in held_out) < 230
+
+
+def test_of_few_held_out_problems_all_are_given_and_none_twice():
+    task = Arithmetic(1, 1)
+    every = [f"{a}{op}{d}=" for a in range(100) for op, d in OPERATIONS]
+    held_out = task.prompts(5000, generator(), "dev")
+    assert sorted(held_out) == sorted(x for x in every if task.split(x) == "dev")

@@ -283,7 +283,9 @@ class Coin(Arithmetic):
         ("self_rewarding", dict(judge="frozen")),
     ],
 )
-def test_load_state_restores_what_save_state_wrote(tmp_path, name, numbers, updates):
+def test_load_state_restores_what_save_state_wrote(tmp_path, monkeypatch, name, numbers, updates):
+    # What random weights write can always be read as a score, so that every round has pairs.
+    monkeypatch.setattr(nr, "parse_score", lambda text: float(len(text) % 6))
     c, state = fresh_state(name, 0, **numbers)
     for _ in islice(nr.METHODS[name].loop(state, Coin(1, 1), c), updates):
         pass
@@ -426,50 +428,76 @@ def play(world, response=2, no_eos=0.0, **numbers):
     """A run from random weights -> its state and its logs. One optimizer step a batch is usual."""
     usual = dict(prompts=16, samples=8, minibatch=128, epochs=1, updates=50, lr=1e-2)
     config = nr.replace(TINY, response=response, **usual | numbers)
-    state = nr.start_ppo(nr.Transformer(config, nr.rng(0, "init")), config)
+    state = nr.start_ppo(nr.Transformer(config, nr.rng(config.seed, "init")), config)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nr, "NO_EOS", no_eos)
         return state, list(nr.ppo(state, world, config))
 
 
+class Alternating(World):
+    """The digits in turn. Who is deaf to the prompt is right in half of the cases at most."""
+
+    def prompts(self, n, generator, split="train"):
+        return [self.digits[i % len(self.digits)] for i in range(n)]
+
+
+def at_the_end(logs, number):
+    """The mean of a number over the last five updates."""
+    return sum(m[number] for m in logs[-5:]) / 5
+
+
+# The ids of a small world end with the digit 7. With few of them a reward is soon found.
+FEW_IDS = TASK.encode(["7"])[0][0] + 1
+
+
+@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("arm", ["gae", "grpo", "rloo"])
-def test_probe_one_token(arm):
-    """One prompt, one rewarded first token of 30: found and kept."""
-    _, logs = play(World(lambda x, y: y[:1] == "7", "3"), arm=arm)
-    assert logs[0]["truth"] < 0.2 and logs[-1]["truth"] > 0.95
+def test_probe_one_token(arm, seed):
+    """One prompt, one rewarded first token of many: found and kept."""
+    world = World(lambda x, y: y[:1] == "7", "3")
+    _, logs = play(world, arm=arm, seed=seed, vocab=FEW_IDS, updates=40)
+    assert logs[0]["truth"] < 0.25 and at_the_end(logs, "truth") > 0.95
 
 
+@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("arm", ["gae", "grpo", "rloo"])
-def test_probe_reward_depends_on_the_prompt(arm):
-    _, logs = play(World(lambda x, y: y[:1] == x), arm=arm, updates=200, lr=4e-3)
-    assert logs[-1]["truth"] > 0.8  # deaf to the prompt: at most .5
+def test_probe_reward_depends_on_the_prompt(arm, seed):
+    world = Alternating(lambda x, y: y[:1] == x)
+    numbers = dict(response=3, vocab=FEW_IDS, updates=100, lr=5e-3)
+    _, logs = play(world, arm=arm, seed=seed, **numbers)
+    assert at_the_end(logs, "truth") > 0.65
 
 
-def test_probe_credit_reaches_back_from_the_end():
+@pytest.mark.parametrize("seed", [0, 1])
+def test_probe_credit_reaches_back_from_the_end(seed):
     """The reward comes with EOS, the deed three tokens earlier."""
-    _, logs = play(World(lambda x, y: y[:1] == "7"), response=4, updates=80)
-    assert logs[-1]["reward"] > 0.9
+    world = World(lambda x, y: y[:1] == "7")
+    _, logs = play(world, seed=seed, response=4, vocab=FEW_IDS)
+    assert at_the_end(logs, "reward") > 0.9
 
 
-def test_probe_constant_reward_is_what_the_value_head_learns_and_teaches_nothing_else():
-    state, logs = play(World(lambda x, y: 1.0), no_eos=1.0, value_coef=1.0, lam=1.0)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_probe_constant_reward_is_what_the_value_head_learns_and_teaches_nothing_else(seed):
+    state, logs = play(World(lambda x, y: 1.0), no_eos=1.0, value_coef=1.0, lam=1.0, seed=seed)
     policy = state.policy
     prompt = torch.tensor([[1, 9], [1, 10]])
     rollout = nr.sample(policy, prompt, policy.config, generator=nr.rng(0, "s"))
     value = state.head(nr.predictive_hidden(policy, prompt, rollout.response))
     assert ((value - 1).abs() * rollout.mask).max() < 0.1
-    state, logs = play(World(lambda x, y: 1.0), arm="grpo", no_eos=1.0, updates=3)
+    state, logs = play(World(lambda x, y: 1.0), arm="grpo", no_eos=1.0, updates=3, seed=seed)
     assert all(m["flat_groups"] == 1 and m["loss"] == 0 and m["grad_norm"] == 0 for m in logs)
     # Where all rewards are equal, not one weight moves.
     pairs = zip(state.policy.parameters(), state.reference.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
+@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("arm", ["gae", "grpo", "rloo"])
-def test_probe_a_huge_kl_weight_keeps_the_policy_at_its_reference(arm):
+def test_probe_a_huge_kl_weight_keeps_the_policy_at_its_reference(arm, seed):
     world = World(lambda x, y: y[:1] == "7")
-    _, free = play(world, arm=arm, updates=40)
-    _, held = play(world, arm=arm, updates=40, beta=30.0, epochs=2)
+    numbers = dict(arm=arm, seed=seed, vocab=FEW_IDS, updates=30)
+    _, free = play(world, **numbers)
+    _, held = play(world, beta=30.0, epochs=2, **numbers)
     assert free[-1]["kl"] > 1.0 and abs(held[-1]["kl"]) < 0.2
 
 
@@ -601,6 +629,34 @@ def test_metrics_are_masked_and_mean_what_they_say():
     assert m == pytest.approx(
         dict(reward=0.25, truth=0.5, entropy=10 / 7, length=7 / 4, ended=0.75, flat_groups=0.5)
     )
+
+
+def test_clipfrac_counts_what_the_clip_stops_and_nothing_else():
+    """The same tokens by the gradient: it is 0 exactly where the clip of (14) acts."""
+    c = tiny("ppo", arm="grpo")
+    model = rough(c)
+    b = rollout_of(["37+5=42;#42<eos>", "#2<eos>", "37+5=42;", "#42<eos>"])
+    logp = nr.token_logprobs(model, b.prompt, b.response, c.temperature).detach()
+    # Ratios of 1.5, 0.5, 1.1 and 1 in turn, advantages of both signs.
+    ratio = torch.tensor([1.5, 0.5, 1.1, 1.0]).repeat(c.response)[: c.response]
+    b.logp = logp - ratio.log()
+    b.ref_logp = logp
+    b.adv = torch.tensor([1.0, -1.0, 1.0, -1.0])[:, None] * b.mask
+    seen = []
+
+    def objective(now, value, part, denom, c):
+        now = now.detach().requires_grad_()
+        loss = nr.grpo_objective(now, value, part, denom, c)
+        (grad,) = torch.autograd.grad(loss, now)
+        seen.append(float(((grad == 0) * part.mask).sum()))
+        return loss
+
+    state = nr.start_ppo(model, c)
+    denom = b.mask.sum()
+    loss = nr.rollout_loss(state, b, objective, denom, c, nr.estimate_gpt)
+    _, metrics = loss(torch.arange(4))
+    assert 4 < seen[0] < float(denom) - 4
+    assert float(metrics["clipfrac"]) == pytest.approx(seen[0] / float(denom))
 
 
 def test_learned_reward_and_truth_are_logged_apart(model):

@@ -1,0 +1,757 @@
+"""The front door on real machines: odd terminals and environments, full disks, kills, edits."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, make_dataclass, replace
+from types import SimpleNamespace
+
+import pytest
+
+import nanoreward as nr
+import train_small as front
+from data import arithmetic
+from data.arithmetic import Arithmetic
+from tests.conftest import CHOICES, ROOT, tiny
+
+SCRIPT = str(ROOT / "train_small.py")
+RUN = ["ppo", "--config", "smoke", "--updates", "3"]
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, cache):
+    """A finished run of three updates; tests work on copies of it."""
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    assert inside(*RUN, "--out", out, "--cache", cache) == 0
+    return out
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """A copy of the finished run."""
+    return copy_of(finished, tmp_path / "copy")
+
+
+@pytest.fixture
+def half(finished, tmp_path):
+    """A copy of the run as it was when it had ended, but had not said so."""
+    out = copy_of(finished, tmp_path / "half")
+    (out / "summary.json").unlink()
+    return out
+
+
+def copy_of(folder, to):
+    subprocess.run(["cp", "-r", str(folder), str(to)], check=True)
+    return to
+
+
+def inside(*argv):
+    """main() in this process: exit code."""
+    return front.main([str(a) for a in argv])
+
+
+def refused(capsys, *argv):
+    """The one line that main() says when it refuses."""
+    capsys.readouterr()
+    assert inside(*argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    return error
+
+
+def started(*argv, env=None, drop=(), **more):
+    """The script as a process of its own."""
+    kept = {key: value for key, value in os.environ.items() if key not in drop}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | more
+    return subprocess.Popen(
+        [sys.executable, SCRIPT, *map(str, argv)], env=kept | (env or {}), **pipes
+    )
+
+
+def ended(*argv, **more):
+    """Exit code, output and errors of the script."""
+    process = started(*argv, **more)
+    said, errors = process.communicate(timeout=200)
+    return process.returncode, said or b"", errors or b""
+
+
+def steps_of(out):
+    return [m["step"] for m in front.read_lines(out / "metrics.jsonl")]
+
+
+# ---- terminals and environments ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        {"PYTHONIOENCODING": "cp932"},
+        {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"},
+    ],
+    ids=["cp932", "C"],
+)
+def test_a_terminal_that_lacks_a_character_gets_a_question_mark(env, half, cache):
+    code, said, errors = ended("--resume", half, "--cache", cache, env=env)
+    assert (code, errors) == (0, b"")
+    assert b" ? base models" in said and b"careful twin" in said
+
+
+def test_every_text_file_is_opened_as_utf_8(copy, cache, tmp_path):
+    (copy / "summary.json").unlink()
+    code = (
+        "import warnings, train_small, notebooks.curves, notebooks.collect\n"
+        "warnings.simplefilter('error', EncodingWarning)\n"
+        f"assert train_small.main(['--resume', {str(copy)!r}, '--cache', {str(cache)!r}]) == 0\n"
+        f"assert train_small.main(['sample', {str(copy)!r}, '--prompt', '1+1=']) == 0\n"
+        f"assert train_small.main(['plot', {str(copy)!r}, '--png', {str(tmp_path / 'a.png')!r}]) == 0\n"
+    )
+    argv = [sys.executable, "-X", "warn_default_encoding", "-c", code]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="needs unshare and root")
+def test_a_user_without_a_name_or_a_home_needs_a_cache_alone(finished, tmp_path):
+    tmp_path.chmod(0o777)
+    nobody = ["unshare", "--user", "--map-user=12345", sys.executable, SCRIPT]
+    if subprocess.run([*nobody[:3], "true"], capture_output=True).returncode != 0:
+        pytest.skip("this machine has no user namespaces")
+    env = {k: v for k, v in os.environ.items() if k not in ("HOME", "XDG_CACHE_HOME")}
+    run = [*nobody, *RUN[:-1], "1", "--base-updates", "2", "--out", str(tmp_path / "x")]
+    without = subprocess.run(run, env=env, capture_output=True, text=True)
+    assert without.returncode == 2 and "give --cache FOLDER" in without.stderr
+    assert without.stderr.count("\n") == 1 and not (tmp_path / "x").exists()
+    cache = ["--cache", str(tmp_path / "cache")]
+    given = subprocess.run([*run, *cache], env=env, capture_output=True, text=True)
+    assert given.returncode == 0, given.stderr
+
+
+@pytest.mark.parametrize(
+    "left", [{"RANK": "0"}, {"RANK": "0", "WORLD_SIZE": "1"}, {"RANK": ""}], ids=str
+)
+def test_variables_that_another_program_left_behind_change_nothing(left, copy, monkeypatch):
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(front, "join_processes", lambda: pytest.fail("nobody is there to join"))
+    assert inside("--resume", copy) == 0
+
+
+def test_several_processes_that_cannot_meet_are_one_line(copy, monkeypatch, capsys):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setattr(front, "join_processes", lambda: pytest.fail("it would wait for ever"))
+    assert inside("--resume", copy) == 2
+    error = capsys.readouterr().err
+    assert "MASTER_ADDR" in error and "unset RANK" in error and error.count("\n") == 1
+
+
+def test_main_runs_in_a_thread_that_hears_no_signals(half, cache):
+    codes = []
+    run = threading.Thread(target=lambda: codes.append(inside("--resume", half, "--cache", cache)))
+    run.start()
+    run.join()
+    assert codes == [0]
+
+
+@pytest.mark.parametrize("argv", [["--resume"], ["--help"]], ids=" ".join)
+def test_a_reader_that_leaves_is_no_error(argv, half, cache):
+    argv = [*argv, half, "--cache", cache] if argv == ["--resume"] else argv
+    reads, writes = os.pipe()
+    os.close(reads)
+    code, _, errors = ended(*argv, stdout=writes)
+    os.close(writes)
+    assert (code, errors) == (0, b"")
+    assert argv == ["--help"] or (half / "summary.json").exists()
+
+
+def test_a_closed_output_is_no_error(half, cache):
+    shell = ["sh", "-c", '"$@" >&- 2>&-', "sh", sys.executable, SCRIPT, "--resume", str(half)]
+    assert subprocess.run([*shell, "--cache", str(cache)]).returncode == 0
+    assert (half / "summary.json").exists()
+
+
+# ---- disks and kills -----------------------------------------------------------------------------
+
+
+@contextmanager
+def full_disk(size):
+    """No file may have more bytes, which fails as a full disk does."""
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, usual[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+
+
+@pytest.mark.parametrize(
+    "size, file", [(0, "config.json"), (9000, "state.pt"), (60_000, "state.pt")]
+)
+def test_a_full_disk_is_one_line_that_names_the_file(size, file, cache, tmp_path, capsys):
+    """And with room again the run goes on."""
+    out = tmp_path / "x"
+    argv = [*RUN, "--eval-every", 1, "--out", out, "--cache", cache]
+    with full_disk(size):
+        error = refused(capsys, *argv)
+    assert str(out) in error and file in error and "is the disk full?" in error
+    assert not list(out.rglob("*.tmp"))
+    assert inside(*argv) == 0 and steps_of(out) == [1, 2, 3]
+
+
+def test_a_log_on_a_full_disk_is_one_line_that_names_it(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with full_disk(5), pytest.raises(nr.UserError, match="metrics.jsonl cannot be written"):
+        front.append(path, LINE)
+    assert path.stat().st_size == 5 and front.read_lines(path) == []
+
+
+def test_what_a_killed_process_left_half_written_goes_away_at_the_next_start(
+    half, cache, tmp_path, monkeypatch
+):
+    ours = [half / "config.json.77.tmp", half / "state" / "state.pt.77.tmp"]
+    theirs = half / "notes.tmp"  # no number of a process: a file of somebody's own
+    base = next(path for path in cache.iterdir() if path.name.startswith("gpt-"))
+    for path in (*ours, theirs, base / "state.pt.77.tmp"):
+        path.write_text("half")
+    assert inside("--resume", half, "--cache", cache) == 0
+    assert not any(path.exists() for path in ours) and theirs.read_text() == "half"
+    assert not list(base.glob("*.tmp"))
+
+
+def test_a_base_that_another_run_trains_at_this_moment_keeps_its_temporary_files(half, cache):
+    base = next(path for path in cache.iterdir() if path.name.startswith("gpt-"))
+    writing = base / "state.pt.77.tmp"
+    with front.take_lock(base):
+        writing.write_text("half")
+        assert inside("--resume", half, "--cache", cache) == 0
+        assert writing.exists()
+    writing.unlink()
+
+
+def test_a_second_process_with_the_same_folder_is_refused(cache, tmp_path, capsys):
+    out = tmp_path / "x"
+    argv = [*RUN[:-1], 400, "--eval-every", 400, "--cache", cache, "--out", out]
+    first = started(*argv)
+    while not (out / "metrics.jsonl").exists():
+        assert first.poll() is None
+        time.sleep(0.01)
+    for again in (argv, ["--resume", out, "--cache", cache]):
+        assert "another process is at work" in refused(capsys, *again)
+    first.kill()  # its lock dies with it
+    first.communicate()
+    front.take_lock(out).close()
+    seen = steps_of(out)
+    assert seen == list(range(1, len(seen) + 1))
+
+
+def test_a_disk_without_locks_refuses_nobody(half, cache, monkeypatch):
+    if front.os.name == "nt":
+        pytest.skip("Windows locks otherwise")
+
+    def no_locks(*_):
+        raise OSError(front.errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(front.fcntl, "flock", no_locks)
+    assert inside("--resume", half, "--cache", cache) == 0
+
+
+def test_a_finished_run_whose_picture_is_missing_draws_it(copy):
+    before = (copy / "curves.png").read_bytes()
+    (copy / "curves.png").unlink()
+    assert inside("--resume", copy) == 0
+    assert (copy / "curves.png").read_bytes() == before
+
+
+def test_stopped_before_anything_was_saved_it_goes_on_from_the_beginning(
+    cache, finished, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "x"
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(front, "run_job", stop)
+        assert inside(*RUN, "--out", out, "--cache", cache) == 130
+        patch.setattr(front, "find_run", stop)
+        assert inside(*RUN, "--out", out, "--cache", cache) == 130
+    assert "go on with: python train_small.py --resume" in capsys.readouterr().out
+    assert inside("--resume", out, "--cache", cache) == 0
+    assert steps_of(out) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("lost", ["state", "metrics.jsonl", "samples.jsonl", "models", "lock"])
+def test_a_run_that_has_lost_a_part_goes_on(half, cache, lost):
+    subprocess.run(["rm", "-r", str(half / lost)], check=True)
+    assert inside("--resume", half, "--cache", cache) == 0
+    assert (half / "models" / "ppo-0" / "model.safetensors").exists()
+    assert lost != "state" or steps_of(half) == [1, 2, 3]
+
+
+def test_a_folder_that_holds_no_run_is_one_line_and_stays_as_it_is(tmp_path, capsys):
+    for name in (None, "metrics.jsonl", "state"):
+        if name:
+            (tmp_path / name).mkdir()
+        before = list(tmp_path.iterdir())
+        assert str(tmp_path) in refused(capsys, "--resume", tmp_path, "--cache", tmp_path / "c")
+        assert list(tmp_path.iterdir()) == before
+
+
+# ---- files that were changed or torn -------------------------------------------------------------
+
+
+def changed(path, old, new):
+    text = path.read_text(encoding="utf-8")
+    assert text.count(old) > 0
+    path.write_text(text.replace(old, new, 1), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "file, old, new",
+    [
+        ("config.json", '"lr": 0.0005', '"lr": 0.005'),
+        ("config.json", '"seeds": 1', '"seeds": 2'),
+        ("config.json", '"targets": {}', '"targets": {"ppo": 0.5}'),
+        ("summary.json", '"updates": 3', '"updates": 4'),
+        ("summary.json", '"sha256": "', '"sha256": "0'),
+    ],
+)
+def test_numbers_that_were_changed_by_hand_are_refused(copy, capsys, file, old, new):
+    changed(copy / file, old, new)
+    error = refused(capsys, "--resume", copy)
+    assert "changed by hand or damaged" in error and str(copy / file) in error
+    changed(copy / file, new, old)
+    text = json.dumps(json.loads((copy / file).read_text()), sort_keys=True)
+    (copy / file).write_text(text)  # other order and line breaks say the same
+    assert inside("--resume", copy) == 0
+
+
+def test_a_run_without_checksums_is_read_as_before(half, cache):
+    about = json.loads((half / "config.json").read_text())
+    del about["sha256"], about["inputs"]
+    (half / "config.json").write_text(json.dumps(about))
+    assert inside("--resume", half, "--cache", cache) == 0
+    assert inside(*RUN, "--out", half, "--cache", cache) == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"configs": {}},
+        {"configs": None},
+        {"configs": {"ppo": 3}},
+        {"configs": {"nobody": {}}},
+        {"configs": {"ppo": {"lr": "fast"}}},
+        {"configs": {"ppo": {"updates": 2.5}}},
+        {"configs": {"ppo": {"bf16": 1}}},
+        {"seeds": "x"},
+        {"seeds": None},
+        {"targets": [1]},
+    ],
+    ids=str,
+)
+def test_a_config_that_nobody_can_use_is_one_line(copy, capsys, change):
+    about = json.loads((copy / "config.json").read_text())
+    del about["sha256"]
+    (copy / "config.json").write_text(json.dumps(about | change))
+    refused(capsys, "--resume", copy)
+    refused(capsys, "sample", copy, "--prompt", "1+1=")
+
+
+@pytest.mark.parametrize("content", [b"", b"\0\0\0", b"[]", b"null", b"\xff", b"[" * 100_000])
+@pytest.mark.parametrize("file", ["config.json", "summary.json"])
+def test_a_file_that_is_no_json_object_is_one_line(copy, capsys, file, content):
+    (copy / file).write_bytes(content)
+    assert str(copy / file) in refused(capsys, "--resume", copy)
+
+
+@pytest.mark.parametrize(
+    "results", [3, [3], [{"loop": "ppo", "seed": 7}], [{"loop": "ppo", "seed": 0}]]
+)
+def test_results_that_are_not_the_runs_are_one_line(copy, capsys, results):
+    front.write_json(copy / "summary.json", {"results": results})
+    assert str(copy / "summary.json") in refused(capsys, "--resume", copy)
+
+
+LINE = {"loop": "ppo", "seed": 0, "step": 1, "response": "ä€😀 }\u2028\u0085 \\boxed{18}"}
+
+
+def test_a_line_torn_anywhere_is_left_out(tmp_path):
+    path = tmp_path / "log.jsonl"
+    text = json.dumps(LINE, ensure_ascii=False).encode()
+    for end in range(len(text)):
+        path.write_bytes(text + b"\n" + text[:end])
+        assert front.read_lines(path) == [LINE], text[:end]
+    path.write_bytes(text + b"\n" + b"\0" * 9)
+    assert front.read_lines(path) == [LINE]
+    path.write_bytes(text + b"\n" + text)  # it lacks its end of line alone
+    assert front.read_lines(path) == [LINE, LINE]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"3",
+        b"[]",
+        b"null",
+        b"{}",
+        b"\0\0",
+        b"\xff",
+        b'{"loop": "ppo", "seed": 0}',
+        b'{"loop": "ppo", "step": 1}',
+        b'{"seed": 0, "step": 1}',
+        b'{"loop": "ppo", "seed": 0, "step": "1"}',
+        b'{"loop": "ppo", "seed": 0, "step": 1, "dev_greedy": "high"}',
+        b'{"loop": "ppo", "seed": 0, "step": 1}{"loop": "ppo"}',
+        b'{"loop": "ppo", "seed": 0, "step": 1',
+    ],
+)
+def test_a_broken_line_is_named(half, cache, capsys, line):
+    for file in ("metrics.jsonl", "samples.jsonl"):
+        before = (half / file).read_bytes()
+        first, rest = before.split(b"\n", 1)
+        (half / file).write_bytes(first + b"\n" + line + b"\n" + rest)
+        error = refused(capsys, "--resume", half, "--cache", cache)
+        assert f"{half / file}, line 2:" in error
+        if file == "metrics.jsonl":
+            assert f"{half / file}, line 2:" in refused(capsys, "plot", half)
+        (half / file).write_bytes(before)
+
+
+def test_a_broken_last_line_that_has_its_end_was_not_torn(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text(json.dumps(LINE) + "\n{}\n")
+    with pytest.raises(nr.UserError, match="log.jsonl, line 2:"):
+        front.read_lines(path)
+
+
+# ---- pictures ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["config.json", "state/state.pt", "picture", "a.txt", ".png"])
+def test_plot_writes_pictures_alone(copy, capsys, name):
+    before = {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()}
+    assert "no picture's name" in refused(capsys, "plot", copy, "--png", copy / name)
+    assert before == {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()}
+
+
+def test_a_picture_has_the_format_of_its_name(finished, tmp_path):
+    for name, begins in [("a.svg", b"<?xml"), ("a.PDF", b"%PDF"), ("a.jpg", b"\xff\xd8")]:
+        assert inside("plot", finished, "--png", tmp_path / name) == 0
+        assert (tmp_path / name).read_bytes().startswith(begins)
+
+
+def test_the_name_of_a_run_is_no_formula(finished, tmp_path):
+    odd = copy_of(finished, tmp_path / "$_$")
+    assert inside("plot", finished, odd, "--png", tmp_path / "a.png") == 0
+
+
+def test_only_a_missing_matplotlib_is_called_missing(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "notebooks.curves", raising=False)
+    for module, says in [
+        ("matplotlib.figure", "pip install matplotlib"),
+        ("statistics", "statistics"),
+    ]:
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, module, None)
+            assert inside("plot", finished, "--png", tmp_path / "a.png") == 0
+        said = capsys.readouterr().out
+        assert said.startswith("no picture: ") and says in said
+        assert ("matplotlib" in said) == (module == "matplotlib.figure")
+
+
+# ---- odd numbers ---------------------------------------------------------------------------------
+
+ODD = ["0", "-1", "1e308", "nan", "inf", "", "none", "x", "²", "1e-320", "1e30"]
+ODD += [str(10**9), str(10**19), str(2**63), "9" * 5000]
+
+
+def test_odd_values_of_every_flag_are_taken_or_refused_in_one_line(monkeypatch):
+    """What is taken has passed every check, and has room in memory."""
+    monkeypatch.setattr(front, "make_task", lambda c, careful=False: Arithmetic(1, 1))
+    parser = front.build_parser()
+    taken = set()
+    for group, its_fields in front.flag_groups().items():
+        method = "ppo" if group == "all methods" else group
+        for f in its_fields:
+            for value in ODD:
+                argv = [method, "--config", "smoke", f"{front.flag(f.name)}={value}"]
+                if f.name.startswith("reward_") or f.name == "continuations":
+                    argv += ["--reward", "sorm"] if method == "ppo" else []
+                try:
+                    front.checked_configs(parser.parse_args(argv), [method])
+                    taken.add((f.name, value))
+                except nr.UserError as error:
+                    assert "\n" not in str(error) and len(str(error)) < 6000
+                    # a text that is no number has a longer way to its line
+                    assert front.flag(f.name) in str(error) or "lower" in str(error), (argv, error)
+    numbers = {
+        f.name for fs in front.flag_groups().values() for f in fs if f.type in ("int", "float")
+    }
+    assert {value for name, value in taken if name in numbers - {"seed"}} == {"0"}
+    assert ("seed", "0") in taken and ("muon_lr", "0") in taken
+
+
+@pytest.mark.parametrize(
+    "numbers, flags",
+    [
+        (dict(width=10_000_000, micro=1), "--width"),
+        (dict(prompts=1_000_000, samples=1000), "--prompts"),
+        (dict(reward="sorm", continuations=10_000_000, response=100), "--prompts"),
+        (dict(eval_problems=10_000_000, response=100), "--eval-problems"),
+        (dict(demos=10_000_000, response=10_000), "--demos"),
+        (dict(response=1_000_000, micro=1_000_000), "--response"),
+    ],
+)
+def test_sizes_that_no_memory_holds_are_refused_before_anything_is_spent(
+    numbers, flags, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(front, "memory_of", lambda device: 64e9)
+    monkeypatch.setattr(front, "finish_run", lambda run: pytest.fail("work has begun"))
+    argv = [x for name, value in numbers.items() for x in (front.flag(name), value)]
+    error = refused(capsys, *RUN, *argv, "--out", tmp_path / "x", "--cache", tmp_path)
+    assert "GB of memory and cpu has 64.0" in error and flags in error.split("lower")[1]
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_memory_of_a_model_is_counted_by_its_parameters():
+    """By hand: weights, gradients, two moments and a reference, 4 bytes each."""
+    for c in (tiny("ppo"), front.make_config("ppo"), front.make_config("ppo", "gpu")):
+        model = nr.Transformer(c) if c.width < 100 else None
+        needed = front.memory_needed(c)["--width --layers --heads --head-dim --mlp-width"]
+        if model:
+            norms = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 1)
+            assert needed == 20 * (sum(p.numel() for p in model.parameters()) - norms)
+        # every preset fits a machine that it is meant for
+        assert sum(front.memory_needed(c).values()) < (70e9 if model is None else 4e9)
+    # keys and values of a rollout batch, by the cache that the sampler makes
+    c = tiny("ppo")
+    rows = c.prompts * c.samples
+    cache = nr.Cache(c, max(rows, c.eval_problems), c.response, nr.torch.zeros(1))
+    needed = front.memory_needed(c)[
+        "--prompts --samples --continuations --eval-problems --response"
+    ]
+    assert needed == cache.kv.numel() * 4 + 12 * c.vocab * max(rows, c.eval_problems)
+
+
+def test_where_the_system_does_not_say_how_much_memory_there_is_nothing_is_refused(monkeypatch):
+    assert 1e8 < front.memory_of("cpu") < 1e14
+    monkeypatch.delattr(front.os, "sysconf")
+    assert front.memory_of("cpu") == float("inf")
+
+
+def test_a_memory_that_runs_out_is_one_line(half, cache, monkeypatch, capsys):
+    for error in (MemoryError(), RuntimeError("[enforce fail] can't allocate memory: 9 bytes")):
+        monkeypatch.setattr(front, "run_job", lambda *_: (_ for _ in ()).throw(error))
+        assert "not enough memory" in refused(capsys, "--resume", half, "--cache", cache)
+
+
+# ---- the task and its files ----------------------------------------------------------------------
+
+
+def test_a_task_that_cannot_be_made_is_one_line(tmp_path, monkeypatch, capsys):
+    def make(c, careful=False):
+        raise ValueError("train.jsonl, line 7: not a row")
+
+    monkeypatch.setitem(
+        front.TASKS, "arithmetic", SimpleNamespace(**vars(arithmetic) | {"make": make})
+    )
+    error = refused(capsys, *RUN, "--out", tmp_path / "x", "--cache", tmp_path)
+    assert "line 7: not a row" in error and not (tmp_path / "x").exists()
+
+
+def test_a_problem_that_the_task_cannot_write_is_one_line(finished, monkeypatch, capsys):
+    def answer(*_):
+        raise ValueError("no token for 'é'")
+
+    method = replace(nr.METHODS["ppo"], answer=answer)
+    monkeypatch.setitem(nr.METHODS, "ppo", method)
+    assert "no token" in refused(capsys, "sample", finished, "--prompt", "1+1=")
+    for prompt in ("", "é", "1+1", "\u2028"):
+        refused(capsys, "sample", finished, "--prompt", prompt)
+
+
+def with_rows(tmp_path, monkeypatch):
+    """A task that reads rows of --data, as gsm8k does."""
+    rows = tmp_path / "rows"
+    rows.mkdir()
+    for name in ("train.jsonl", "test.jsonl"):
+        (rows / name).write_text("a row\n")
+    monkeypatch.setitem(front.TASKS, "arithmetic", arithmetic)
+    monkeypatch.setitem(front.TASK_ONLY, "data", "task arithmetic")
+    return rows
+
+
+def test_a_run_knows_the_files_that_it_began_with(cache, tmp_path, monkeypatch, capsys):
+    rows = with_rows(tmp_path, monkeypatch)
+    out = tmp_path / "x"
+    argv = [*RUN, "--data", rows, "--out", out, "--cache", tmp_path / "cache"]
+    with monkeypatch.context() as patch:
+        patch.setattr(front, "run_job", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        assert inside(*argv) == 130
+    about = json.loads((out / "config.json").read_text())
+    assert set(about["inputs"]) == {str(rows / "train.jsonl"), str(rows / "test.jsonl")}
+    (rows / "test.jsonl").write_text("another row\n")
+    for again in (["--resume", out, "--cache", cache], argv):
+        error = refused(capsys, *again)
+        assert f"{rows / 'test.jsonl'} has changed since" in error
+    (rows / "test.jsonl").write_text("a row\n")
+    assert inside(*argv) == 0
+
+
+def test_a_cached_model_is_that_of_the_files_as_they_are_now(tmp_path, monkeypatch):
+    rows = with_rows(tmp_path, monkeypatch)
+    model = tmp_path / "model"
+    nr.Transformer(tiny("ppo")).save(model)
+    trainer = front.CachedTrainer(tmp_path)
+    c = tiny("ppo", data=str(rows), model=str(model))
+
+    def key():
+        return trainer.folder("gpt", nr.gpt_base, c, reads="")
+
+    keys = [key(), key()]
+    assert keys[0] == keys[1]
+    for path in (rows / "train.jsonl", rows / "test.jsonl", model / "model.safetensors"):
+        path.write_bytes(path.read_bytes() + b" ")
+        keys.append(key())
+    (model / "tokenizer.json").write_text("{}")
+    keys.append(key())
+    (model / "README.md").write_text("of no weight")
+    assert len(set(keys)) == 5 and key() == keys[-1]
+
+
+def test_each_file_is_hashed_once(tmp_path, monkeypatch):
+    rows = with_rows(tmp_path, monkeypatch)
+    c = tiny("ppo", data=str(rows))
+    front.digest_of.cache_clear()
+    assert front.inputs_of(c) == front.inputs_of(c)
+    assert front.digest_of.cache_info().misses == 2
+
+
+# ---- somebody's own methods ----------------------------------------------------------------------
+
+
+def test_a_loop_that_logs_no_samples_is_counted_by_its_state(cache, tmp_path, monkeypatch):
+    def quiet(state, task, c):
+        for m in nr.ppo(state, task, c):
+            del m["samples"]
+            yield m
+
+    monkeypatch.setitem(nr.METHODS, "ppo", replace(nr.METHODS["ppo"], loop=quiet))
+    monkeypatch.setattr(front.Job, "right", lambda self, *_: 1.0)
+    assert inside(*RUN, "--out", tmp_path / "x", "--cache", cache) == 0
+    assert [m["samples"] for m in front.read_lines(tmp_path / "x" / "metrics.jsonl")] == [
+        32,
+        64,
+        96,
+    ]
+    result = front.read_results(tmp_path / "x")[0]
+    assert (result["samples_to_80"], result["samples"]) == (32, 96)
+
+
+@dataclass(frozen=True)
+class Optional(nr.PPOConfig):
+    """The numbers of ppo, and one that need not be given."""
+
+    # How far a reward may go.
+    limit: float | None = None
+
+
+def test_a_number_that_need_not_be_given_is_a_flag_too(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(nr.METHODS, "mine", replace(nr.METHODS["ppo"], config=Optional))
+    monkeypatch.setattr(front, "finish_run", lambda run: 0)
+    argv = ["mine", "--config", "smoke", "--cache", tmp_path, "--out"]
+    assert inside(*argv, tmp_path / "a") == 0
+    assert inside(*argv, tmp_path / "b", "--limit", 2.5) == 0
+    limits = [front.open_run(tmp_path / name).configs["mine"].limit for name in "ab"]
+    assert limits == [None, 2.5]
+    assert "--limit must be a finite number" in refused(
+        capsys, *argv, tmp_path / "c", "--limit", "nan"
+    )
+    with pytest.raises(SystemExit):
+        inside("--help")
+    assert "How far a reward may go. [None]" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_type_that_is_no_flag_is_one_line(tmp_path, monkeypatch, capsys):
+    config = make_dataclass("Odd", [("stops", list, None)], bases=(nr.PPOConfig,), frozen=True)
+    monkeypatch.setitem(nr.METHODS, "mine", replace(nr.METHODS["ppo"], config=config))
+    error = refused(capsys, *RUN, "--out", tmp_path / "x", "--cache", tmp_path)
+    assert "'stops'" in error and "int, float, str, bool" in error
+
+
+@pytest.mark.parametrize(
+    "entry, word",
+    [
+        (dict(only_with={"lamb": "arm gae"}), "'lamb'"),
+        (dict(only_with={"lam": "arms gae"}), "'arms'"),
+        (dict(only_with={"lam": "arm gea"}), "'arm gea'"),
+        (dict(only_with={"lam": "arm"}), "'arm'"),
+        (dict(only_with={"lam": ""}), "''"),
+        (dict(choices={"way": ["a"]}), "'way'"),
+    ],
+)
+def test_an_entry_that_names_what_is_not_there_is_one_line(
+    tmp_path, monkeypatch, capsys, entry, word
+):
+    monkeypatch.setitem(nr.METHODS, "mine", replace(nr.METHODS["ppo"], **entry))
+    error = refused(capsys, *RUN, "--out", tmp_path / "x", "--cache", tmp_path)
+    assert "METHODS['mine']" in error and word in error
+
+
+def test_every_arm_that_compares_within_groups_says_when_all_of_them_are_flat():
+    said = {}
+    for name in ("ppo", "seq2seq", "denoise"):
+        for arm in CHOICES[name]["arm"]:
+            found = front.notes({"flat_groups": 1.0}, tiny(name, arm=arm))
+            said[name, arm] = "equal rewards in every group" in found.get("flat", "")
+    assert said == {key: key[1] != "gae" for key in said} and len(said) == 8
+
+
+def test_the_leash_of_seq2seq_is_a_flag():
+    configs = front.configs_of(["seq2seq"], "smoke", {"beta": 0.3})
+    assert configs["seq2seq"].beta == 0.3
+
+
+@pytest.mark.parametrize("name", list(nr.METHODS))
+def test_a_response_that_decodes_to_nothing_is_shown(name):
+    """Also where all responses do."""
+    method = nr.METHODS[name]
+    c = tiny(name, device="cpu")
+    task = front.make_task(c)
+    policy = nr.Transformer(replace(c, causal=name != "denoise"), nr.rng(0, "init"))
+    state = method.start(policy, c)
+    state_models = {"rewriter": policy}
+    if "models" in {f.name for f in fields(state)}:
+        state.models = state_models
+    prompts = task.prompts(2, nr.rng(0, "dev"))
+    for texts in (["", "<eos>"], ["", ""]):
+        b = front.as_rollout(task, prompts, texts, c)
+        assert len(method.explain(state, task, b, c)) == 2
+
+
+def test_a_trained_model_whose_numbers_were_changed_is_not_asked(copy, cache, capsys):
+    assert inside("--resume", copy, "--cache", cache) == 0
+    ask = ["sample", copy, "--prompt", "3+4="]
+    assert inside(*ask) == 0
+    path = next((copy / "models").iterdir()) / "config.json"
+    whole = json.loads(path.read_text())
+    for key, value in (("rope_theta", 20_000.0), ("rms_norm_eps", 2e-5), ("eos_token_id", 7)):
+        path.write_text(json.dumps(whole | {key: value}))
+        capsys.readouterr()
+        assert inside(*ask) == 2
+        error = capsys.readouterr().err
+        assert "config.json was changed" in error and error.count("\n") == 1
+    path.write_text(json.dumps(whole))
+    assert inside(*ask) == 0
