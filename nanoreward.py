@@ -1189,8 +1189,9 @@ def group_advantage(reward: Tensor, group: Tensor, kind: str) -> Tensor:
     """The reward (B,) compared with the other samples of the same prompt, group (B,) -> (B,).
 
     mean: r - mean.   grpo (15): (r - mean) / (unbiased std + 1e-4).   rloo (16): r - mean of the
-    others. A group with equal rewards gets exactly zero, and so does a group of one. A reward that
-    is NaN was not given: it counts for nothing and its response gets zero.
+    others. A group with equal rewards gets exactly zero, and so does a group of one: differences
+    below 1e-6 are taken for rounding. A reward that is NaN was not given: it counts for nothing and
+    its response gets zero.
     """
     groups = int(group.max()) + 1
 
@@ -1207,6 +1208,7 @@ def group_advantage(reward: Tensor, group: Tensor, kind: str) -> Tensor:
 
     count = total(given.to(reward.dtype))
     adv = (reward - total(reward) / count.clamp(min=1)) * given
+    adv = adv.masked_fill(adv.abs() < 1e-6, 0.0)
     if kind == "grpo":
         std = (total(adv**2) / (count - 1).clamp(min=1)).sqrt()
         adv = adv / (std + 1e-4)
@@ -1258,8 +1260,9 @@ def rollout_metrics(b: Rollout, reward: Tensor, truth: Tensor, c: Config) -> Met
         "entropy": float(-(b.logp * b.mask).sum() / b.mask.sum()),
         "length": float(b.mask.sum(1).mean()),
         "ended": float(is_end(b.response, c).any(1).float().mean()),
-        # Groups with equal rewards. If all are, an arm that compares within groups learns nothing.
-        "flat_groups": float((high == low).float().mean()),
+        # Groups with equal rewards, but for rounding. If all are, an arm that compares in groups
+        # learns nothing.
+        "flat_groups": float((high - low < 1e-6).float().mean()),
     }
 
 
@@ -2712,8 +2715,8 @@ def label_drafts(policy: Transformer, task: Task, n: int, c: Config) -> Labelled
     """Draw n drafts, one for each problem, go on from the prefixes of the wrong ones, and label."""
     # 1. sample
     device = policy.device
-    prompt = encode_prompts(task, task.prompts(n, rng(c.seed, "prompts")), c).to(device)
-    draft = sample(policy, prompt, c, generator=rng(c.seed, "sample"))
+    prompt = encode_prompts(task, task.prompts(n, rng(c.seed, "draft prompts")), c).to(device)
+    draft = sample(policy, prompt, c, generator=rng(c.seed, "drafts"))
     right = grades(task, draft) > 0.5
     ends = prefix_ends(task, draft)
     wrong_ends = ends.masked_fill(right[:, None], -1)

@@ -535,7 +535,7 @@ class GSM8K:
     # ---- problems and demonstrations ------------------------------------------------------------
 
     def split(self, prompt: str) -> str:
-        """The split of a problem: test is what test.jsonl holds, and a tenth of the rest is dev."""
+        """The split of a problem: test is what test.jsonl holds, and a ninth of the rest is dev."""
         question = self.question(prompt)
         if question in self.tests:
             return "test"

@@ -188,9 +188,9 @@ def test_drafts_are_drawn_continued_and_labelled_in_one_go():
     student = rough(SMALL)
     drafts = nr.label_drafts(student, TASK, 12, SMALL)
     steps = drafts.examples
-    texts = TASK.prompts(12, nr.rng(SMALL.seed, "prompts"))
+    texts = TASK.prompts(12, nr.rng(SMALL.seed, "draft prompts"))
     prompt = nr.encode_prompts(TASK, texts, SMALL)
-    draft = nr.sample(student, prompt, SMALL, generator=nr.rng(SMALL.seed, "sample"))
+    draft = nr.sample(student, prompt, SMALL, generator=nr.rng(SMALL.seed, "drafts"))
     assert torch.equal(steps["prompt"], prompt) and torch.equal(steps["response"], draft.response)
     ends = nr.prefix_ends(TASK, draft)
     right = nr.grades(TASK, draft) > 0.5
