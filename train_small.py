@@ -1087,6 +1087,7 @@ class Job:
         train = CachedTrainer(self.run.cache)
         base = nr.gpt_base(task, c, train)
         result = {"loop": self.name, "seed": self.seed, "chance": task.chance()}
+        result["problems"] = len(self.test)
         result["base"] = nr.accuracy(base, task, self.test, c)
         result["base_sampled"] = nr.accuracy(base, task, self.test, c, c.temperature)
         print(
@@ -1237,7 +1238,15 @@ def table(results: list[dict[str, Any]]) -> str:
     if "ceiling" in one[0]:
         rows.append(["careful twin", "", over(one, "ceiling")])
     widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    if "problems" in one[0]:
+        n = one[0]["problems"]
+        # A share of n problems has the variance p (1 - p) / n, which is largest for p = 1/2.
+        lines.append(
+            f"An accuracy is that of {n} problems, the same for all seeds: they alone leave it "
+            f"uncertain by up to ± {1.96 * 0.5 / n**0.5:.3f}."
+        )
+    return "\n".join(lines)
 
 
 def draw_picture(runs: list[Path], path: Path) -> None:

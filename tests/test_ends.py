@@ -57,7 +57,8 @@ def test_a_given_start_that_holds_an_end_is_not_gone_on_from():
     start[:, :2] = torch.tensor([[9, 25], [9, 10]])
     prompt = nr.encode_prompts(TASK, ["3+4="] * 2, SEVERAL)
     b = nr.sample(rough(SEVERAL), prompt, SEVERAL, start, generator=nr.rng(0, "sample"))
-    assert b.mask[0].sum() == 2 and b.mask[1].sum() > 2
+    assert (b.response[0, 2:] == SEVERAL.pad_id).all() and (b.order[0] == -1).all()
+    assert b.mask[1].sum() > 2
 
 
 def test_a_model_that_rewrites_sees_no_end_of_what_it_reads():
@@ -80,8 +81,13 @@ def test_what_stands_behind_the_end_is_never_graded():
         def decode(self, ids):
             return " ".join(str(i) for i in ids)
 
+        def grade(self, prompt, response):
+            return float(response == "7 25")
+
     response = torch.tensor([[7, 25, 9, 9]])
     assert nr.texts_of(Whole(1, 1), response, SEVERAL) == ["7 25"]
+    b = rollout_of(["3+4="], response, SEVERAL)
+    assert nr.grades(Whole(1, 1), b).tolist() == [1.0]
 
 
 # ---- what may be written -------------------------------------------------------------------------

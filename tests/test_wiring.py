@@ -1313,6 +1313,14 @@ def test_the_table_by_hand():
         "6",
     ]
     assert rows[5] == ["careful twin", wide([0.96, 0.98])]
+    assert len(rows) == 6
+
+
+def test_the_table_says_how_uncertain_the_problems_alone_leave_an_accuracy():
+    *rows, last = front.table([r | {"problems": 430} for r in RESULTS]).splitlines()
+    assert rows == front.table(RESULTS).splitlines()
+    low, high = stats.norm.interval(0.95, 0.5, (0.25 / 430) ** 0.5)
+    assert "430 problems" in last and last.endswith(f"± {(high - low) / 2:.3f}.")
 
 
 @pytest.mark.parametrize(
