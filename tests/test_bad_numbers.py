@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import nanoreward as nr
+import train_small as front
 from data.arithmetic import Arithmetic
 from tests.conftest import rough, tiny
 
@@ -232,3 +233,24 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     with pytest.raises(nr.UserError, match="x.json cannot be written .* disk full"):
         nr.write_whole(path, no_space)
     assert path.read_text() == "old" and [x.name for x in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_two_hundred_damaged_configs_of_a_run_are_one_line_each_or_the_same_numbers(tmp_path):
+    configs = {name: tiny(name) for name in ("ppo", "refine")}
+    run = front.Run(tmp_path, configs, "smoke", 2, {"ppo": 0.5}, {})
+    path = tmp_path / "config.json"
+    front.write_json(path, run.about())
+    content = path.read_bytes()
+    assert front.open_run(tmp_path).about() == run.about()
+    draw = random.Random(0)
+    refused = 0
+    for _ in range(200):
+        path.write_bytes(damaged(content, draw))
+        try:
+            found = front.open_run(tmp_path)
+        except nr.UserError as error:
+            assert "\n" not in str(error) and "config.json" in str(error)
+            refused += 1
+        else:
+            assert found.about() == run.about()
+    assert refused > 150
