@@ -1062,6 +1062,17 @@ def test_log_probs_without_a_mask_token_forbid_pad_and_bos_only():
     assert torch.allclose(logp.exp().sum(), torch.ones(()))
 
 
+@pytest.mark.parametrize("asked", [True, False])
+def test_bf16_is_taken_where_it_is_there(asked, monkeypatch):
+    c = nr.replace(TINY, bf16=asked, device="cpu")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    assert nr.on_device(rough(TINY), c).config.bf16 == asked  # a CPU has it, whatever a GPU has
+    monkeypatch.setattr(nr, "pick_device", lambda name: "meta")  # stands in for an old GPU
+    assert not nr.on_device(rough(TINY), c).config.bf16
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    assert nr.on_device(rough(TINY), c).config.bf16 == asked
+
+
 def test_bf16_gives_nearly_the_same_gradients():
     ids, grads = questions(n=3, P=8) % 30, []
     for bf16 in (False, True):

@@ -282,3 +282,14 @@ def test_of_few_held_out_problems_all_are_given_and_none_twice():
     every = [f"{a}{op}{d}=" for a in range(100) for op, d in OPERATIONS]
     held_out = task.prompts(5000, generator(), "dev")
     assert sorted(held_out) == sorted(x for x in every if task.split(x) == "dev")
+
+
+def test_a_problem_stays_in_its_split():
+    """These belong where they are. Otherwise accuracies of two versions could not be compared."""
+    known = {
+        "train": ["85*3=", "83*3-8+7=", "44-7=", "13-1+4="],
+        "dev": ["20+8-8-8=", "73+4*3=", "63-9-4=", "10-4+8="],
+        "test": ["90+2*3*4=", "55+9=", "0*2-1=", "82+4-9-6="],
+    }
+    for split, problems in known.items():
+        assert [TASK.split(x) for x in problems] == [split] * 4

@@ -381,6 +381,22 @@ def test_normalized_scores_have_mean_zero_and_variance_one(model):
     assert torch.equal(before.argsort(), after.argsort())
 
 
+def test_heads_of_reward_models_start_at_one_over_the_root_of_the_width_and_one(model):
+    c = tiny("ppo", width=32)
+    seen = []
+
+    def train(name, modules, *numbers, **more):
+        seen.append(modules[0].head.linear.weight.detach().clone())
+
+    for seed in range(20):
+        each = nr.replace(c, seed=seed)
+        nr.scorer_models(rough(each), TASK, each, train)
+        scorer = nr.StepScorer(rough(each), seed)
+        seen += [scorer.orm.linear.weight.detach(), scorer.sorm.linear.weight.detach()]
+    assert torch.cat(seen).std() == pytest.approx(33**-0.5, rel=0.1)
+    assert len({float(x[0, 0]) for x in seen}) == 60
+
+
 def test_bradley_terry_learns_what_the_pairs_say():
     """Preferred always ends in 0, the other never does: nothing else tells them apart."""
     config = nr.replace(TINY, base_batch=32)
