@@ -406,6 +406,24 @@ def test_every_second_update_rehearses_as_a_gpt_and_the_others_look_further_and_
     assert seen[1::2] == pytest.approx([(2 / 5) ** 2, (4 / 5) ** 2, 1, 1, 1])
 
 
+def test_a_diffusion_lm_starts_with_the_weights_of_its_base_and_a_mean_row_for_mask():
+    gpt = rough(nr.replace(FULL, causal=True, vocab=20, mask_id=20))
+    seen = []
+
+    def train(name, modules, *numbers, **more):
+        seen.append({k: x.clone() for k, x in modules[0].state_dict().items()})
+
+    c = nr.replace(FULL, causal=True, vocab=20, mask_id=20, look_ahead=0.5)
+    made = nr.diffusion_base(gpt, TASK, c, train)
+    assert (made.config.vocab, made.config.causal) == (21, False)
+    for name, before in gpt.state_dict().items():
+        after = seen[0][name]
+        assert torch.equal(after[: len(before)], before), name
+        if len(after) > len(before):
+            assert torch.allclose(after[-1], before.mean(0)) and len(after) == 21
+    assert sum(len(x) == 21 for x in seen[0].values()) == 2  # embedding and output
+
+
 def test_without_looking_ahead_slowly_everything_is_seen_from_scratch(monkeypatch):
     config = nr.replace(FULL, demos=40, start_updates=10, look_ahead=0.0)
     model = rough(FULL)

@@ -846,3 +846,9 @@ def test_a_gpt_with_a_mask_row_predicts_as_before(folder, tmp_path):
     ids = torch.randint(4, c.vocab, (2, 9), generator=draw())
     assert torch.allclose(model(ids)[..., :-1], old(ids), atol=1e-4)
     assert torch.allclose(model.embed_tokens.weight[-1], old.embed_tokens.weight.mean(0), atol=1e-4)
+
+
+def test_parentheses_may_be_nested_fifty_deep_and_no_deeper():
+    assert gsm8k.calculate("(" * 50 + "7" + ")" * 50) == 7
+    with pytest.raises(ValueError, match="nested"):
+        gsm8k.calculate("(" * 51 + "7" + ")" * 51)

@@ -181,6 +181,11 @@ def test_refiners_learn_from_right_traces_and_the_local_one_only_what_follows_th
     assert rest[0][0] == [1, *ids[0], SEP, *ids[3], BAD, *ids[2], SEP]
     # it goes on, it never repeats the good prefix
     assert ids[3] + rest[0][1] == TASK.encode([answer])[0]
+    # The global one learns from the trace that began with nothing, whatever follows a prefix.
+    at_once = TASK.encode(["#26<eos>"])
+    drafts.traces[0, 1] = nr.right_pad(at_once, 0, 28)[0]
+    assert nr.global_demos(TASK, drafts, WIDE)[0][1] == at_once[0]
+    assert nr.local_demos(TASK, drafts, WIDE) == rest
 
 
 def test_drafts_are_drawn_continued_and_labelled_in_one_go():

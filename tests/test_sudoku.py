@@ -443,3 +443,11 @@ def test_held_out_problems_are_all_different(split, monkeypatch):
     assert len(set(held_out)) == 400 and {many_clues.split(x) for x in held_out} == {split}
     train = many_clues.prompts(3000, generator)
     assert len(set(train)) < len(train)
+
+
+def test_the_task_is_made_with_habits_and_asks_for_room():
+    c = front.make_config("ppo", "sudoku")
+    assert not sudoku.make(c).careful and sudoku.make(c, careful=True).careful
+    assert all(holds for holds, _ in sudoku.rules(c))
+    said = [message for holds, message in sudoku.rules(nr.replace(c, response=16)) if not holds]
+    assert len(said) == 1 and "17" in said[0]
