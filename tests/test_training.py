@@ -231,6 +231,9 @@ def test_load_state_fills_modules_in_place_and_runs_no_code(tmp_path, model):
         mine = vars(state)[role].state_dict()
         assert all(torch.equal(x, mine[name]) for name, x in part.state_dict().items())
     assert not list(tmp_path.glob("*.tmp"))
+    # Lists of plain things come back as they were saved, whatever a fresh state has in their place.
+    for fresh in ([], [7], [7, 8, 9, 10], None, 5, "text"):
+        assert nr.load_state(tmp_path, into={"list": fresh})["list"] == [1, 2.5, None]
 
     class Evil:
         def __reduce__(self):
