@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, make_dataclass, replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import nanoreward as nr
 import train_small as front
@@ -523,6 +524,23 @@ def test_sizes_that_no_memory_holds_are_refused_before_anything_is_spent(
     error = refused(capsys, *RUN, *argv, "--out", tmp_path / "x", "--cache", tmp_path)
     assert "GB of memory and cpu has 64.0" in error and flags in error.split("lower")[1]
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_memory_of_a_response_is_that_of_its_cache_and_its_logits(bf16):
+    odd = dict(layers=3, heads=6, kv_heads=2, head_dim=10, response=17, vocab=45, bf16=bf16)
+    c = tiny("ppo", **odd)
+    cache = nr.Cache(c, 1, c.response, torch.zeros(1)).kv
+    few, many = (
+        sum(front.memory_needed(replace(c, eval_problems=n)).values()) for n in (9000, 9100)
+    )
+    assert many - few == 100 * (cache.numel() * cache.element_size() + 12 * 45)
+
+
+def test_a_resume_with_a_cache_that_cannot_be_written_is_one_line(half, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    error = refused(capsys, "--resume", half, "--cache", tmp_path / "file")
+    assert f"cannot write to {tmp_path / 'file'}" in error
 
 
 def test_the_memory_of_a_model_is_counted_by_its_parameters():
