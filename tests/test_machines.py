@@ -773,3 +773,26 @@ def test_a_trained_model_whose_numbers_were_changed_is_not_asked(copy, cache, ca
         assert "config.json was changed" in error and error.count("\n") == 1
     path.write_text(json.dumps(whole))
     assert inside(*ask) == 0
+
+
+@pytest.mark.parametrize(
+    "more", ["ppo", "--out x", "--target ppo=0.5", "--lr 0.001"], ids=lambda more: more.split()[0]
+)
+def test_a_resume_takes_no_other_numbers(more, copy, capsys):
+    before = (copy / "config.json").read_bytes()
+    assert "takes all numbers from its folder" in refused(capsys, "--resume", copy, *more.split())
+    assert (copy / "config.json").read_bytes() == before
+
+
+def test_a_sample_is_greedy_unless_a_temperature_is_asked_for(copy, cache, monkeypatch):
+    assert inside("--resume", copy, "--cache", cache) == 0
+    seen = []
+
+    def respond(model, task, prompts, c, generator):
+        seen.append(c.temperature)
+        return ["#7<eos>"]
+
+    monkeypatch.setattr(nr, "respond", respond)
+    ask = ["sample", copy, "--prompt", "3+4="]
+    assert inside(*ask) == 0 and inside(*ask, "--temperature", "0.7") == 0
+    assert seen == [0.0, 0.7]

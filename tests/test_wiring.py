@@ -1334,9 +1334,11 @@ def test_the_table_says_how_uncertain_the_problems_alone_leave_an_accuracy():
         ({}, 0),
     ],
 )
-def test_a_target_is_compared_with_the_mean_over_seeds(targets, code):
+def test_a_target_is_compared_with_the_mean_over_seeds(targets, code, capsys):
     run = SimpleNamespace(targets=targets, done=RESULTS)
     assert front.verdict(run) == code
+    said = capsys.readouterr().out
+    assert said.count("\n") == len(targets) and ("MISSED" in said) == (code == 1)
 
 
 # What the dev problems are answered with in a run, by seed and update.
