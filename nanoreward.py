@@ -45,7 +45,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from math import ceil, isfinite, log, pi
+from math import ceil, log, pi
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -1133,44 +1133,38 @@ def in_groups(
     return prompt.to(device), group.to(device)
 
 
-def texts_of(task: Task, response: Tensor, c: Architecture) -> list[str]:
-    """Responses (B, R) as texts. What stands behind the first EOS is never read."""
-    lengths = up_to_eos(response, c).sum(1).int().tolist()
+def texts_of(task: Task, response: Tensor, mask: Tensor) -> list[str]:
+    """Responses and their mask (B, R) as texts. What stands behind the end is never read."""
+    lengths = mask.sum(1).int().tolist()
     rows = response.tolist()
     return [task.decode(ids[:n]) for ids, n in zip(rows, lengths, strict=True)]
 
 
 def grades(task: Task, b: Rollout) -> Tensor:
     """The true reward of each response, (B,): what the task's own grader says."""
-    scores = []
-    lengths = b.mask.sum(1).int().tolist()
-    for x, y, n in zip(b.prompt.tolist(), b.response.tolist(), lengths, strict=True):
-        prompt = task.decode(x)
-        response = task.decode(y[:n])  # what stands behind the end counts for nothing
-        score = float(task.grade(prompt, response))
-        refuse_no_number(score, prompt, response)
-        scores.append(score)
-    return torch.tensor(scores, device=b.prompt.device)
-
-
-def refuse_no_number(reward: float, prompt: str, response: str) -> None:
-    """A reward that is NaN or infinite raises UserError, which names the response."""
-    if not isfinite(reward):
-        raise UserError(
-            f"the reward of the response {response[:80]!r} to {prompt[-80:]!r} is {reward}: "
-            "whoever gives the reward has to give a finite number"
-        )
+    prompts = [task.decode(ids) for ids in b.prompt.tolist()]
+    responses = texts_of(task, b.response, b.mask)
+    scores = [float(task.grade(x, y)) for x, y in zip(prompts, responses, strict=True)]
+    truth = torch.tensor(scores, device=b.prompt.device)
+    check_rewards(truth, task, b)
+    return truth
 
 
 def check_rewards(reward: Tensor, task: Task, b: Rollout) -> None:
-    """Rewards (B, R) or (B,) must be finite, because one NaN would make all weights NaN."""
+    """Rewards (B, R) or (B,) that are NaN or infinite raise UserError, which names the response.
+
+    One of them would make all weights NaN.
+    """
     total = reward.sum(1) if reward.dim() == 2 else reward
     if total.isfinite().all():
         return
     i = int(total.isfinite().int().argmin())  # the first one that is not
-    length = int(b.mask[i].sum())
-    response = task.decode(b.response[i, :length].tolist())
-    refuse_no_number(float(total[i]), task.decode(b.prompt[i].tolist()), response)
+    prompt = task.decode(b.prompt[i].tolist())
+    response = texts_of(task, b.response, b.mask)[i]
+    raise UserError(
+        f"the reward of the response {response[:80]!r} to {prompt[-80:]!r} is {float(total[i])}: "
+        "whoever gives the reward has to give a finite number"
+    )
 
 
 def at_end(score: Tensor, b: Rollout, c: Architecture) -> Tensor:
@@ -1275,8 +1269,8 @@ def respond(
 ) -> list[str]:
     """One response to each prompt, as text. c.temperature 0 is greedy."""
     prompt = encode_prompts(task, prompts, c).to(model.device)
-    response = sample(model, prompt, c, generator=generator).response
-    return texts_of(task, response, c)
+    b = sample(model, prompt, c, generator=generator)
+    return texts_of(task, b.response, b.mask)
 
 
 def accuracy(
@@ -2158,14 +2152,14 @@ def judged(
     scores = []
     for part in left_pad(asked, c.pad_id).to(device).split(SAMPLED_AT_ONCE):
         prompt = part.repeat_interleave(c.judgements, 0)
-        written = sample(state.judge, prompt, c, generator=generator).response
-        scores += [parse_score(text) for text in texts_of(task, written, c)]
+        written = sample(state.judge, prompt, c, generator=generator)
+        scores += [parse_score(text) for text in texts_of(task, written.response, written.mask)]
     state.samples += len(scores)
     scores = [torch.nan if x is None else x for x in scores]
     score = torch.tensor(scores, device=device)
 
     mean = float(score.nanmean())
-    quoted = [parse_score(text) is not None for text in texts_of(task, b.response, c)]
+    quoted = [parse_score(text) is not None for text in texts_of(task, b.response, b.mask)]
     return score.view(-1, c.judgements).nanmean(1), {
         "score": mean,
         "spread": float(score.nan_to_num(mean).std(correction=0)),
@@ -2953,7 +2947,7 @@ def answer_refined(
     best = found.score.argmax(0)
     column = torch.arange(len(prompts), device=best.device)
     chosen = found.response[best, column]
-    return texts_of(task, chosen, c)
+    return texts_of(task, chosen, up_to_eos(chosen, c))
 
 
 @torch.no_grad()
@@ -3447,7 +3441,6 @@ def denoise(
         # 2. score
         truth = grades(task, b)
         reward = verifier(state, task, b, truth, c)
-        check_rewards(reward, task, b)
 
         # 3. credit
         b.adv = DENOISE_ARMS[c.arm](state, task, b, reward.sum(1), c)

@@ -73,7 +73,11 @@ def test_what_stands_behind_the_end_is_never_graded():
     wrong_then_right = torch.tensor([[2, *truth], [*truth, 2], [1, *truth]])
     b = rollout_of(["3+4="] * 3, wrong_then_right, TINY)
     assert nr.grades(TASK, b).tolist() == [0, 1, 1]
-    assert nr.texts_of(TASK, wrong_then_right, TINY) == ["<eos>", "3+4=7;#7<eos>", "3+4=7;#7<eos>"]
+    assert nr.texts_of(TASK, wrong_then_right, nr.up_to_eos(wrong_then_right, TINY)) == [
+        "<eos>",
+        "3+4=7;#7<eos>",
+        "3+4=7;#7<eos>",
+    ]
 
     class Whole(Arithmetic):
         """A task that shows all ids that it is given, whatever ends they hold."""
@@ -85,7 +89,7 @@ def test_what_stands_behind_the_end_is_never_graded():
             return float(response == "7 25")
 
     response = torch.tensor([[7, 25, 9, 9]])
-    assert nr.texts_of(Whole(1, 1), response, SEVERAL) == ["7 25"]
+    assert nr.texts_of(Whole(1, 1), response, nr.up_to_eos(response, SEVERAL)) == ["7 25"]
     b = rollout_of(["3+4="], response, SEVERAL)
     assert nr.grades(Whole(1, 1), b).tolist() == [1.0]
 
