@@ -435,7 +435,6 @@ class Attention(nn.Module):
     def __init__(self, c: Architecture):
         super().__init__()
         self.head_dim = c.head_dim
-        self.grouped = c.heads != c.kv_heads
         bias = c.family == "qwen2"
         self.q_proj = nn.Linear(c.width, c.heads * c.head_dim, bias=bias)
         self.k_proj = nn.Linear(c.width, c.kv_heads * c.head_dim, bias=bias)
@@ -466,10 +465,15 @@ class Attention(nn.Module):
         q = rotate(q, cos, sin)
         k = rotate(k, cos, sin)
         if kv is not None:
-            kv[0, :, :, at] = k
+            kv[0, :, :, at] = k.to(kv.dtype)  # the rotation has made it float32
             kv[1, :, :, at] = v
             k, v = kv[:, :, :, : bias.shape[-1]]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=self.grouped)
+        if T == 1:
+            # Heads that share their keys become queries of one head, and no key is copied.
+            q = q.reshape(B, k.shape[1], -1, self.head_dim)
+        grouped = q.shape[1] != k.shape[1]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=grouped)
+        out = out.reshape(B, -1, T, self.head_dim)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -632,6 +636,19 @@ class Head(nn.Module):
 def frozen_copy(model: Transformer) -> Transformer:
     """The same weights now, and never a gradient."""
     return deepcopy(model).requires_grad_(False)
+
+
+def fast_reader(model: Transformer) -> Transformer:
+    """The same model for many calls without gradients.
+
+    One that computes in bfloat16 would convert its matrices in every call. Here it is done once.
+    """
+    if model.config.bf16:
+        model = frozen_copy(model)
+        for module in model.layers.modules():
+            if isinstance(module, nn.Linear):
+                module.bfloat16()
+    return model
 
 
 # ==== 5. Sampling and log-probs ==================================================================
@@ -800,6 +817,7 @@ def sample(
     # Several processes share the rows, see section 17; a single one has all of them.
     write = write_forward if causal else unmask
     written = start.new_zeros(B, 2, R)
+    model = fast_reader(model)
     canvas, order = write(model, own_rows(prompt), own_rows(start), c, own_rows(uniform))
     own_rows(written)[:] = torch.stack([canvas, order], dim=1)
     canvas, order = over_ranks(written).unbind(1)
