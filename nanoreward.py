@@ -1635,18 +1635,32 @@ def estimate_gpt(model: Transformer, b: Rollout, c: Config) -> tuple[Tensor, Ten
     return gather_logprobs(model, hidden, b.response, c.temperature), hidden
 
 
+# Where beta is 0 the KL to the reference is only a number to watch, and so many responses give it.
+KL_ROWS = 64
+
+
+def compared(b: Rollout, c: Config) -> Tensor:
+    """(B,) which rollouts the reference reads: all of them if beta needs it, else the first ones."""
+    rows = torch.arange(len(b.mask))
+    return (rows < KL_ROWS) | (c.beta > 0)
+
+
 @torch.no_grad()
 def annotate(state: PPOState, b: Rollout, c: Config, estimate: Callable = estimate_gpt) -> Rollout:
     """The rollouts with log-probs of policy and reference and with values, once for the batch.
 
-    The reference is asked where beta is 0 too, because the KL to it is always logged.
+    Rollouts that the reference does not read keep the policy's log-probs in its place.
     """
     found = b.mask.new_zeros(3, *b.mask.shape)
     by_length = b.mask.sum(1).cpu().argsort(stable=True)  # like lengths together: little PAD
     for rows in own_rows(by_length).split(c.micro):
         part = b.select(rows)
         logp, hidden = estimate(state.policy, part, c)
-        ref_logp, _ = estimate(state.reference, part, c)
+        ref_logp = logp.clone()
+        read = compared(b, c)[rows].nonzero()[:, 0]
+        if len(read) > 0:
+            answer, _ = estimate(state.reference, part.select(read), c)
+            ref_logp[read, : answer.shape[1]] = answer
         value = torch.zeros_like(logp) if state.head is None else state.head(hidden)
         found[:, rows, : logp.shape[1]] = torch.stack([logp, ref_logp, value])
     # Each process has filled its own rows and left the others 0, so the sum is all of them.
@@ -1690,8 +1704,8 @@ def policy_update(
     metrics = {}
     for name in logs[0]:
         metrics[name] = sum(x[name] for x in logs) / len(logs)
-    kl = k1(b.logp, b.ref_logp) * b.mask
-    metrics["kl"] = float(kl.sum(1).mean())
+    kl = (k1(b.logp, b.ref_logp) * b.mask).sum(1)
+    metrics["kl"] = float(kl[compared(b, c)].mean())
     return metrics
 
 

@@ -546,6 +546,34 @@ def test_ratio_is_one_before_the_first_update_and_every_weight_gets_a_gradient(a
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained)
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_without_beta_the_reference_reads_a_few_rollouts_and_the_kl_is_theirs(monkeypatch, beta):
+    config = nr.replace(TINY, arm="gae", beta=beta, micro=4)
+    state = nr.start_ppo(rough(config), config)
+    # The reference is another model, or all of its log-probs would be those of the policy.
+    state.reference = rough(nr.replace(config, seed=config.seed + 1))
+    for p in state.reference.parameters():
+        p.data = p.data * 1.1
+    prompt, _ = random_batch(config)
+    prompt = prompt.repeat(4, 1)
+    group = torch.arange(len(prompt)) // 3
+    sampled = nr.sample(state.policy, prompt, config, group=group, generator=nr.rng(0, "s"))
+
+    all_rows = nr.annotate(state, sampled, nr.replace(config, beta=1.0))
+    monkeypatch.setattr(nr, "KL_ROWS", 5)
+    b = nr.annotate(state, sampled, config)
+    read = torch.arange(len(prompt)) < (len(prompt) if beta > 0 else 5)
+    assert torch.equal(nr.compared(b, config), read)
+    assert torch.allclose(b.ref_logp[read], all_rows.ref_logp[read], atol=1e-5)
+    assert torch.equal(b.ref_logp[~read], b.logp[~read])
+    assert torch.equal(b.logp, all_rows.logp) and torch.equal(b.value, all_rows.value)
+
+    b.adv, b.ret = nr.PPO_ARMS["gae"].credit(b, torch.zeros_like(b.mask), config)
+    metrics = nr.policy_update(state, b, nr.PPO_ARMS["gae"], config)
+    kl = ((all_rows.logp - all_rows.ref_logp) * b.mask).sum(1)[read].mean()
+    assert metrics["kl"] == pytest.approx(float(kl), abs=1e-4) and abs(float(kl)) > 0.01
+
+
 def weights_after(clip, **numbers):
     """All weights after a run in a world where it pays to end, and the run's logs."""
     world = World(lambda x, y: 1.0)
