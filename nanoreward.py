@@ -374,7 +374,7 @@ def rewriter_prompt(
 
 
 def rope(position: Tensor, c: Architecture) -> tuple[Tensor, Tensor]:
-    """Rotary angles, arXiv 2104.09864: (B, T) -> cos and sin, each (B, 1, T, head_dim / 2)."""
+    """Rotary angles, arXiv 2104.09864: (B, T) -> cos and sin for `rotate`, (B, 1, T, head_dim)."""
     exponent = torch.arange(0, c.head_dim, 2, device=position.device) / c.head_dim
     frequency = c.rope_theta**-exponent
     if c.rope_scaling:
@@ -384,16 +384,17 @@ def rope(position: Tensor, c: Architecture) -> tuple[Tensor, Tensor]:
         turns = frequency * old / (2 * pi)
         unscaled = ((turns - low) / (high - low)).clamp(0, 1)
         frequency = frequency * (unscaled + (1 - unscaled) / factor)
-    angle = position[:, None, :, None] * frequency
-    return angle.cos(), angle.sin()
+    angle = position[:, None, :, None] * frequency  # (B, 1, T, head_dim / 2)
+    cos = torch.cat([angle.cos(), angle.cos()], dim=-1)
+    sin = torch.cat([-angle.sin(), angle.sin()], dim=-1)
+    return cos, sin
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the pairs (i, i + head_dim / 2), as Llama lays them out. (B, H, T, head_dim)."""
-    a, b = x.chunk(2, dim=-1)
-    turned_a = a * cos - b * sin
-    turned_b = b * cos + a * sin
-    return torch.cat([turned_a, turned_b], dim=-1)
+    # A pair (a, b) becomes (a cos - b sin, b cos + a sin); `roll` puts b into the place of a.
+    partner = x.roll(x.shape[-1] // 2, dims=-1)
+    return x * cos + partner * sin
 
 
 class Cache:
