@@ -1641,7 +1641,7 @@ KL_ROWS = 64
 
 
 def compared(b: Rollout, c: Config) -> Tensor:
-    """(B,) which rollouts the reference reads: all of them if beta needs it, else the first ones."""
+    """(B,) which rollouts the reference reads: all if beta needs it, else the first ones."""
     rows = torch.arange(len(b.mask))
     return (rows < KL_ROWS) | (c.beta > 0)
 
