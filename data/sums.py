@@ -1,7 +1,7 @@
 """Sums in words, short enough that a CPU can train a pre-trained model on them.
 
-    problem    What is 47 + 35?               or with several operations:  What is 47 + 35 - 16?
-    response   82<eos>                        47 + 35 = 82\\n82 - 16 = 66<eos>
+    problem    What is 47 + 35 - 16?                 one operation or several, from left to right
+    response   47 + 35 = 82\\n82 - 16 = 66<eos>      an equation for each of them
 
 The task supports every method. It needs the folder of a model with a real vocabulary (`--model`).
 
@@ -9,8 +9,10 @@ A problem comes behind a few solved ones. If the folder has a chat template, the
 of a chat, and the question is its last turn. Otherwise all of it is plain text. The attribute
 `note` says which of the two it is.
 
-A response gives its answer in its last line. Each line before it is a step. No result is negative,
-and no text is ever run as code.
+A response gives its answer in its last line. Each line before it is a step. The solved problems
+write an equation even for a single operation: behind results alone SmolLM2-135M-Instruct gets 4 %
+of the additions and subtractions right in its chat template, and behind equations 22 %. No result
+is negative, and no text is ever run as code.
 """
 
 import hashlib
@@ -391,15 +393,15 @@ class Sums:
         return self.prompt(question)
 
     def solution(self, question: str) -> str:
-        """What the demonstrator writes. A single operation needs no step but its result."""
+        """What the demonstrator writes: an equation for each operation."""
         value, operations = parse(question)
         lines = []
         for (op, number), result in zip(operations, results(question), strict=True):
             lines.append(f"{value} {op} {number} = {result}")
             value = result
-        text = "\n".join(lines) if len(lines) > 1 else f"{value}"
+        # In plain text a space follows `Answer:`.
         space = "" if self.template else " "
-        return f"{space}{text}<eos>"
+        return space + "\n".join(lines) + "<eos>"
 
     def demo(self, generator: torch.Generator) -> tuple[str, str]:
         """A problem and its solution."""
