@@ -155,12 +155,14 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "refine": {"prompts": 512, "minibatch": 256, "lr": 1e-5, "start_lr": 1e-6},
         "denoise": {"start_lr": 1e-4, "start_muon_lr": 0.0},
     },
-    # A model folder on sums in words, on a CPU.
+    # A model folder on sums in words, on a CPU. With two solved problems in front and its chat
+    # template SmolLM2-135M-Instruct begins at 27 % (greedy, 100 problems of dev).
     "sums": {
         "all": {
             "task": "sums",
             "min_ops": 1,
             "max_ops": 1,
+            "shots": 2,
             "response": 24,
             "prompts": 16,
             "samples": 4,

@@ -24,9 +24,9 @@ TEMPLATE = """\
 <|im_start|>{{ message['role'] }}
 {{ message['content'] | trim }}<|im_end|>
 {% endfor %}
-{% if add_generation_prompt %}
+  {% if add_generation_prompt %}
 <|im_start|>assistant
-{% endif %}
+  {% endif %}
 """
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|begin|>"]
 
@@ -208,9 +208,11 @@ def test_problems_have_the_size_that_is_asked_for(folder, least, most, largest):
 
 
 def test_a_problem_that_is_posed_has_the_size_of_the_tasks_own(task):
-    """All of these would be in train, whatever their size."""
-    for bad in ("40 + 100", "3 - 4", "1 + 2 + 3", "0 + 7", "7 + 0", f"1 + {'9' * 5000}"):
+    for bad in ("40 + 100", "3 - 4", "1 + 2 + 3", "0 + 7", "7 + 0"):
+        # That it belongs to dev or test is not the reason.
+        assert task.split(f"What is {bad}?") == "train"
         assert task.problem(f"What is {bad}?") is None
+    assert task.problem(f"What is 1 + {'9' * 5000}?") is None
     heldout = task.question(task.prompts(1, draw(), "dev")[0])
     assert task.problem(heldout) is None
 
