@@ -208,7 +208,7 @@ def test_problems_have_the_size_that_is_asked_for(folder, least, most, largest):
 
 
 def test_a_problem_that_is_posed_has_the_size_of_the_tasks_own(task):
-    for bad in ("40 + 100", "3 - 4", "1 + 2 + 3", "0 + 7", "7 + 0"):
+    for bad in ("40 + 100", "3 - 4", "1 + 2 + 3", "0 + 9", "9 + 0"):
         # That it belongs to dev or test is not the reason.
         assert task.split(f"What is {bad}?") == "train"
         assert task.problem(f"What is {bad}?") is None
@@ -488,7 +488,8 @@ def test_steps_are_the_lines_before_the_last(longer):
 
 def test_which_lines_are_true(longer):
     lines = ["40 + 2 = 42", "40 + 2 = 43", "21 + 21 = 42", "42", "1 + 1 = 2", "42 - 1 = 41"]
-    right = [True, False, True, False, False, True]
+    lines.append("40 + 3 = 42")
+    right = [True, False, True, False, False, True, False]
     assert longer.step_ok("What is 40 + 2 - 1?", lines) == right
 
 
