@@ -580,13 +580,17 @@ def test_every_loop_runs_unchanged_on_a_folder(folder, tmp_path, monkeypatch, ca
         (["--response", "3"], "--response must be at least"),
         (["--data", "x"], "read only with --task gsm8k"),
         (["--answers", "4"], "read only with --task arithmetic"),
-        (["--task", "arithmetic", "--largest", "50"], "read only with --task sums"),
+        (
+            ["--config", "smoke", "--task", "arithmetic", "--largest", "50"],
+            "read only with --task sums",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(folder, flags, word, capsys, tmp_path):
     if "--model" not in flags and "--task" not in flags:
         flags = ["--config", "sums", "--model", str(folder), *flags]
-    assert front.main(["ppo", *flags, "--out", str(tmp_path / "x")]) == 2
+    flags = [*flags, "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "x")]
+    assert front.main(["ppo", *flags]) == 2
     error = capsys.readouterr().err
     assert word in error and error.count("\n") == 1 and not (tmp_path / "x").exists()
 
