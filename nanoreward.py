@@ -181,19 +181,23 @@ class Config(Architecture):
     eval_problems: int = 500
 
     # ---- the task
-    # What is learned: arithmetic, sudoku or gsm8k.
+    # What is learned: arithmetic, sudoku, gsm8k or sums.
     task: str = "arithmetic"
     # The folder that holds train.jsonl and test.jsonl of gsm8k.
     data: str = "gsm8k"
-    # Arithmetic: how many operations a problem has at least; each one is a written step.
+    # Arithmetic and sums: how many operations a problem has at least; each is a written step.
     min_ops: int = 1
-    # Arithmetic: and at most.
+    # Arithmetic and sums: and at most.
     max_ops: int = 3
     # Arithmetic: how many final answers there are. With few of them wrong steps are often lucky.
     answers: int = 100
     # Arithmetic: the weakness of the labeller of preference pairs, who then prefers answers that
     # end in 0 (round), longer responses (long) or refusing (refusal); none has no weakness.
     planted: str = "round"
+    # Sums: the largest number in a problem.
+    largest: int = 99
+    # Sums: how many solved problems stand in front of a question; 0 is zero-shot.
+    shots: int = 4
     # Room for a response, R: 8 tokens for each step, 3 for `#answer` and 1 for EOS.
     response: int = 28
 
@@ -256,7 +260,7 @@ class Config(Architecture):
 #   refine            also steps  uses  (and so does ppo --reward sorm)
 #
 # A task may have more, such as `split`, `answer`, `step_ok` and `rubric`; only notebooks/ call
-# them.
+# them. If it has a text `note`, train_small.py prints it when a run begins.
 
 
 class Task(Protocol):

@@ -42,7 +42,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import nanoreward as nr
-from data import arithmetic, gsm8k, sudoku
+from data import arithmetic, gsm8k, sudoku, sums
 from nanoreward import METHODS, Config, Transformer, UserError
 
 try:
@@ -50,7 +50,7 @@ try:
 except ImportError:  # Windows
     import msvcrt
 
-TASKS = {"arithmetic": arithmetic, "sudoku": sudoku, "gsm8k": gsm8k}
+TASKS = {"arithmetic": arithmetic, "sudoku": sudoku, "gsm8k": gsm8k, "sums": sums}
 # Without a home folder this stays "~/.cache/nanoreward", and `claim_cache` asks for --cache.
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "nanoreward"
 
@@ -155,6 +155,40 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "refine": {"prompts": 512, "minibatch": 256, "lr": 1e-5, "start_lr": 1e-6},
         "denoise": {"start_lr": 1e-4, "start_muon_lr": 0.0},
     },
+    # A model folder on sums in words, on a CPU. With two solved problems in front and its chat
+    # template SmolLM2-135M-Instruct begins at 27 % (greedy, 100 problems of dev).
+    "sums": {
+        "all": {
+            "task": "sums",
+            "min_ops": 1,
+            "max_ops": 1,
+            "shots": 2,
+            "response": 24,
+            "prompts": 16,
+            "samples": 4,
+            "micro": 16,
+            "minibatch": 64,
+            "updates": 60,
+            "lr": 1e-5,
+            "base_lr": 1e-5,
+            "muon_lr": 0.0,
+            "base_batch": 16,
+            "demos": 1000,
+            "eval_problems": 200,
+        },
+        "iterative_dpo": {"rounds": 6, "updates": 10, "alpha": 1.0},
+        "self_rewarding": {
+            "rounds": 6,
+            "updates": 10,
+            "alpha": 1.0,
+            "start_data": 500,
+            "start_updates": 30,
+            "start_lr": 1e-5,
+            "start_muon_lr": 0.0,
+        },
+        "refine": {"prompts": 64, "start_data": 64, "start_lr": 1e-5},
+        "denoise": {"start_updates": 100, "start_lr": 1e-4, "start_muon_lr": 0.0},
+    },
 }
 
 
@@ -180,8 +214,10 @@ def make_task(c: Config, careful: bool = False) -> nr.Task:
 NO_FLAG = set("vocab rope_theta rope_scaling norm_eps family tied causal".split())
 NO_FLAG |= {"pad_id", "bos_id", "eos_id", "mask_id", "other_ends"}
 # Numbers of one task alone.
-TASK_ONLY = {key: "task arithmetic" for key in ("min_ops", "max_ops", "answers", "planted")}
-TASK_ONLY |= {"data": "task gsm8k", "model": "task gsm8k"}
+TASK_ONLY = {key: "task arithmetic" for key in ("answers", "planted")}
+TASK_ONLY |= {key: "task arithmetic sums" for key in ("min_ops", "max_ops")}
+TASK_ONLY |= {key: "task sums" for key in ("largest", "shots")}
+TASK_ONLY |= {"data": "task gsm8k", "model": "task gsm8k sums"}
 # Numbers that describe a base model of our own.
 OF_OWN_BASE = set("width layers heads kv_heads head_dim mlp_width base_updates".split())
 
@@ -333,8 +369,9 @@ def configs_of(loops: list[str], preset: str, given: dict[str, Any]) -> dict[str
 
 # ---- checks -------------------------------------------------------------------------------------
 
-# Numbers that 0 makes no sense for; whole numbers have to be at least 1, but for the seed.
+# Numbers that 0 makes no sense for; whole numbers have to be at least 1, but for the last ones.
 ABOVE_ZERO = {"lr", "base_lr", "start_lr", "temperature", "clip", "t_min"}
+MAY_BE_ZERO = {"seed", "shots"}
 # A larger number is a slip of the finger.
 LARGEST = {"int": 10_000_000, "float": 1_000_000}
 LARGEST_OF = {"seed": 2**63 - 1, "threads": 256, "layers": 1000, "block_passes": 1000}
@@ -359,7 +396,7 @@ def check_number(name: str, value: Any) -> None:
     given = str(value)[:40]
     if not -math.inf < value < math.inf:
         raise UserError(f"{flag(name)} must be a finite number, not {given}")
-    positive = name in ABOVE_ZERO or (isinstance(value, int) and name != "seed")
+    positive = name in ABOVE_ZERO or (isinstance(value, int) and name not in MAY_BE_ZERO)
     if value < 0 or (value == 0 and positive):
         bound = "above 0" if positive else "0 or more"
         raise UserError(f"{flag(name)} must be {bound}, not {given}")
@@ -1349,6 +1386,8 @@ def finish_run(run: Run) -> int:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
     }
     print(f"run {run.out} · base models {run.cache} · {about}\n{HEALTHY}", flush=True)
+    if note := getattr(make_task(c), "note", ""):
+        print(note, flush=True)
     try:
         for name, seed in run.jobs[len(run.done) :]:
             run.done.append(run_job(run, name, seed))

@@ -455,7 +455,10 @@ def rules(c) -> list[tuple[bool, str]]:
     step = 16 if c.planted == "long" else 8
     room = step * c.max_ops + 4
     return [
-        (not c.model, "--model: a folder's vocabulary is not this task's; give --task gsm8k"),
+        (
+            not c.model,
+            "--model: a folder's vocabulary is not this task's; give --task gsm8k or sums",
+        ),
         (c.min_ops <= c.max_ops, "--min-ops must not be above --max-ops"),
         (2 <= c.answers <= 100, "--answers must lie in 2..100"),
         (

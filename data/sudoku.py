@@ -387,7 +387,10 @@ def make(c, careful: bool = False) -> Sudoku:
 def rules(c) -> list[tuple[bool, str]]:
     """What a `nanoreward.Config` must keep to, and what to say if it does not."""
     return [
-        (not c.model, "--model: a folder's vocabulary is not this task's; give --task gsm8k"),
+        (
+            not c.model,
+            "--model: a folder's vocabulary is not this task's; give --task gsm8k or sums",
+        ),
         (
             c.response >= 17,
             "--response must be at least 17: the longest right response and its end",

@@ -51,8 +51,8 @@ def test_imports_point_one_way():
     assert late - allowed == {"data"}  # model folders, and the task of the example
     for path in (ROOT / "data").glob("*.py"):
         at_once, late = imports_of(path)
-        assert at_once <= allowed, path
-        assert late - allowed <= {"data"}, path  # a task may read the tokenizer of a model folder
+        assert at_once <= allowed | {"data"}, path  # what it shares with another task or a folder
+        assert late - allowed <= {"data", "jinja2"}, path  # only chat templates need jinja2
     at_once, late = imports_of(ROOT / "train_small.py")
     assert at_once - allowed == {"nanoreward", "data"}
     assert late - allowed == {"notebooks"}  # pictures need matplotlib, training does not
