@@ -130,7 +130,8 @@ class Architecture:
     layers: int = 3
     # Attention heads, H. With 2 heads of 32 the facts come 100 updates later.
     heads: int = 4
-    # Fewer of these than heads: several heads share their keys and values.
+    # Fewer of these than heads: several heads share their keys and values. With 2 ppo was 4 %
+    # faster and ended at 93 % in place of 96 (three seeds).
     kv_heads: int = 4
     # Width of a head. It is even, because pairs are rotated.
     head_dim: int = 16
@@ -216,8 +217,9 @@ class Config(Architecture):
     # Muon, for the matrices of the blocks; 0 leaves all to AdamW. With 0.02 one seed of three never
     # learned + and -.
     muon_lr: float = 0.01
-    # Rows of one backward pass. It decides memory and speed and never the result.
-    micro: int = 64
+    # Rows of one backward pass. It decides memory and speed, and the result only by rounding. A
+    # step with 32 takes 14 % less time than with 64: more of it fits into a core's cache.
+    micro: int = 32
 
     # ---- the loop
     # Problems of an update, N.
@@ -3330,7 +3332,8 @@ def unmask(
         # Equal rows are read once: at first all samples of a prompt are equal.
         both = torch.cat([prompt[rows], left], dim=1)
         unique, which = both.unique(dim=0, return_inverse=True)
-        hidden = response_part(model.hidden(unique), prompt.shape[1])
+        hidden = torch.cat([model.hidden(part) for part in unique.split(c.micro)])
+        hidden = response_part(hidden, prompt.shape[1])
         logits = model.lm_head(hidden[which[:, None], place])  # (n, block, V)
         token = draw(logits, uniform[rows, this_pass[:, 0]], c)
 

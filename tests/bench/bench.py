@@ -3,8 +3,10 @@
     rollouts     `sample` beside `generate` of transformers
     sft          a supervised step beside a plain loop with transformers
     grpo         an update of ppo with --arm grpo beside a step of TRL's GRPOTrainer
+    learning     seconds until both have 80 % of dev right: --arm grpo and TRL's GRPOTrainer
     dpo          an update of iterative_dpo beside a step of TRL's DPOTrainer
     diffusion    `sample` of the diffusion LM beside LLaDA's schedule
+    growth       rollouts and SFT steps with more rows, longer responses and wider models
 
 Both sides run in turns in one process, with the same weights, prompts and lengths. The ratio of
 each pair of runs is kept, and its median and quartiles are shown. It prints a table and writes
@@ -201,7 +203,7 @@ def sft(threads: int, cache: Path, reps: int) -> list[dict]:
 def sft_step(name: str, c: nr.Config, B: int, natural: bool, reps: int) -> dict:
     """One model, B rows a step, with the demonstrations' own lengths or with full ones."""
     task = front.make_task(c)
-    model = nr.Transformer(c, nr.rng(0, "bench"))
+    model = random_model(c)
     other = in_transformers(model).train()
     demos = [task.demo(nr.rng(i, "bench demo")) for i in range(B)]
     prompt = nr.encode_prompts(task, [x for x, _ in demos], c)
@@ -243,6 +245,50 @@ def sft_step(name: str, c: nr.Config, B: int, natural: bool, reps: int) -> dict:
     row["share of matmul"] = rate / peak
     print(f"{'':46} {rate / 1e9:.0f} of {peak / 1e9:.0f} GFLOP/s: {rate / peak:.2f}")
     return row
+
+
+# ---- growth --------------------------------------------------------------------------------------
+
+
+def random_model(c: nr.Config) -> nr.Transformer:
+    """A model of this shape that nobody has trained."""
+    return nr.Transformer(c, nr.rng(0, "bench"))
+
+
+def growth(threads: int, cache: Path, reps: int) -> list[dict]:
+    """How both ratios change when rows, responses or the width grow; lengths are forced."""
+    laptop = our_config("ppo", threads, response=28)
+    cases = [("rows", B, laptop, B) for B in (64, 512, 4096)]
+    cases += [("response", R, replace(laptop, response=R), 64) for R in (28, 64, 256)]
+    for width in (64, 256, 512):
+        shape = {"width": width, "head_dim": width // laptop.heads, "mlp_width": 3 * width}
+        cases.append(("width", width, replace(laptop, **shape), 64))
+    rows = []
+    for what, value, c, B in cases:
+        prompt = some_prompts(front.make_task(c), c, B, 1)
+        model = random_model(c)
+        mine = replace(c, eos_id=NEVER)
+        other = in_transformers(model).eval()
+
+        def ours() -> nr.Rollout:
+            return nr.sample(model, prompt, mine, generator=nr.rng(0, "s"))
+
+        def theirs() -> torch.Tensor:
+            with torch.no_grad():
+                return other.generate(
+                    prompt,
+                    attention_mask=(prompt != c.pad_id).long(),
+                    max_new_tokens=c.response,
+                    min_new_tokens=c.response,
+                    do_sample=True,
+                    top_k=0,
+                    pad_token_id=c.pad_id,
+                )
+
+        tokens = B * c.response
+        rows.append(alternate(f"rollouts, {what} {value}", ours, theirs, "tokens/s", tokens, reps))
+        rows.append(sft_step(f"{what} {value}", c, B, False, reps))
+    return rows
 
 
 # ---- TRL -----------------------------------------------------------------------------------------
@@ -287,53 +333,156 @@ def trainer_arguments(folder: str, reps: int) -> dict[str, Any]:
     )
 
 
-def grpo(threads: int, cache: Path, reps: int) -> list[dict]:
-    """A whole update of --arm grpo, 64 x 8, beside a step of TRL's GRPOTrainer.
-
-    Generation and KL are included on both sides.
-    """
+def grpo_trainer(
+    policy: nr.Transformer, task: nr.Task, c: Any, texts: list[str], callback: Any, **numbers: Any
+) -> Any:
+    """TRL's GRPOTrainer with the weights, the sampling and the rewards of ours."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
-
-    # At a rate of zero the weights, and so the lengths, stay what they are on both sides.
-    c = our_config("ppo", threads, arm="grpo", beta=0.04, updates=10**6, lr=0.0)
-    task = front.make_task(c)
-    policy = nr.gpt_base(task, c, front.CachedTrainer(cache))
-    other = in_transformers(policy)
-    state = nr.start_ppo(policy, c)
-    loop = nr.ppo(state, task, c)
-    texts = task.prompts(c.prompts, nr.rng(0, "prompts", 0))
 
     def reward(prompts: list[str], completions: Any, completion_ids: list, **_: Any) -> list:
         scores = []
         for prompt, ids in zip(prompts, completion_ids, strict=True):
             problem = arithmetic.turn(prompt.removeprefix("<bos>"))
-            scores.append(task.grade(problem, task.decode(ids)))
+            ended = c.eos_id in ids
+            scores.append(task.grade(problem, task.decode(ids)) if ended else nr.NO_EOS)
         return scores
 
-    rows = c.prompts * c.samples
-    pairs: list[tuple[float, float]] = []
+    args = GRPOConfig(
+        num_generations=c.samples,
+        max_completion_length=c.response,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        beta=c.beta,
+        **numbers,
+    )
+    data = [{"prompt": "<bos>" + arithmetic.turn(text)} for text in texts]
+    return GRPOTrainer(
+        model=in_transformers(policy),
+        reward_funcs=reward,
+        args=args,
+        train_dataset=Dataset.from_list(data),
+        processing_class=fast_tokenizer(task),
+        callbacks=[callback],
+    )
+
+
+def grpo(threads: int, cache: Path, reps: int) -> list[dict]:
+    """A whole update of --arm grpo, 64 x 8, beside a step of TRL's GRPOTrainer.
+
+    Generation is included on both sides, and so is the KL if it has a weight.
+    """
+    rows = []
+    for beta in (0.0, 0.04):
+        # At a rate of zero the weights, and so the lengths, stay what they are on both sides.
+        c = our_config("ppo", threads, arm="grpo", beta=beta, updates=10**6, lr=0.0)
+        task = front.make_task(c)
+        policy = nr.gpt_base(task, c, front.CachedTrainer(cache))
+        loop = nr.ppo(nr.start_ppo(policy, c), task, c)
+        texts = task.prompts(c.prompts, nr.rng(0, "prompts", 0))
+        responses = c.prompts * c.samples
+        pairs: list[tuple[float, float]] = []
+        callback = in_turns(pairs, lambda: next(loop))
+        with tempfile.TemporaryDirectory() as folder:
+            numbers = trainer_arguments(folder, reps)
+            numbers |= {"per_device_train_batch_size": responses}
+            grpo_trainer(policy, task, c, texts, callback, **numbers).train()
+        title = f"grpo update, 64 x 8, beta {beta}"
+        rows.append(summary(title, pairs[1:], "responses/s", responses))
+    return rows
+
+
+# ---- learning ------------------------------------------------------------------------------------
+
+# What counts as learned, and after how many updates both sides look at dev.
+ENOUGH = 0.8
+LOOK_EVERY = 2
+
+
+class Clock:
+    """The seconds of a training until ENOUGH of dev is right; looking at dev is left out."""
+
+    def __init__(self, task: nr.Task, c: Any):
+        self.task = task
+        self.c = c
+        self.dev = task.prompts(c.eval_problems, nr.rng(0, "dev"), "dev")
+        self.began = time.perf_counter()
+        self.accuracies: list[float] = []
+        self.seconds = 0.0
+
+    def enough(self, policy: nr.Transformer) -> bool:
+        """Look at dev, and say whether to stop."""
+        self.seconds += time.perf_counter() - self.began
+        self.accuracies.append(nr.accuracy(policy, self.task, self.dev, self.c))
+        self.began = time.perf_counter()
+        return self.accuracies[-1] >= ENOUGH
+
+
+def we_learn(policy: nr.Transformer, task: nr.Task, c: Any) -> Clock:
+    """--arm grpo as train_small.py runs it."""
+    loop = nr.ppo(nr.start_ppo(policy, c), task, c)
+    clock = Clock(task, c)
+    for update, _ in enumerate(loop, 1):
+        if update % LOOK_EVERY == 0 and clock.enough(policy):
+            break
+    return clock
+
+
+def they_learn(policy: nr.Transformer, task: nr.Task, c: Any) -> Clock:
+    """TRL with the same base, batches, optimizer steps and rates."""
+    from transformers import TrainerCallback
+
+    steps = c.prompts * c.samples // c.minibatch  # optimizer steps of an update
+    clock = Clock(task, c)
+    mirror = nr.frozen_copy(policy)
+
+    class Look(TrainerCallback):
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            clock.began = time.perf_counter()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
+            if state.global_step % (steps * LOOK_EVERY) == 0:
+                weights = model.state_dict()
+                mirror.load_state_dict({k.removeprefix("model."): x for k, x in weights.items()})
+                control.should_training_stop = clock.enough(mirror)
+
+    texts = task.prompts(c.prompts * c.updates, nr.rng(c.seed, "prompts"))
     with tempfile.TemporaryDirectory() as folder:
-        args = GRPOConfig(
-            **trainer_arguments(folder, reps),
-            per_device_train_batch_size=rows,
-            num_generations=c.samples,
-            max_completion_length=c.response,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            beta=c.beta,
-        )
-        data = [{"prompt": "<bos>" + arithmetic.turn(text)} for text in texts]
-        GRPOTrainer(
-            model=other,
-            reward_funcs=reward,
-            args=args,
-            train_dataset=Dataset.from_list(data),
-            processing_class=fast_tokenizer(task),
-            callbacks=[in_turns(pairs, lambda: next(loop))],
-        ).train()
-    return [summary("grpo update, 64 x 8, natural lengths", pairs[1:], "responses/s", rows)]
+        numbers = trainer_arguments(folder, 0) | {
+            "learning_rate": c.lr,
+            "max_steps": steps * c.updates,
+            "warmup_steps": steps * nr.WARMUP,
+            "lr_scheduler_type": "linear",
+            "adam_beta2": 0.95,
+            "adam_epsilon": nr.ADAM_EPS,
+            "weight_decay": 0.0,
+            "max_grad_norm": nr.CLIP_GRAD,
+            "per_device_train_batch_size": c.minibatch,
+            "steps_per_generation": steps,
+            "epsilon": c.clip,
+            "loss_type": "bnpo",  # one mean over all tokens of a step, as ours
+            "seed": c.seed,
+        }
+        grpo_trainer(policy, task, c, texts, Look(), **numbers).train()
+    return clock
+
+
+def learning(threads: int, cache: Path, reps: int) -> list[dict]:
+    """Seconds until 80 % of dev are right, from the same base model; one pair for each of 3 seeds."""
+    pairs = []
+    curves = []
+    for seed in range(3):
+        c = our_config("ppo", threads, arm="grpo", seed=seed)
+        task = front.make_task(c)
+        base = nr.gpt_base(task, c, front.CachedTrainer(cache))
+        clocks = [we_learn(nr.deepcopy(base), task, c), they_learn(base, task, c)]
+        reached = [clock.accuracies[-1] >= ENOUGH for clock in clocks]
+        curves.append([clock.accuracies for clock in clocks])
+        assert all(reached), f"seed {seed}: 80 % of dev was not reached: {curves[-1]}"
+        pairs.append(tuple(clock.seconds for clock in clocks))
+    row = summary("grpo until 80 % of dev", pairs, "runs/s", 1.0)
+    return [row | {"dev after every second update": curves}]
 
 
 def some_pairs(policy: nr.Transformer, task: nr.Task, c: Any) -> dict[str, torch.Tensor]:
@@ -459,7 +608,8 @@ def version_of(package: str) -> str:
 
 def main() -> None:
     """Run the named parts, print the table, keep the numbers."""
-    parts = {f.__name__: f for f in (rollouts, sft, grpo, dpo, diffusion)}
+    known = (rollouts, sft, grpo, learning, dpo, diffusion, growth)
+    parts = {f.__name__: f for f in known}
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
