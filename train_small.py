@@ -1171,8 +1171,13 @@ class Job:
         if models:
             self.state.models = models
         self.saved = {"job": self.title, "result": result, "state": self.state}
-        if (self.folder / "state.pt").exists():
-            nr.load_state(self.folder, into=self.saved, device=policy.device)
+        path = self.folder / "state.pt"
+        if path.exists():
+            fresh = {"job": "", "result": {}, "state": self.state}
+            found = nr.load_state(self.folder, into=fresh, device=policy.device)
+            if found.keys() != self.saved.keys() or found["job"] != self.title:
+                raise UserError(f"{path} is not a state of this job and version, delete it")
+            self.saved = found
 
     def answer(self, prompts: list[str], temperature: float = 0.0) -> list[str]:
         """One response to each problem by what has been trained so far."""
@@ -1430,16 +1435,20 @@ def remove_folder(folder: Path) -> None:
 
 
 def take_over_all(run: Run, about: dict[str, Any]) -> None:
-    """Finish what a killed process had begun: take over results, remove folders of done jobs."""
+    """Take over what jobs of a killed process have finished. A broken line of a log is said now."""
     for log in LOGS:
-        lines_of_done(run.out / log, run.done)  # a broken line is said now
-    for name, seed in run.jobs:
-        folder = job_folder(run.out, name, seed)
-        if (name, seed) not in run.open_jobs:
-            if folder.exists():
-                remove_folder(folder)
-        elif (folder / RESULT).exists():
+        lines_of_done(run.out / log, run.done)
+    for name, seed in run.open_jobs:
+        if (job_folder(run.out, name, seed) / RESULT).exists():
             take_over(run, name, seed, about)
+
+
+def remove_done(run: Run) -> None:
+    """Remove folders of jobs that are done, which a killed process has left."""
+    for result in run.done:
+        folder = job_folder(run.out, result["loop"], result["seed"])
+        if folder.exists():
+            remove_folder(folder)
 
 
 # ---- what a person sees at the end --------------------------------------------------------------
@@ -1618,6 +1627,7 @@ def finish_run(run: Run) -> int:
     c = run.shared
     nr.pick_device(c.device)
     picture = run.out / "curves.png"
+    remove_done(run)
     if run.finished:
         print(f"{run.out} is finished; nothing to do. Its table:\n{table(run.done)}")
         if not picture.exists():

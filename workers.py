@@ -33,6 +33,9 @@ Job = tuple[Any, ...]
 NAME = "nanoreward worker"
 # The parent looks so often, in seconds, whether Ctrl-C was pressed.
 PATIENCE = 0.1
+# Each process draws its bars alone. A lock that processes share, as tqdm has it, would be left
+# behind by one that is killed.
+tqdm.set_lock(threading.RLock())
 
 
 def is_worker() -> bool:
