@@ -7,6 +7,7 @@
     python train_small.py plot runs/x runs/y
 
 Every number of a method is a flag. A flag that none of the named methods reads is a mistake.
+Several methods or seeds are computed side by side, in as many processes as there are cores.
 Exit: 0 done, 1 missed --target, 2 a mistake (one line says which), 130 Ctrl-C (saved).
 """
 
@@ -19,19 +20,19 @@ import functools
 import hashlib
 import inspect
 import io
+import itertools
 import json
 import math
 import os
 import platform
 import re
 import shlex
-import signal
+import shutil
 import sys
 import tempfile
-import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -42,6 +43,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import nanoreward as nr
+import workers
 from data import arithmetic, gsm8k, sudoku, sums
 from nanoreward import METHODS, Config, Transformer, UserError
 
@@ -316,6 +318,8 @@ def build_parser() -> Parser:
     add("--seeds", type=int, default=1, help="repeat with seed, seed+1, ...")
     add("--target", action="append", default=[], metavar="METHOD=X", help="exit 1 if missed")
     add("--resume", type=Path, help="go on with the run in this folder")
+    add("--workers", type=int, help="jobs side by side; the numbers stay the same (default: cores)")
+    add("--ceiling", action="store_true", help="measure a base without bad habits too")
     comments: dict[str, str] = {}
     for method in METHODS.values():
         for kind in reversed(method.config.__mro__[:-1]):
@@ -357,9 +361,25 @@ def why_unread(name: str, given: str, c: Config) -> str:
     return f"it is read only with {flag(other)} {' or '.join(values)}"
 
 
-def configs_of(loops: list[str], preset: str, given: dict[str, Any]) -> dict[str, Config]:
+def threads_of(jobs: int) -> int:
+    """The threads of each job, where nobody says: one, but the usual number for a single job.
+
+    Processes of torchrun may see unequal numbers of cores, and their runs have to be equal.
+    """
+    if jobs > 1:
+        return 1
+    cores = workers.physical_cores() if own_rank() < 0 else Config.threads
+    return min(Config.threads, cores)
+
+
+def configs_of(
+    loops: list[str], preset: str, given: dict[str, Any], seeds: int = 1
+) -> dict[str, Config]:
     """The config of each method that is named; every given number must be read by one of them."""
-    configs = {name: make_config(name, preset, **given) for name in loops}
+    numbers = dict(given)
+    if "threads" not in PRESETS[preset].get("all", {}):
+        numbers.setdefault("threads", threads_of(len(loops) * seeds))
+    configs = {name: make_config(name, preset, **numbers) for name in loops}
     for number in given:
         reasons = [why_unread(name, number, c) for name, c in configs.items()]
         if all(reasons):
@@ -375,6 +395,7 @@ MAY_BE_ZERO = {"seed", "shots"}
 # A larger number is a slip of the finger.
 LARGEST = {"int": 10_000_000, "float": 1_000_000}
 LARGEST_OF = {"seed": 2**63 - 1, "threads": 256, "layers": 1000, "block_passes": 1000}
+LARGEST_OF |= {"workers": 256}
 # A smaller one is 0 in float32; divided by a smaller temperature, log-probs overflow.
 SMALLEST = 1e-30
 SMALLEST_OF = {"temperature": 0.01}
@@ -536,6 +557,8 @@ def parse_targets(texts: list[str], loops: list[str]) -> dict[str, float]:
 
 # The file of a folder that a process locks while it works there.
 LOCK = "lock"
+# Who waits for a lock looks so often, in seconds.
+LOCK_PATIENCE = 0.2
 # How the temporary files of `nanoreward.write_whole` end: with the number of their process.
 LEFT_BEHIND = re.compile(r"\.\d+\.tmp$")
 
@@ -617,9 +640,19 @@ def read_lines(path: Path, named: bool = True) -> list[dict[str, Any]]:
     return lines
 
 
+def lines_there(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log; none if there is no such file."""
+    return read_lines(path) if path.exists() else []
+
+
 def write_text(path: Path, text: str) -> None:
     """Write the whole file or none of it."""
     nr.write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
+    """Write a whole .jsonl."""
+    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def append(path: Path, line: dict[str, Any]) -> None:
@@ -654,10 +687,34 @@ def take_lock(folder: Path) -> IO | None:
         if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
             file.close()
             return None
-    for left in folder.rglob("*.tmp"):
+    remove_left_behind(folder)
+    return file
+
+
+def remove_left_behind(folder: Path) -> None:
+    """Remove the files that killed processes left half-written in this folder."""
+    for left in folder.glob("*.tmp"):
         if LEFT_BEHIND.search(left.name):
             left.unlink(missing_ok=True)
-    return file
+
+
+def wait_for_lock(folder: Path, told: str) -> IO:
+    """Wait until nobody else works in this folder: the lock. told: what is said if it is taken.
+
+    Ctrl-C ends the waiting. The processes of torchrun wait together.
+    """
+    with workers.console.listening() as stop_asked:
+        for attempt in itertools.count():
+            lock = take_lock(folder)
+            if nr.over_ranks(torch.tensor(int(lock is None))) == 0:
+                return lock
+            if lock is not None:
+                lock.close()
+            if attempt == 0:
+                print(told, flush=True)
+            if nr.over_ranks(torch.tensor(int(stop_asked()))) > 0:
+                raise KeyboardInterrupt
+            time.sleep(LOCK_PATIENCE)
 
 
 @functools.cache
@@ -690,7 +747,10 @@ def inputs_of(c: Config) -> dict[str, str]:
 
 @dataclass
 class Run:
-    """One --out folder: config.json, metrics.jsonl, samples.jsonl, summary.json, state/, PNG."""
+    """One --out folder: config.json, metrics.jsonl, samples.jsonl, summary.json, models/, PNG.
+
+    jobs/ holds a folder for each job that is not done, with its state and its own part of the logs.
+    """
 
     out: Path
     configs: dict[str, Config]
@@ -699,14 +759,15 @@ class Run:
     targets: dict[str, float]
     # Of each file that the numbers come from its SHA-256; a run of an older version has none.
     inputs: dict[str, str]
+    # Whether the base without bad habits is measured as well.
+    ceiling: bool = False
     cache: Path = CACHE
+    # How many processes share the jobs. It changes no number.
+    workers: int = 1
     # It keeps other processes out of the folder while it is open.
     lock: IO | None = None
-    # Finished jobs, as in summary.json.
+    # Finished jobs, as in summary.json, in the order of `jobs`.
     done: list[dict] = field(default_factory=list)
-    # The job whose state is saved, as "ppo/0": method and seed.
-    job: str = ""
-    saved_update: int = 0
 
     def about(self) -> dict[str, Any]:
         """config.json: all that decides the run's numbers."""
@@ -716,6 +777,7 @@ class Run:
             "seeds": self.seeds,
             "targets": self.targets,
             "inputs": self.inputs,
+            "ceiling": self.ceiling,
         }
 
     @property
@@ -730,9 +792,15 @@ class Run:
         return [(name, seed) for seed in seeds for name in self.configs]
 
     @property
+    def open_jobs(self) -> list[tuple[str, int]]:
+        """The jobs that are not done, in their order."""
+        done = {(result["loop"], result["seed"]) for result in self.done}
+        return [job for job in self.jobs if job not in done]
+
+    @property
     def finished(self) -> bool:
         """Whether all jobs are done."""
-        return len(self.done) == len(self.jobs)
+        return not self.open_jobs
 
 
 def checked_configs(a: argparse.Namespace, loops: list[str]) -> dict[str, Config]:
@@ -745,9 +813,11 @@ def checked_configs(a: argparse.Namespace, loops: list[str]) -> dict[str, Config
         raise UserError(f"no config is called {a.config!r}; there are {', '.join(PRESETS)}")
     if not 1 <= a.seeds <= len(T95) + 1:
         raise UserError(f"--seeds must lie in 1..{len(T95) + 1}")
-    configs = configs_of(loops, a.config, given_numbers(a))
+    configs = configs_of(loops, a.config, given_numbers(a), a.seeds)
     theirs = {}
     shared = next(iter(configs.values()))
+    if shared.model and a.ceiling:
+        raise UserError("--ceiling would change nothing: the folder of --model decides the base")
     if shared.model:  # whatever is wrong with the folder is said now
         theirs = asdict(Transformer.load(shared.model).config) | {"bf16": shared.bf16}
     for name, c in configs.items():
@@ -799,14 +869,16 @@ def new_run(a: argparse.Namespace) -> Run:
     out = a.out or free_folder("-".join(a.loops) or "tour")
     targets = parse_targets(a.target, loops)
     inputs = inputs_of(next(iter(configs.values())))
-    run = Run(out, configs, a.config, a.seeds, targets, inputs, a.cache)
+    run = Run(out, configs, a.config, a.seeds, targets, inputs, a.ceiling, a.cache)
     claim_cache(a.cache)
     run.lock = claim_run(out)
     if (out / "config.json").exists():
         there = open_run(out)
-        if there.configs != configs or (there.preset, there.seeds) != (a.config, a.seeds):
+        asked = (configs, a.config, a.seeds, a.ceiling)
+        if (there.configs, there.preset, there.seeds, there.ceiling) != asked:
             raise UserError(f"{out} holds a run with another config; choose another --out")
         if not there.finished:
+            check_layout(there)
             check_inputs(there)
         return replace(there, targets=targets, cache=a.cache, lock=run.lock)
     write_json(out / "config.json", run.about())
@@ -819,9 +891,19 @@ def old_run(a: argparse.Namespace) -> Run:
     lock = claim_run(a.resume)
     run = replace(open_run(a.resume), cache=a.cache, lock=lock)
     if not run.finished:
+        check_layout(run)
         check_inputs(run)
         claim_cache(a.cache)
     return run
+
+
+def check_layout(run: Run) -> None:
+    """Refuse to go on with a run of an older version, which kept one state for all jobs."""
+    if (run.out / "state").exists():
+        raise UserError(
+            f"{run.out} was begun by an older version, whose state this one cannot go on with: "
+            "start a new run with another --out"
+        )
 
 
 def check_inputs(run: Run) -> None:
@@ -853,7 +935,8 @@ def open_run(out: Path) -> Run:
         configs = {name: METHODS[name].config(**c) for name, c in about["configs"].items()}
         targets = {name: float(x) for name, x in about["targets"].items()}
         inputs = dict(about.get("inputs", {}))
-        run = Run(out, configs, about["preset"], int(about["seeds"]), targets, inputs)
+        ceiling = bool(about.get("ceiling", False))
+        run = Run(out, configs, about["preset"], int(about["seeds"]), targets, inputs, ceiling)
         if not configs or not 1 <= run.seeds <= len(T95) + 1:
             raise ValueError("no methods, or no number of seeds")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -862,21 +945,14 @@ def open_run(out: Path) -> Run:
         check(name, c)
     run.done = read_results(out)
     try:
-        fits = [(r["loop"], r["seed"]) for r in run.done] == run.jobs[: len(run.done)]
+        done = [(result["loop"], result["seed"]) for result in run.done]
+        fits = done == [job for job in run.jobs if job in done]
         if run.done:
             table(run.done)  # it shows all of their numbers
     except (KeyError, TypeError, ValueError):
         fits = False
     if not fits:
         raise UserError(f"{out / 'summary.json'} is not that of the run in {path}, or is damaged")
-    path = out / "state" / "state.pt"
-    if path.exists() and not run.finished:
-        saved = nr.load_state(out / "state")
-        try:
-            run.job = saved["job"]
-            run.saved_update = int(saved["state"]["update"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path} is not a state of this version ({error!r:.100})") from None
     return run
 
 
@@ -891,26 +967,33 @@ def read_results(out: Path) -> list[dict[str, Any]]:
     return results
 
 
+# The logs of a run and of a job.
+LOGS = ("metrics.jsonl", "samples.jsonl")
+# The other files of a job's folder: its result, once it is done; the traceback of an error that
+# nobody expected; what its process wrote past Python.
+RESULT = "result.json"
+ERROR = "error.txt"
+OUTPUT = "output.txt"
+
+
+def job_folder(out: Path, name: str, seed: int) -> Path:
+    """Where a job keeps its files until it is done."""
+    return out / "jobs" / f"{name}-{seed}"
+
+
 def job_of(line: dict[str, Any]) -> str:
     """ "ppo/0", the job that a line of a log belongs to."""
     return f"{line['loop']}/{line['seed']}"
 
 
-def cut_log(path: Path, run: Run) -> float:
-    """Drop the lines behind the saved state, and say how many seconds the kept part took."""
+def cut_log(path: Path, update: int) -> float:
+    """Drop the lines behind the saved update, and say how many seconds the kept part took."""
     if not path.exists():
         return 0.0
-    finished = {job_of(result) for result in run.done}
-    kept = []
-    seconds = 0.0
-    for line in read_lines(path):
-        saved = job_of(line) == run.job and line["step"] <= run.saved_update
-        if saved:
-            seconds = line.get("seconds", 0.0)
-        if saved or job_of(line) in finished:
-            kept.append(line)
-    write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-    return 0.0 if run.job in finished else seconds
+    # Without a saved update the job begins again, and says again what came before the first.
+    kept = [line for line in read_lines(path) if update > 0 and line["step"] <= update]
+    write_lines(path, kept)
+    return kept[-1].get("seconds", 0.0) if kept else 0.0
 
 
 def drive(
@@ -925,32 +1008,19 @@ def drive(
 ) -> None:
     """Run a loop to its end: bar, log, states. Ctrl-C is heard between two updates.
 
-    saved: what is saved every so many updates, the state included. A second Ctrl-C stops at once.
+    saved: what is saved every so many updates, the state included.
     """
-    # Python lets no other thread listen.
-    listens = threading.current_thread() is threading.main_thread()
-    asked = []
-
-    def ask(*_: Any) -> None:
-        asked.append(True)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = signal.signal(signal.SIGINT, ask) if listens else None
-    bar = tqdm(total=total, initial=state.update, desc=title, disable=None, leave=False)
-    try:
-        with bar:
-            for metrics in loop:
-                log(metrics)
-                bar.update()
-                # All processes leave together.
-                stop = nr.over_ranks(torch.tensor(len(asked))) > 0
-                if state.update % every == 0 or stop:
-                    nr.save_state(folder, saved)
-                if stop:
-                    raise KeyboardInterrupt
-    finally:
-        if listens:
-            signal.signal(signal.SIGINT, before)
+    console = workers.console
+    with console.listening() as stop_asked, console.bar(title, total, state.update) as advance:
+        for metrics in loop:
+            log(metrics)
+            advance()
+            # All processes leave together.
+            stop = nr.over_ranks(torch.tensor(int(stop_asked()))) > 0
+            if state.update % every == 0 or stop:
+                nr.save_state(folder, saved)
+            if stop:
+                raise KeyboardInterrupt
 
 
 # ---- trained models, cached ---------------------------------------------------------------------
@@ -1030,8 +1100,9 @@ class CachedTrainer:
         """Train the modules, or load them if that was done before."""
         folder = self.folder(name, make_batches, c, updates, lr, muon_lr, warmup, reads=reads)
         folder.mkdir(parents=True, exist_ok=True)
-        # Another run may train the same models at this moment; both come to the same weights.
-        with take_lock(folder) or nullcontext():
+        # Another job or run may train the same models at this moment.
+        told = f"waiting for {self.prefix}{name}, which another process trains in {folder}"
+        with wait_for_lock(folder, told):
             state = nr.Fit(modules, nr.optimizers(modules, lr, muon_lr))
             if (folder / "state.pt").exists():
                 device = next(modules[0].parameters()).device
@@ -1039,8 +1110,7 @@ class CachedTrainer:
             if state.update == updates:
                 return
             past = read_lines(folder / "fit.jsonl", named=False) if state.update else []
-            kept = [json.dumps(m) + "\n" for m in past if m["step"] <= state.update]
-            write_text(folder / "fit.jsonl", "".join(kept))
+            write_lines(folder / "fit.jsonl", [m for m in past if m["step"] <= state.update])
             size = sum(p.numel() for p in modules[0].parameters())
             print(f"training {self.prefix}{name} ({size:,} parameters) -> {folder}", flush=True)
             began = time.time()
@@ -1107,6 +1177,8 @@ class Job:
         self.run = run
         self.name = name
         self.seed = seed
+        self.title = f"{name}/{seed}"
+        self.folder = job_folder(run.out, name, seed)
         self.method = METHODS[name]
         self.c = replace(run.configs[name], seed=seed)
         self.task = make_task(self.c)
@@ -1128,8 +1200,7 @@ class Job:
         result["base"] = nr.accuracy(base, task, self.test, c)
         result["base_sampled"] = nr.accuracy(base, task, self.test, c, c.temperature)
         print(
-            f"{self.name}/{self.seed}: base {result['base']:.3f} greedy, "
-            f"{result['base_sampled']:.3f} sampled",
+            f"{self.title}: base {result['base']:.3f} greedy, {result['base_sampled']:.3f} sampled",
             flush=True,
         )
         models = self.method.reward_models(base, task, c, train)
@@ -1140,10 +1211,14 @@ class Job:
         self.state = self.method.start(policy, c)
         if models:
             self.state.models = models
-        job = f"{self.name}/{self.seed}"
-        self.saved = {"job": job, "result": result, "state": self.state}
-        if self.run.job == job:
-            nr.load_state(self.run.out / "state", into=self.saved, device=policy.device)
+        self.saved = {"job": self.title, "result": result, "state": self.state}
+        path = self.folder / "state.pt"
+        if path.exists():
+            fresh = {"job": "", "result": {}, "state": self.state}
+            found = nr.load_state(self.folder, into=fresh, device=policy.device)
+            if found.keys() != self.saved.keys() or found["job"] != self.title:
+                raise UserError(f"{path} is not a state of this job and version, delete it")
+            self.saved = found
 
     def answer(self, prompts: list[str], temperature: float = 0.0) -> list[str]:
         """One response to each problem by what has been trained so far."""
@@ -1169,7 +1244,7 @@ class Job:
         inside = self.method.explain(self.state, self.task, b, self.c)
         head = {"loop": self.name, "seed": self.seed, "step": self.state.update}
         for line, more in zip(lines, inside, strict=True):
-            append(self.run.out / "samples.jsonl", head | line | more)
+            append(self.folder / "samples.jsonl", head | line | more)
 
     def log(self, m: dict[str, Any]) -> None:
         """One update -> metrics.jsonl; now and then a look at dev; warnings in plain words."""
@@ -1177,7 +1252,7 @@ class Job:
         seconds = round(self.offset + time.time() - self.began, 3)
         head = {"loop": self.name, "seed": self.seed, "step": u, "seconds": seconds}
         line = head | {"samples": self.state.samples} | m
-        title = f"{self.name}/{self.seed} {u:4d}"
+        title = f"{self.title} {u:4d}"
         if u % self.every == 0 or u in (1, self.total):
             line["dev_greedy"] = self.right(self.dev)
             self.show()
@@ -1187,30 +1262,30 @@ class Job:
             if warning not in self.told:
                 tqdm.write(f"{title}  note: {text}")
             self.told.add(warning)
-        append(self.run.out / "metrics.jsonl", line)
+        append(self.folder / "metrics.jsonl", line)
 
     def train(self) -> None:
         """Run the loop, from the beginning or from the saved state."""
-        out = self.run.out
-        self.offset = cut_log(out / "metrics.jsonl", self.run)
-        cut_log(out / "samples.jsonl", self.run)
+        folder, state = self.folder, self.state
+        self.offset = cut_log(folder / "metrics.jsonl", state.update)
+        cut_log(folder / "samples.jsonl", state.update)
         self.began = time.time()
-        if self.state.update == 0:
+        if state.update == 0:
             self.show()
-        loop = self.method.loop(self.state, self.task, self.c)
-        title = self.saved["job"]
-        drive(loop, self.saved, self.state, self.total, self.every, out / "state", title, self.log)
+        loop = self.method.loop(state, self.task, self.c)
+        drive(loop, self.saved, state, self.total, self.every, folder, self.title, self.log)
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self) -> None:
         """Save the models and measure them on test: the job's entry in summary.json."""
         c, state = self.c, self.state
         folder = self.run.out / "models" / f"{self.name}-{self.seed}"
+        remove_left_behind(folder)
         state.policy.save(folder)
         if self.method.answer_parts:
             nr.save_state(folder, {part: vars(state)[part] for part in self.method.answer_parts})
         enough = None
-        for m in read_lines(self.run.out / "metrics.jsonl"):
-            if job_of(m) == self.saved["job"] and m.get("dev_greedy", 0) >= 0.8:
+        for m in lines_there(self.folder / "metrics.jsonl"):
+            if m.get("dev_greedy", 0) >= 0.8:
                 enough = enough or m["samples"]
         result = self.saved["result"]
         result["final"] = self.right(self.test)
@@ -1219,19 +1294,203 @@ class Job:
         result["samples_to_80"] = enough
         result["updates"] = self.total
         result["seconds"] = round(self.offset + time.time() - self.began, 1)
-        if not c.model:
+        if self.run.ceiling:
             train = CachedTrainer(self.run.cache, "careful-")
             ceiling = nr.gpt_base(make_task(c, careful=True), c, train)
             result["ceiling"] = nr.accuracy(ceiling, self.task, self.test, c)
-        return result
+        write_json(self.folder / RESULT, result)
 
 
-def run_job(run: Run, name: str, seed: int) -> dict[str, Any]:
-    """Train and measure one method with one seed."""
-    job = Job(run, name, seed)
-    job.start()
-    job.train()
-    return job.finish()
+def run_job(run: Run, name: str, seed: int) -> None:
+    """Train and measure one method with one seed; at its end its folder holds the result."""
+    folder = job_folder(run.out, name, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    # The processes of a run that was killed end after the update at hand.
+    told = f"{name}/{seed}: waiting for the process of a stopped run that still works in {folder}"
+    with wait_for_lock(folder, told):
+        if (folder / RESULT).exists():
+            return
+        (folder / ERROR).unlink(missing_ok=True)
+        c = run.configs[name]
+        torch.set_num_threads(c.threads)
+        torch.set_float32_matmul_precision("high")  # [gpu] logits by TF32; a CPU has none
+        job = Job(run, name, seed)
+        job.start()
+        job.train()
+        job.finish()
+
+
+# ---- all jobs of a run, one after another or side by side ----------------------------------------
+
+# What torch says when there is no memory left.
+NO_MEMORY = re.compile("out of memory|allocate memory|not enough memory", re.I)
+# What Python takes with torch loaded, in bytes.
+PROCESS_MEMORY = 300_000_000
+
+
+def in_a_line(error: Exception) -> str:
+    """What to tell the user of an error; empty if it is none that a user can mend."""
+    message = str(error)
+    memory = isinstance(error, RuntimeError) and NO_MEMORY.search(message)
+    if memory or isinstance(error, MemoryError):
+        message = f"there is not enough memory, take smaller sizes: {message}"
+    elif not isinstance(error, UserError | OSError):
+        return ""
+    return " ".join(message.splitlines())
+
+
+def try_job(run: Run, name: str, seed: int) -> str:
+    """Run a job. What went wrong, in a line; empty if it is done."""
+    try:
+        run_job(run, name, seed)
+    except Exception as error:
+        if dist.is_initialized():
+            raise  # the other processes would wait for ever
+        if message := in_a_line(error):
+            return message
+        path = job_folder(run.out, name, seed) / ERROR
+        write_text(path, traceback.format_exc())
+        return f"{type(error).__name__}: {error!s:.200} (all of it in {path})".replace("\n", " ")
+    return ""
+
+
+def entry_of(name: str) -> str:
+    """What METHODS says of a method, in words that are the same in every process."""
+    parts = vars(METHODS[name]) if name in METHODS else {}
+    words = {key: getattr(x, "__qualname__", "") or repr(x) for key, x in parts.items()}
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(words))
+
+
+@dataclass
+class Plan:
+    """What a process has to know of the run to do a job of it."""
+
+    out: Path
+    cache: Path
+    ceiling: bool
+    configs: dict[str, dict[str, Any]]
+    # What METHODS says in the process that began.
+    entries: dict[str, str]
+
+
+def plan_of(run: Run) -> Plan:
+    """The plan of a run, in plain values: a process that has other classes can read it too."""
+    configs = {name: asdict(c) for name, c in run.configs.items()}
+    entries = {name: entry_of(name) for name in configs}
+    return Plan(run.out, run.cache, run.ceiling, configs, entries)
+
+
+def work(plan: Plan, name: str, seed: int) -> str:
+    """Do a job in a process of its own. What went wrong, in a line; empty if it is done."""
+    numbers = plan.configs[name]
+    if entry_of(name) != plan.entries[name] or numbers["task"] not in TASKS:
+        return (
+            f"its process does not know the same method {name} or task {numbers['task']}: a script "
+            "must register them when it is imported, or be started with --workers 1"
+        )
+    configs = {name: METHODS[name].config(**numbers)}
+    run = Run(plan.out, configs, "", 1, {}, {}, plan.ceiling, plan.cache)
+    folder = job_folder(run.out, name, seed)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        workers.keep_output(folder / OUTPUT)
+        return try_job(run, name, seed)
+    except (OSError, UserError) as error:
+        return in_a_line(error)
+    finally:
+        workers.keep_output(Path(os.devnull))
+
+
+def spread_seeds(jobs: list[tuple[str, int]]) -> list[tuple[str, int]]:
+    """The order in which processes take jobs: first one job of each seed.
+
+    So bases of several seeds are trained side by side; the jobs of a seed wait for the same one.
+    """
+    first: dict[int, tuple[str, int]] = {}
+    for name, seed in jobs:
+        first.setdefault(seed, (name, seed))
+    return [*first.values(), *(job for job in jobs if job not in first.values())]
+
+
+def do_jobs(run: Run, about: dict[str, Any]) -> None:
+    """Do all jobs that are left; a line says of each that fails why. about: for summary.json."""
+
+    def ended(job: tuple[str, int], why: str, died: bool) -> None:
+        name, seed = job
+        if not why:
+            take_over(run, name, seed, about)
+            return
+        last = last_line(job_folder(run.out, name, seed) / OUTPUT) if died else ""
+        tqdm.write(f"error: {name}/{seed} failed: {why}{last}", file=sys.stderr)
+
+    jobs = run.open_jobs
+    size = min(run.workers, len(jobs))
+    if size > 1:
+        do = functools.partial(work, plan_of(run))
+        workers.Pool(size, do, ended).run(spread_seeds(jobs))
+        return
+    for name, seed in jobs:
+        ended((name, seed), try_job(run, name, seed), False)
+
+
+def last_line(path: Path) -> str:
+    """The last words of a process that died, if there are any."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return f"; it wrote: {lines[-1]:.200}" if lines else ""
+
+
+def take_over(run: Run, name: str, seed: int, about: dict[str, Any]) -> None:
+    """Merge what a finished job has left into the files of the run, then remove its folder.
+
+    The lines and results stand in the order of the run's jobs, whatever was finished first. Killed
+    in between, the same is done again at the next start.
+    """
+    folder = job_folder(run.out, name, seed)
+    result = read_json(folder / RESULT)
+    if (result.get("loop"), result.get("seed")) != (name, seed):
+        raise UserError(f"{folder / RESULT} is not that of the job {name}/{seed}, delete it")
+    order = {job: i for i, job in enumerate(run.jobs)}
+    for log in LOGS:
+        lines = lines_of(run.out / log, run.done) + lines_of(folder / log, [result])
+        lines.sort(key=lambda line: order[line["loop"], line["seed"]])
+        write_lines(run.out / log, lines)
+    results = [*run.done, result]
+    results.sort(key=lambda result: order[result["loop"], result["seed"]])
+    run.done = results
+    write_json(run.out / "summary.json", about | {"results": results})
+    remove_folder(folder)
+
+
+def lines_of(path: Path, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines of a log that belong to the jobs of these results."""
+    jobs = {job_of(result) for result in results}
+    return [line for line in lines_there(path) if job_of(line) in jobs]
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a job's folder, and that of all jobs if this was the last one."""
+    if nr.is_first():
+        shutil.rmtree(folder, ignore_errors=True)
+        if not any(folder.parent.iterdir()):
+            folder.parent.rmdir()
+
+
+def take_over_all(run: Run, about: dict[str, Any]) -> None:
+    """Take over what jobs of a killed process have finished. A broken line of a log is said now."""
+    for log in LOGS:
+        lines_there(run.out / log)
+    for name, seed in run.open_jobs:
+        if (job_folder(run.out, name, seed) / RESULT).exists():
+            take_over(run, name, seed, about)
+
+
+def remove_done(run: Run) -> None:
+    """Remove folders of jobs that are done, which a killed process has left."""
+    for result in run.done:
+        folder = job_folder(run.out, result["loop"], result["seed"])
+        if folder.exists():
+            remove_folder(folder)
 
 
 # ---- what a person sees at the end --------------------------------------------------------------
@@ -1286,9 +1545,26 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def lines_so_far(out: Path) -> list[dict[str, Any]]:
+    """The metrics of a run, those of jobs at work included."""
+    at_work: list[dict[str, Any]] = []
+    for path in sorted((out / "jobs").glob("*/metrics.jsonl")):
+        try:
+            at_work += read_lines(path)
+        except UserError:
+            if path.exists():
+                raise  # else the job has ended at this moment, and its lines stand in the run's
+    if at_work and not (out / "metrics.jsonl").exists():
+        return at_work
+    # A job that was being taken over stands in both.
+    jobs = {job_of(line) for line in at_work}
+    done = [line for line in read_lines(out / "metrics.jsonl") if job_of(line) not in jobs]
+    return done + at_work
+
+
 def draw_picture(runs: list[Path], path: Path) -> None:
     """The curves of one or several runs, if matplotlib is installed."""
-    logs = {run: read_lines(run / "metrics.jsonl") for run in runs}
+    logs = {run: lines_so_far(run) for run in runs}
     results = read_results(runs[0]) if len(runs) == 1 else []
     try:
         from notebooks.curves import picture
@@ -1339,7 +1615,7 @@ def own_rank() -> int:
 
 def find_run(a: argparse.Namespace) -> Run:
     """The run that is asked for, new or old; under torchrun the first process makes the folder."""
-    if a.resume and (a.loops or a.out or a.target or given_numbers(a)):
+    if a.resume and (a.loops or a.out or a.target or a.ceiling or given_numbers(a)):
         raise UserError(
             "--resume takes all numbers from its folder: give no loop, flag or target with it"
         )
@@ -1359,11 +1635,32 @@ def find_run(a: argparse.Namespace) -> Run:
     return run
 
 
-def train_command(argv: list[str]) -> int:
-    """The main command."""
+def check_workers(asked: int | None) -> None:
+    """Refuse a number of workers that cannot be."""
+    if asked is None:
+        return
+    check_number("workers", asked)
+    if asked > 1 and own_rank() >= 0:
+        raise UserError("under torchrun all processes share one job: leave out --workers")
+
+
+def usual_workers(run: Run) -> int:
+    """As many as the cores have room for, and the memory; one under torchrun and on a GPU."""
+    if own_rank() >= 0 or run.shared.device != "cpu":
+        return 1
+    largest = max(sum(memory_needed(c).values()) for c in run.configs.values())
+    by_memory = memory_of("cpu") / (largest + PROCESS_MEMORY)
+    return max(1, int(min(workers.physical_cores() // run.shared.threads, by_memory)))
+
+
+def train_command(argv: list[str], alone: bool) -> int:
+    """The main command. alone: one worker, unless the flags say otherwise."""
     check_methods()
-    run = find_run(build_parser().parse_args(argv))
+    a = build_parser().parse_args(argv)
+    check_workers(a.workers)
+    run = find_run(a)
     with run.lock:
+        run.workers = a.workers or (1 if alone else usual_workers(run))
         return finish_run(run)
 
 
@@ -1372,13 +1669,12 @@ def finish_run(run: Run) -> int:
     c = run.shared
     nr.pick_device(c.device)
     picture = run.out / "curves.png"
+    remove_done(run)
     if run.finished:
         print(f"{run.out} is finished; nothing to do. Its table:\n{table(run.done)}")
         if not picture.exists():
             draw_picture([run.out], picture)
         return verdict(run)
-    torch.set_num_threads(c.threads)
-    torch.set_float32_matmul_precision("high")  # [gpu] logits by TF32; a CPU has none
     about = {
         "config": run.preset,
         "threads": c.threads,
@@ -1388,15 +1684,20 @@ def finish_run(run: Run) -> int:
     print(f"run {run.out} · base models {run.cache} · {about}\n{HEALTHY}", flush=True)
     if note := getattr(make_task(c), "note", ""):
         print(note, flush=True)
+    out, cache = shlex.quote(str(run.out)), shlex.quote(str(run.cache))
+    again = f"python train_small.py --resume {out} --cache {cache}"
     try:
-        for name, seed in run.jobs[len(run.done) :]:
-            run.done.append(run_job(run, name, seed))
-            write_json(run.out / "summary.json", about | {"results": run.done})
+        take_over_all(run, about)
+        do_jobs(run, about)
     except KeyboardInterrupt:
-        out, cache = shlex.quote(str(run.out)), shlex.quote(str(run.cache))
-        print(f"\nstopped; go on with: python train_small.py --resume {out} --cache {cache}")
+        print(f"\nstopped; go on with: {again}")
         return 130
-    print(table(run.done))
+    if run.done:
+        print(table(run.done))
+    if not run.finished:
+        left = ", ".join(f"{name}/{seed}" for name, seed in run.open_jobs)
+        print(f"not done: {left}; try again with: {again}")
+        return 2
     draw_picture([run.out], picture)
     return verdict(run)
 
@@ -1493,26 +1794,29 @@ def prepare_output() -> None:
             setattr(sys, name, io.TextIOWrapper(whole, stream.encoding, "replace", **how))
 
 
-# What torch says when there is no memory left.
-NO_MEMORY = re.compile("out of memory|allocate memory|not enough memory", re.I)
-
-
 def main(argv: list[str] | None = None) -> int:
-    """Dispatch. Every UserError ends here as one line and exit code 2."""
+    """Dispatch. Every UserError ends here as one line and exit code 2.
+
+    argv: the words of the command line. Who gives them has one worker if they do not say otherwise.
+    """
+    alone = argv is not None
     argv = sys.argv[1:] if argv is None else argv
     try:
+        if workers.is_worker():
+            raise UserError(
+                "a script that starts a run must call main() under `if __name__ == "
+                '"__main__":`, or be started with --workers 1'
+            )
         if argv and argv[0] in COMMANDS:
             return COMMANDS[argv[0]](argv[1:])
-        return train_command(argv)
+        return train_command(argv, alone)
     except KeyboardInterrupt:
         return 130
-    except (UserError, OSError) as error:
-        message = str(error)
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not NO_MEMORY.search(str(error)):
+    except Exception as error:
+        message = in_a_line(error)
+        if not message:
             raise
-        message = f"there is not enough memory, take smaller sizes: {error}"
-    print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
+    print(f"error: {message}", file=sys.stderr)
     return 2
 
 

@@ -22,8 +22,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 # What is measured. The first list is how pathlib names these files, the second how git names them.
-PATTERNS = ["nanoreward.py", "train_small.py", "data/*.py", "notebooks/*.py"]
-PLACES = ["nanoreward.py", "train_small.py", "data/", "notebooks/"]
+PATTERNS = ["nanoreward.py", "train_small.py", "workers.py", "data/*.py", "notebooks/*.py"]
+PLACES = ["nanoreward.py", "train_small.py", "workers.py", "data/", "notebooks/"]
 
 # The parts of a program that can have a docstring.
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)

@@ -55,6 +55,7 @@ def smoke(tmp_path_factory, cache):
         2,
         "--target",
         "ppo=0.0",
+        "--ceiling",
     )
     assert done.returncode == 0, done.stderr
     return out, done.stdout
@@ -81,12 +82,11 @@ def test_a_run_leaves_what_the_design_promises(smoke):
         "metrics.jsonl",
         "samples.jsonl",
         "summary.json",
-        "state",
         "models",
         "curves.png",
-    } <= names
+    } <= names and "jobs" not in names
     about = json.loads((out / "config.json").read_text())
-    assert set(about) == {"configs", "preset", "seeds", "targets", "inputs", "sha256"}
+    assert set(about) == {"configs", "preset", "seeds", "targets", "inputs", "ceiling", "sha256"}
     assert set(about["configs"]) == {"ppo"} and about["inputs"] == {}
     config = about["configs"]["ppo"]
     assert set(config) == {f.name for f in fields(nr.PPOConfig)} and config["width"] == 32
@@ -139,6 +139,12 @@ def test_a_run_leaves_what_the_design_promises(smoke):
     ):
         assert word in text
     assert not list(out.rglob("*.tmp"))
+
+
+def written(out):
+    """How many lines of metrics a run has logged, with those of jobs at work."""
+    logs = [out / "metrics.jsonl", *out.glob("jobs/*/metrics.jsonl")]
+    return sum(path.read_text().count("\n") for path in logs if path.exists())
 
 
 def test_smoke_has_at_least_three_updates():
@@ -287,7 +293,7 @@ def test_a_finished_run_says_so_and_changes_nothing(smoke, cache):
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
     for argv in (
         ["--resume", out],
-        ["ppo", "--config", "smoke", "--out", out, "--seeds", 2, "--target", "ppo=0.0"],
+        "ppo --config smoke --seeds 2 --target ppo=0.0 --ceiling --out".split() + [out],
     ):
         again = call(*argv, "--cache", cache)
         assert again.returncode == 0 and "finished" in again.stdout
@@ -342,6 +348,7 @@ def test_a_missed_target_exits_one(smoke, cache, tmp_path):
 def test_killed_anywhere_and_resumed_bit_for_bit(cache, tmp_path, loop, flags):
     """A real SIGKILL at a moment nobody chose, twice; the outputs equal those of a quiet run."""
     more = ["--config", "smoke", *flags.split(), "--eval-every", 3, "--seeds", 2, "--cache", cache]
+    more += ["--workers", 1]
     assert inside(loop, *more, "--out", tmp_path / "quiet") == 0
     out = tmp_path / "killed"
     argv = [sys.executable, str(ROOT / "train_small.py"), loop, *map(str, more), "--out", str(out)]
@@ -349,19 +356,15 @@ def test_killed_anywhere_and_resumed_bit_for_bit(cache, tmp_path, loop, flags):
     for step in (5, 17):
         process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         while process.poll() is None:
-            written = (
-                (out / "metrics.jsonl").read_text().count("\n")
-                if (out / "metrics.jsonl").exists()
-                else 0
-            )
-            if written >= step:
+            if written(out) >= step:
                 process.kill()
                 kills += 1
                 break
             time.sleep(0.002)
         process.wait()
-        with (out / "metrics.jsonl").open("a") as f:
-            f.write('{"loop": "ppo", "se')  # a torn line, as a full disk or a power cut leaves it
+        for log in out.glob("jobs/*/metrics.jsonl"):
+            with log.open("a") as f:
+                f.write('{"loop": "ppo", "se')  # torn, as a full disk or a power cut leaves it
         argv = [
             sys.executable,
             str(ROOT / "train_small.py"),
@@ -369,6 +372,8 @@ def test_killed_anywhere_and_resumed_bit_for_bit(cache, tmp_path, loop, flags):
             str(out),
             "--cache",
             str(cache),
+            "--workers",
+            "1",
         ]
     assert kills == 2, process.stderr.read()
     assert subprocess.run(argv, capture_output=True).returncode == 0
@@ -398,14 +403,15 @@ def test_ctrl_c_saves_prints_the_resume_command_and_exits_130(cache, tmp_path):
     more = ["--config", "smoke", "--updates", 400, "--eval-every", 400, "--cache", cache]
     argv = [sys.executable, str(ROOT / "train_small.py"), "ppo", *map(str, more), "--out", str(out)]
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    while not (out / "metrics.jsonl").exists():
+    while written(out) == 0:
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     text, _ = process.communicate(timeout=300)
     assert process.returncode == 130 and f"--resume {out}" in text
-    saved = nr.load_state(out / "state")["state"]["update"]
-    assert 0 < saved < 400 and lines(out / "metrics.jsonl")[-1]["step"] == saved
+    job = out / "jobs" / "ppo-0"
+    saved = nr.load_state(job)["state"]["update"]
+    assert 0 < saved < 400 and lines(job / "metrics.jsonl")[-1]["step"] == saved
 
 
 def base_in(cache, c, careful=False):
@@ -672,6 +678,9 @@ def test_the_key_of_a_trained_model_holds_every_number_that_its_training_reads(m
         (["ppo", "--target", "dpo=0.5"], "a loop of this run"),
         (["--resume", "nowhere"], "nowhere"),
         (["--resume", "nowhere", "--lr", "1"], "takes all numbers from its folder"),
+        (["--resume", "nowhere", "--ceiling"], "takes all numbers from its folder"),
+        (["ppo", "--workers", "0"], "--workers must be above 0"),
+        (["ppo", "--workers", "1000"], "--workers must be at most 256"),
         (["ppo", "--device", "cpu:zzz"], "is not here"),
         (["ppo", "--temperature", "1e-40"], "at least 0.01"),
         (["sample", "nowhere", "--prompt", "1+1="], "nowhere"),
@@ -717,24 +726,35 @@ def test_an_unwritable_out_is_one_line(cache, tmp_path, capsys):
 @pytest.mark.parametrize(
     "damage", ["config.json", "summary.json", "state.pt", "other version", "other state"]
 )
-def test_a_damaged_run_folder_is_one_line(cache, tmp_path, capsys, damage):
+def test_a_damaged_run_folder_is_one_line(cache, tmp_path, monkeypatch, capsys, damage):
     out = tmp_path / "x"
-    argv = ["ppo", "--config", "smoke", "--updates", 2, "--cache", cache, "--out", out]
-    assert inside(*argv) == 0
-    (out / "summary.json").write_text(json.dumps({"results": []}))  # as if killed before the end
+    argv = "ppo iterative_dpo --config smoke --updates 2 --eval-every 1".split()
+    argv += ["--cache", cache, "--out", out]
+
+    def stop(job):
+        if job.name == "iterative_dpo":
+            raise KeyboardInterrupt
+        finish(job)
+
+    finish = front.Job.finish
+    with monkeypatch.context() as patch:
+        patch.setattr(front.Job, "finish", stop)
+        assert inside(*argv) == 130
+    state = out / "jobs" / "iterative_dpo-0" / "state.pt"
     if damage == "other version":
         about = json.loads((out / "config.json").read_text())
         about["configs"]["ppo"]["colour"] = "red"
         (out / "config.json").write_text(json.dumps(about))
     elif damage == "other state":
-        nr.save_state(out / "state", {"update": 1})
+        nr.save_state(state.parent, {"update": 1})
     else:
-        path = out / "state" / "state.pt" if damage == "state.pt" else out / damage
+        path = state if damage == "state.pt" else out / damage
         path.write_bytes(path.read_bytes()[:9])
     capsys.readouterr()
     assert inside("--resume", out, "--cache", cache) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and str(out) in error
+    assert "state" not in damage or str(state) in error
 
 
 def test_sample_answers_and_says_what_is_wrong_with_a_prompt(smoke, capsys):

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import threading
@@ -21,7 +22,7 @@ from data.arithmetic import Arithmetic
 from tests.conftest import CHOICES, ROOT, tiny
 
 SCRIPT = str(ROOT / "train_small.py")
-RUN = ["ppo", "--config", "smoke", "--updates", "3"]
+RUN = ["ppo", "--config", "smoke", "--eval-every", "3", "--updates", "3"]
 
 
 @pytest.fixture(scope="session")
@@ -43,12 +44,20 @@ def copy(finished, tmp_path):
     return copy_of(finished, tmp_path / "copy")
 
 
-@pytest.fixture
-def half(finished, tmp_path):
-    """A copy of the run as it was when it had ended, but had not said so."""
-    out = copy_of(finished, tmp_path / "half")
-    (out / "summary.json").unlink()
+@pytest.fixture(scope="session")
+def stopped(tmp_path_factory, cache):
+    """The run as it was when all updates were made, but nothing measured."""
+    out = tmp_path_factory.mktemp("runs") / "stopped"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(front.Job, "finish", lambda job: (_ for _ in ()).throw(KeyboardInterrupt()))
+        assert inside(*RUN, "--out", out, "--cache", cache) == 130
     return out
+
+
+@pytest.fixture
+def half(stopped, tmp_path):
+    """A copy of the stopped run."""
+    return copy_of(stopped, tmp_path / "half")
 
 
 def copy_of(folder, to):
@@ -104,17 +113,16 @@ def steps_of(out):
 def test_a_terminal_that_lacks_a_character_gets_a_question_mark(env, half, cache):
     code, said, errors = ended("--resume", half, "--cache", cache, env=env)
     assert (code, errors) == (0, b"")
-    assert b" ? base models" in said and b"careful twin" in said
+    assert b" ? base models" in said and b"An accuracy is that of" in said
 
 
-def test_every_text_file_is_opened_as_utf_8(copy, cache, tmp_path):
-    (copy / "summary.json").unlink()
+def test_every_text_file_is_opened_as_utf_8(half, cache, tmp_path):
     code = (
         "import warnings, train_small, notebooks.curves, notebooks.collect\n"
         "warnings.simplefilter('error', EncodingWarning)\n"
-        f"assert train_small.main(['--resume', {str(copy)!r}, '--cache', {str(cache)!r}]) == 0\n"
-        f"assert train_small.main(['sample', {str(copy)!r}, '--prompt', '1+1=']) == 0\n"
-        f"assert train_small.main(['plot', {str(copy)!r}, '--png', {str(tmp_path / 'a.png')!r}]) == 0\n"
+        f"assert train_small.main(['--resume', {str(half)!r}, '--cache', {str(cache)!r}]) == 0\n"
+        f"assert train_small.main(['sample', {str(half)!r}, '--prompt', '1+1=']) == 0\n"
+        f"assert train_small.main(['plot', {str(half)!r}, '--png', {str(tmp_path / 'a.png')!r}]) == 0\n"
     )
     argv = [sys.executable, "-X", "warn_default_encoding", "-c", code]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
@@ -220,7 +228,9 @@ def test_a_log_on_a_full_disk_is_one_line_that_names_it(tmp_path):
 def test_what_a_killed_process_left_half_written_goes_away_at_the_next_start(
     half, cache, tmp_path, monkeypatch
 ):
-    ours = [half / "config.json.77.tmp", half / "state" / "state.pt.77.tmp"]
+    ours = [half / "config.json.77.tmp", half / "jobs" / "ppo-0" / "state.pt.77.tmp"]
+    ours += [half / "models" / "ppo-0" / "model.safetensors.77.tmp"]
+    ours[-1].parent.mkdir(parents=True)
     theirs = half / "notes.tmp"  # no number of a process: a file of somebody's own
     base = next(path for path in cache.iterdir() if path.name.startswith("gpt-"))
     for path in (*ours, theirs, base / "state.pt.77.tmp"):
@@ -230,21 +240,39 @@ def test_what_a_killed_process_left_half_written_goes_away_at_the_next_start(
     assert not list(base.glob("*.tmp"))
 
 
-def test_a_base_that_another_run_trains_at_this_moment_keeps_its_temporary_files(half, cache):
+@pytest.mark.parametrize("what, told", [("base", "waiting for gpt"), ("job", "ppo/0: waiting for")])
+def test_a_base_or_job_that_another_process_works_on_is_waited_for(half, cache, what, told):
     base = next(path for path in cache.iterdir() if path.name.startswith("gpt-"))
-    writing = base / "state.pt.77.tmp"
-    with front.take_lock(base):
+    folder = base if what == "base" else half / "jobs" / "ppo-0"
+    with front.take_lock(folder):
+        writing = folder / "state.pt.77.tmp"
         writing.write_text("half")
-        assert inside("--resume", half, "--cache", cache) == 0
-        assert writing.exists()
-    writing.unlink()
+        run = started("--resume", half, "--cache", cache, text=True)
+        while not run.stdout.readline().startswith(told):
+            assert run.poll() is None
+        time.sleep(2 * front.LOCK_PATIENCE)
+        assert run.poll() is None and writing.exists()
+    said, errors = run.communicate(timeout=60)
+    assert (run.returncode, errors) == (0, "") and "waiting" not in said
+    assert not writing.exists()
+
+
+def test_ctrl_c_ends_the_waiting_for_a_base(half, cache):
+    base = next(path for path in cache.iterdir() if path.name.startswith("gpt-"))
+    with front.take_lock(base):
+        run = started("--resume", half, "--cache", cache, text=True)
+        while not run.stdout.readline().startswith("waiting for gpt"):
+            assert run.poll() is None
+        run.send_signal(signal.SIGINT)
+        said, errors = run.communicate(timeout=60)
+    assert (run.returncode, errors) == (130, "") and "go on with" in said
 
 
 def test_a_second_process_with_the_same_folder_is_refused(cache, tmp_path, capsys):
     out = tmp_path / "x"
     argv = [*RUN[:-1], 400, "--eval-every", 400, "--cache", cache, "--out", out]
     first = started(*argv)
-    while not (out / "metrics.jsonl").exists():
+    while not (out / "jobs" / "ppo-0" / "metrics.jsonl").exists():
         assert first.poll() is None
         time.sleep(0.01)
     for again in (argv, ["--resume", out, "--cache", cache]):
@@ -252,7 +280,7 @@ def test_a_second_process_with_the_same_folder_is_refused(cache, tmp_path, capsy
     first.kill()  # its lock dies with it
     first.communicate()
     front.take_lock(out).close()
-    seen = steps_of(out)
+    seen = steps_of(out / "jobs" / "ppo-0")
     assert seen == list(range(1, len(seen) + 1))
 
 
@@ -292,12 +320,15 @@ def test_stopped_before_anything_was_saved_it_goes_on_from_the_beginning(
     assert steps_of(out) == [1, 2, 3]
 
 
-@pytest.mark.parametrize("lost", ["state", "metrics.jsonl", "samples.jsonl", "models", "lock"])
+@pytest.mark.parametrize(
+    "lost", ["state.pt", "metrics.jsonl", "samples.jsonl", "lock", "", "../../lock", ".."]
+)
 def test_a_run_that_has_lost_a_part_goes_on(half, cache, lost):
-    subprocess.run(["rm", "-r", str(half / lost)], check=True)
+    path = (half / "jobs" / "ppo-0" / lost).resolve()
+    subprocess.run(["rm", "-r", str(path)], check=True)
     assert inside("--resume", half, "--cache", cache) == 0
     assert (half / "models" / "ppo-0" / "model.safetensors").exists()
-    assert lost != "state" or steps_of(half) == [1, 2, 3]
+    assert steps_of(half) == ([] if lost == "metrics.jsonl" else [1, 2, 3])
 
 
 def test_a_folder_that_holds_no_run_is_one_line_and_stays_as_it_is(tmp_path, capsys):
@@ -419,15 +450,17 @@ def test_a_line_torn_anywhere_is_left_out(tmp_path):
     ],
 )
 def test_a_broken_line_is_named(half, cache, capsys, line):
-    for file in ("metrics.jsonl", "samples.jsonl"):
-        before = (half / file).read_bytes()
-        first, rest = before.split(b"\n", 1)
-        (half / file).write_bytes(first + b"\n" + line + b"\n" + rest)
-        error = refused(capsys, "--resume", half, "--cache", cache)
-        assert f"{half / file}, line 2:" in error
-        if file == "metrics.jsonl":
-            assert f"{half / file}, line 2:" in refused(capsys, "plot", half)
-        (half / file).write_bytes(before)
+    job = half / "jobs" / "ppo-0"
+    for folder in (job, half):
+        for file in ("metrics.jsonl", "samples.jsonl"):
+            before = (job / file).read_bytes()
+            first, rest = before.split(b"\n", 1)
+            (folder / file).write_bytes(first + b"\n" + line + b"\n" + rest)
+            error = refused(capsys, "--resume", half, "--cache", cache)
+            assert f"{folder / file}, line 2:" in error
+            if file == "metrics.jsonl":
+                assert f"{folder / file}, line 2:" in refused(capsys, "plot", half)
+            (folder / file).write_bytes(before)
 
 
 def test_a_broken_last_line_that_has_its_end_was_not_torn(tmp_path):

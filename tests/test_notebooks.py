@@ -64,7 +64,7 @@ def test_a_notebook_is_thin_asks_first_and_fails_on_purpose(path):
 def test_what_the_text_of_a_notebook_names_is_there(path):
     nb = nbformat.read(path, as_version=4)
     text = "\n".join(c.source for c in nb.cells if c.cell_type == "markdown")
-    sources = [ROOT / "nanoreward.py", ROOT / "train_small.py"]
+    sources = [*ROOT.glob("*.py")]
     sources += [*(ROOT / "data").glob("*.py"), *(ROOT / "notebooks").glob("*.py")]
     texts = [p.read_text() for p in sources]
     texts += [c.source + str(c.outputs) for c in nb.cells if c.cell_type == "code"]
