@@ -603,6 +603,11 @@ def read_lines(path: Path, named: bool = True) -> list[dict[str, Any]]:
     return lines
 
 
+def lines_there(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log; none if there is no such file."""
+    return read_lines(path) if path.exists() else []
+
+
 def write_text(path: Path, text: str) -> None:
     """Write the whole file or none of it."""
     nr.write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
@@ -946,11 +951,8 @@ def job_of(line: dict[str, Any]) -> str:
 
 def cut_log(path: Path, update: int) -> float:
     """Drop the lines behind the saved update, and say how many seconds the kept part took."""
-    if not path.exists():
-        return 0.0
-    lines = read_lines(path)
     # Without a saved update the job begins again, and says again what came before the first.
-    kept = [line for line in lines if update > 0 and line["step"] <= update]
+    kept = [line for line in lines_there(path) if update > 0 and line["step"] <= update]
     write_lines(path, kept)
     return kept[-1].get("seconds", 0.0) if kept else 0.0
 
@@ -1243,7 +1245,7 @@ class Job:
         if self.method.answer_parts:
             nr.save_state(folder, {part: vars(state)[part] for part in self.method.answer_parts})
         enough = None
-        for m in read_lines(self.folder / "metrics.jsonl"):
+        for m in lines_there(self.folder / "metrics.jsonl"):
             if m.get("dev_greedy", 0) >= 0.8:
                 enough = enough or m["samples"]
         result = self.saved["result"]
@@ -1410,7 +1412,7 @@ def take_over(run: Run, name: str, seed: int, about: dict[str, Any]) -> None:
     results = [r for r in run.done if (r["loop"], r["seed"]) != (name, seed)]
     for log in LOGS:
         lines = lines_of_done(run.out / log, results)
-        lines += read_lines(folder / log) if (folder / log).exists() else []
+        lines += lines_there(folder / log)
         lines.sort(key=lambda line: order[line["loop"], line["seed"]])
         write_lines(run.out / log, lines)
     results.append(read_json(folder / RESULT))
@@ -1423,7 +1425,7 @@ def take_over(run: Run, name: str, seed: int, about: dict[str, Any]) -> None:
 def lines_of_done(path: Path, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The lines of a run's log that belong to these results."""
     done = {job_of(result) for result in results}
-    return [line for line in read_lines(path) if job_of(line) in done] if path.exists() else []
+    return [line for line in lines_there(path) if job_of(line) in done]
 
 
 def remove_folder(folder: Path) -> None:

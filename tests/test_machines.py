@@ -22,7 +22,7 @@ from data.arithmetic import Arithmetic
 from tests.conftest import CHOICES, ROOT, tiny
 
 SCRIPT = str(ROOT / "train_small.py")
-RUN = ["ppo", "--config", "smoke", "--updates", "3"]
+RUN = ["ppo", "--config", "smoke", "--eval-every", "3", "--updates", "3"]
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +50,7 @@ def stopped(tmp_path_factory, cache):
     out = tmp_path_factory.mktemp("runs") / "stopped"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(front.Job, "finish", lambda job: (_ for _ in ()).throw(KeyboardInterrupt()))
-        assert inside(*RUN, "--eval-every", 3, "--out", out, "--cache", cache) == 130
+        assert inside(*RUN, "--out", out, "--cache", cache) == 130
     return out
 
 

@@ -334,7 +334,7 @@ def listen(method, numbers, folder):
         patch.setattr(nr, "parse_score", any_score)
         out = folder / "run"
         argv = [method, "--config", "odd", "--out", str(out), "--cache", str(folder / "cache")]
-        assert front.main(argv) == 0
+        assert front.main([*argv, "--ceiling"]) == 0
     lines = (out / "metrics.jsonl").read_text().splitlines()
     watch.logs = [json.loads(line) for line in lines]
     about = json.loads((out / "config.json").read_text())
@@ -1403,7 +1403,7 @@ def test_every_number_of_a_summary_is_that_of_its_model_split_and_temperature(
     monkeypatch.setattr(nr, "gpt_base", gpt_base)
     monkeypatch.setattr(nr, "respond", respond)
     argv = ["denoise", "--config", "odd", "--seeds", "3", "--out", str(tmp_path / "run")]
-    assert front.main([*argv, "--cache", str(tmp_path / "cache")]) == 0
+    assert front.main([*argv, "--ceiling", "--cache", str(tmp_path / "cache")]) == 0
 
     shares = {key: share for share, key in known.values()}
     lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
