@@ -1362,7 +1362,7 @@ def work(plan: Plan, name: str, seed: int) -> str:
         workers.keep_output(Path(os.devnull))
 
 
-def side_by_side(jobs: list[tuple[str, int]]) -> list[tuple[str, int]]:
+def spread_seeds(jobs: list[tuple[str, int]]) -> list[tuple[str, int]]:
     """The order in which processes take jobs: first one job of each seed.
 
     So bases of several seeds are trained side by side; the jobs of a seed wait for the same one.
@@ -1388,7 +1388,7 @@ def do_jobs(run: Run, about: dict[str, Any]) -> None:
     size = min(run.workers, len(jobs))
     if size > 1:
         do = functools.partial(work, plan_of(run))
-        workers.Pool(size, do, ended).run(side_by_side(jobs))
+        workers.Pool(size, do, ended).run(spread_seeds(jobs))
         return
     for name, seed in jobs:
         ended((name, seed), try_job(run, name, seed), False)
@@ -1408,24 +1408,25 @@ def take_over(run: Run, name: str, seed: int, about: dict[str, Any]) -> None:
     in between, the same is done again at the next start.
     """
     folder = job_folder(run.out, name, seed)
+    result = read_json(folder / RESULT)
+    if (result.get("loop"), result.get("seed")) != (name, seed):
+        raise UserError(f"{folder / RESULT} is not that of the job {name}/{seed}, delete it")
     order = {job: i for i, job in enumerate(run.jobs)}
-    results = [r for r in run.done if (r["loop"], r["seed"]) != (name, seed)]
     for log in LOGS:
-        lines = lines_of_done(run.out / log, results)
-        lines += lines_there(folder / log)
+        lines = lines_of(run.out / log, run.done) + lines_of(folder / log, [result])
         lines.sort(key=lambda line: order[line["loop"], line["seed"]])
         write_lines(run.out / log, lines)
-    results.append(read_json(folder / RESULT))
+    results = [*run.done, result]
     results.sort(key=lambda result: order[result["loop"], result["seed"]])
     run.done = results
     write_json(run.out / "summary.json", about | {"results": results})
     remove_folder(folder)
 
 
-def lines_of_done(path: Path, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The lines of a run's log that belong to these results."""
-    done = {job_of(result) for result in results}
-    return [line for line in lines_there(path) if job_of(line) in done]
+def lines_of(path: Path, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines of a log that belong to the jobs of these results."""
+    jobs = {job_of(result) for result in results}
+    return [line for line in lines_there(path) if job_of(line) in jobs]
 
 
 def remove_folder(folder: Path) -> None:
@@ -1439,7 +1440,7 @@ def remove_folder(folder: Path) -> None:
 def take_over_all(run: Run, about: dict[str, Any]) -> None:
     """Take over what jobs of a killed process have finished. A broken line of a log is said now."""
     for log in LOGS:
-        lines_of_done(run.out / log, run.done)
+        lines_there(run.out / log)
     for name, seed in run.open_jobs:
         if (job_folder(run.out, name, seed) / RESULT).exists():
             take_over(run, name, seed, about)

@@ -27,10 +27,10 @@ def free_port():
         return str(s.getsockname()[1])
 
 
-def start(out, cache, n=2, resume=False, loops=LOOPS):
+def start(out, cache, n=2, resume=False, loops=LOOPS, more=()):
     """n processes of one run, as torchrun starts them."""
     argv = [sys.executable, "train_small.py", "--cache", str(cache)]
-    argv += ["--resume", str(out)] if resume else [*loops, *FLAGS, "--out", str(out)]
+    argv += ["--resume", str(out)] if resume else [*loops, *FLAGS, *more, "--out", str(out)]
     env = dict(
         os.environ,
         MASTER_ADDR="127.0.0.1",
@@ -127,7 +127,7 @@ def test_two_processes_killed_in_every_loop_and_resumed_give_the_numbers_of_one(
 
 def test_ctrl_c_heard_by_one_process_stops_all_of_them(tmp_path):
     out = tmp_path / "run"
-    first, second = start(out, tmp_path / "cache", loops=["ppo"])
+    first, second = start(out, tmp_path / "cache", loops=["ppo"], more=["--updates", "200"])
     deadline = time.time() + 600
     while not (out / "jobs" / "ppo-0" / "metrics.jsonl").exists():
         assert time.time() < deadline and first.poll() is None

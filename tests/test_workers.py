@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
@@ -22,12 +23,26 @@ JOBS = [("ppo", 0), ("iterative_dpo", 0), ("ppo", 1), ("iterative_dpo", 1)]
 LONG = [*FLAGS, "--updates", "60", "--rounds", "2"]
 
 
+GROUPS = []
+
+
+@pytest.fixture(autouse=True)
+def no_process_outlives_its_test():
+    """A test that fails must not leave jobs behind, which would go on for minutes."""
+    yield
+    while GROUPS:
+        with suppress(ProcessLookupError):
+            os.killpg(GROUPS.pop(), signal.SIGKILL)
+
+
 def started(*argv, script=ROOT / "train_small.py"):
     """The script as a group of processes of its own, as a terminal starts it."""
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     env = dict(os.environ, PYTHONPATH=str(ROOT))
     argv = [sys.executable, str(script), *map(str, argv)]
-    return subprocess.Popen(argv, env=env, start_new_session=True, **pipes)
+    process = subprocess.Popen(argv, env=env, start_new_session=True, **pipes)
+    GROUPS.append(process.pid)
+    return process
 
 
 def ended(*argv, **more):
@@ -122,8 +137,8 @@ def test_a_base_is_trained_once_and_the_others_wait_for_it(tmp_path):
 
 
 def test_processes_take_one_job_of_each_seed_first():
-    assert front.side_by_side(JOBS) == [JOBS[0], JOBS[2], JOBS[1], JOBS[3]]
-    assert front.side_by_side(JOBS[1:]) == [JOBS[1], JOBS[2], JOBS[3]]
+    assert front.spread_seeds(JOBS) == [JOBS[0], JOBS[2], JOBS[1], JOBS[3]]
+    assert front.spread_seeds(JOBS[1:]) == [JOBS[1], JOBS[2], JOBS[3]]
 
 
 # ---- stopped and killed --------------------------------------------------------------------------
