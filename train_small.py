@@ -951,8 +951,10 @@ def job_of(line: dict[str, Any]) -> str:
 
 def cut_log(path: Path, update: int) -> float:
     """Drop the lines behind the saved update, and say how many seconds the kept part took."""
+    if not path.exists():
+        return 0.0
     # Without a saved update the job begins again, and says again what came before the first.
-    kept = [line for line in lines_there(path) if update > 0 and line["step"] <= update]
+    kept = [line for line in read_lines(path) if update > 0 and line["step"] <= update]
     write_lines(path, kept)
     return kept[-1].get("seconds", 0.0) if kept else 0.0
 

@@ -754,6 +754,7 @@ def test_a_damaged_run_folder_is_one_line(cache, tmp_path, monkeypatch, capsys, 
     assert inside("--resume", out, "--cache", cache) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and str(out) in error
+    assert "state" not in damage or str(state) in error
 
 
 def test_sample_answers_and_says_what_is_wrong_with_a_prompt(smoke, capsys):

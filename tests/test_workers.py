@@ -171,20 +171,6 @@ def test_ctrl_c_stops_and_saves_all_while_loading_and_at_work_and_one_worker_goe
     assert_same(out, quiet)
 
 
-def test_a_second_ctrl_c_ends_all_at_once(cache, tmp_path):
-    out = tmp_path / "run"
-    first = started(*LONG, "--out", out, "--cache", cache, "--workers", 2, "--prompts", 20_000)
-    while "base" not in first.stdout.readline():
-        assert first.poll() is None
-    time.sleep(1)
-    os.killpg(first.pid, signal.SIGINT)
-    time.sleep(1)
-    assert first.poll() is None  # an update takes minutes
-    os.killpg(first.pid, signal.SIGINT)
-    said, errors = first.communicate(timeout=20)
-    assert (first.returncode, errors) == (130, "") and "go on with" in said and gone(first.pid)
-
-
 def test_without_their_parent_workers_save_and_end(quiet, cache, tmp_path):
     """Killed, gone on with by two workers, terminated, gone on with by one."""
     out = tmp_path / "run"
@@ -237,7 +223,7 @@ def test_killed_while_the_files_of_a_job_are_taken_over(cache, tmp_path, monkeyp
 # ---- jobs that fail ------------------------------------------------------------------------------
 
 OWN_METHODS = """
-import os, signal, sys
+import os, signal, sys, time
 from dataclasses import replace
 from pathlib import Path
 import nanoreward as nr
@@ -256,8 +242,13 @@ def dies(state, task, c):
             os.kill(os.getpid(), signal.SIGKILL)
         yield m
 
+def sleeps(state, task, c):
+    Path(f"asleep-{c.seed}").touch()
+    time.sleep(600)
+    yield {}
+
 def register():
-    for loop in (fails, dies):
+    for loop in (fails, dies, sleeps):
         nr.METHODS[loop.__name__] = replace(nr.METHODS["ppo"], loop=loop)
 """
 GOOD_END = """
@@ -268,10 +259,25 @@ if __name__ == "__main__":
 
 
 def own_script(folder, end):
-    """A user's script that adds two methods; they break as long as the file `broken` is there."""
+    """A user's script that adds methods; two break as long as the file `broken` is there."""
     path = folder / "own.py"
     path.write_text(OWN_METHODS + end)
     return path
+
+
+def test_a_second_ctrl_c_ends_all_at_once(cache, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    script = own_script(tmp_path, GOOD_END)
+    argv = ["sleeps", "--config", "smoke", "--seeds", 2, "--cache", cache, "--workers", 2]
+    run = started(*argv, "--out", "x", script=script)
+    wait_until(lambda: (tmp_path / "asleep-0").exists() and (tmp_path / "asleep-1").exists(), run)
+    os.killpg(run.pid, signal.SIGINT)
+    assert "stopping" in next(line for line in run.stdout if line.startswith("stop"))
+    time.sleep(0.5)
+    assert run.poll() is None  # the update at hand takes minutes
+    os.killpg(run.pid, signal.SIGINT)
+    said, errors = run.communicate(timeout=20)
+    assert (run.returncode, errors) == (130, "") and "go on with" in said and gone(run.pid)
 
 
 def test_jobs_that_fail_or_are_killed_take_no_other_with_them(cache, tmp_path, monkeypatch):
