@@ -680,9 +680,12 @@ class Rollout:
     """Responses that were sampled, and what a loop finds out about them."""
 
     prompt: Tensor  # (B, P) left-padded
-    response: Tensor  # (B, R) tokens including EOS, then PAD; for a diffusion LM its canvas
+    # (B, R) tokens including EOS, then PAD. A diffusion LM may have written something behind EOS.
+    response: Tensor
     mask: Tensor  # (B, R) 1.0 for tokens that count: up to and including the first EOS
-    order: Tensor  # (B, R) when a token was written: 0, 1, ...; -1 if it was given or never was
+    # (B, R) when a token was written: 0, 1, ...; -1 if it was given or never was. PAD that a
+    # diffusion LM left behind the end has the number of all passes: it was open in each of them.
+    order: Tensor
     group: Tensor  # (B,) which prompt it answers
     logp: Tensor | None = None  # (B, R) log-probs under the policy that sampled it
     ref_logp: Tensor | None = None  # (B, R) log-probs under the reference
@@ -3294,7 +3297,8 @@ def unmask(
 ) -> tuple[Tensor, Tensor]:
     """The diffusion LM writes: blocks from left to right, in each the surest places first (LLaDA).
 
-    canvas (B, R), MASK is open -> canvas and order, each (B, R). A block that is partly written is
+    canvas (B, R), MASK is open -> responses and order, each (B, R). It stops where nothing is open
+    before the end of a response; places behind it become PAD. A block that is partly written is
     treated as if the earlier passes had been made already: the number of its open places tells
     which pass comes next, and the passes that are left share these places.
 
@@ -3313,10 +3317,14 @@ def unmask(
     ladder = torch.tensor(open_places(block, passes), device=prompt.device)
     order = torch.full_like(canvas, -1)
     while True:
-        # From here on the first dimension is n, the rows that are not full yet.
-        rows = (canvas == c.mask_id).any(1).nonzero()[:, 0]
+        # A response is written when no place is open before its end; what follows never counts.
+        is_open = canvas == c.mask_id
+        before_end = is_end(canvas, c).cumsum(1) == 0
+        rows = (is_open & before_end).any(1).nonzero()[:, 0]
         if len(rows) == 0:
-            return canvas, order
+            order[is_open] = uniform.shape[1]
+            return canvas.masked_fill(is_open, c.pad_id), order
+        # From here on the first dimension is n, the rows that are not written yet.
         left = canvas[rows]  # (n, R)
         first = (left == c.mask_id).int().argmax(1, keepdim=True)  # (n, 1) the first open place
         # The last block may be too long for the canvas; then it overlaps the one before.
@@ -3502,7 +3510,7 @@ def explain_denoising(state: PPOState, task: Task, b: Rollout, c: DenoiseConfig)
     policy = state.policy
     b = sample(policy, b.prompt, replace(c, temperature=0.0))
     B = len(b.order)
-    passes = int(b.order.max()) + 1
+    passes = int((b.order * b.mask).max()) + 1  # up to the last token that counts
     # One row for each response and pass.
     row = torch.arange(B, device=b.order.device).repeat_interleave(passes)
     p = torch.arange(passes, device=b.order.device).repeat(B)
@@ -3510,9 +3518,10 @@ def explain_denoising(state: PPOState, task: Task, b: Rollout, c: DenoiseConfig)
     logits = policy.lm_head(predictive_hidden(policy, b.prompt[row], canvas))
     logp = log_softmax(logits, 1.0, c)
     guess = torch.where(canvas == c.mask_id, logp.argmax(-1), canvas)
-    # Of all passes the one that wrote the token.
-    written = logp.gather(-1, b.response[row][..., None]).view(B, passes, -1)
-    sure = written.gather(1, b.order[:, None])[:, 0].exp()
+    # Of all passes the one that wrote the token; PAD was written in none.
+    token = b.response.masked_fill(b.response == c.pad_id, c.mask_id)
+    written = logp.gather(-1, token[row][..., None]).view(B, passes, -1)
+    sure = written.gather(1, b.order[:, None].clamp(max=passes - 1))[:, 0].exp()
 
     generator = rng(c.seed, "trajectory", state.update)
     more = branch(policy, b.select(row), p, c.branches, c, generator)

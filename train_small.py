@@ -1401,15 +1401,19 @@ def work(plan: Plan, name: str, seed: int) -> str:
         workers.keep_output(Path(os.devnull))
 
 
-def spread_seeds(jobs: list[tuple[str, int]]) -> list[tuple[str, int]]:
-    """The order in which processes take jobs: first one job of each seed.
+def in_good_order(jobs: list[tuple[str, int]]) -> list[tuple[str, int]]:
+    """The order in which processes take jobs: first one job of each seed, then the others.
 
     So bases of several seeds are trained side by side; the jobs of a seed wait for the same one.
+    Within both parts the last methods of METHODS go first, because they take longest: short jobs at
+    the end leave no process alone at work.
     """
+    rank = {name: i for i, name in enumerate(METHODS)}
+    longest_first = sorted(jobs, key=lambda job: -rank.get(job[0], 0))
     first: dict[int, tuple[str, int]] = {}
-    for name, seed in jobs:
+    for name, seed in longest_first:
         first.setdefault(seed, (name, seed))
-    return [*first.values(), *(job for job in jobs if job not in first.values())]
+    return [*first.values(), *(job for job in longest_first if job not in first.values())]
 
 
 def do_jobs(run: Run, about: dict[str, Any]) -> None:
@@ -1427,7 +1431,7 @@ def do_jobs(run: Run, about: dict[str, Any]) -> None:
     size = min(run.workers, len(jobs))
     if size > 1:
         do = functools.partial(work, plan_of(run))
-        workers.Pool(size, do, ended).run(spread_seeds(jobs))
+        workers.Pool(size, do, ended).run(in_good_order(jobs))
         return
     for name, seed in jobs:
         ended((name, seed), try_job(run, name, seed), False)
@@ -1548,7 +1552,11 @@ def table(results: list[dict[str, Any]]) -> str:
 def lines_so_far(out: Path) -> list[dict[str, Any]]:
     """The metrics of a run, those of jobs at work included."""
     at_work: list[dict[str, Any]] = []
-    for path in sorted((out / "jobs").glob("*/metrics.jsonl")):
+    try:
+        logs = sorted((out / "jobs").glob("*/metrics.jsonl"))
+    except FileNotFoundError:  # the last job has ended at this moment
+        logs = []
+    for path in logs:
         try:
             at_work += read_lines(path)
         except UserError:

@@ -192,7 +192,7 @@ def coupled(model: nr.Transformer, b: nr.Rollout, c: nr.DenoiseConfig) -> tuple[
     logp, hidden = nr.estimate_diffusion(model, b, c)
     partly = torch.zeros_like(logp)
     for is_mask in (b.order % 2 == 0, b.order % 2 == 1):
-        canvas = b.response.masked_fill(is_mask, c.mask_id)
+        canvas = b.response.masked_fill(is_mask | (b.response == c.pad_id), c.mask_id)
         seen = nr.predictive_hidden(model, b.prompt, canvas)
         beside = nr.gather_logprobs(model, seen, b.response, c.temperature)
         partly = partly + 2 * is_mask * beside

@@ -208,8 +208,10 @@ def exact_law(model, temperature):
         after = {}
         for canvas, p in states.items():
             places = [k for k in range(3) if canvas[k] == 3]
-            if not places:
-                law[canvas] = law.get(canvas, 0) + p
+            end = canvas.index(2) if 2 in canvas else 3
+            if 3 not in canvas[:end]:  # what is open behind the end becomes PAD
+                whole = tuple(0 if word == 3 else word for word in canvas)
+                law[whole] = law.get(whole, 0) + p
                 continue
             logp = logps(model, torch.tensor([canvas]))[0]
             tempered = (logp / temperature).softmax(-1)
@@ -241,8 +243,10 @@ def test_ten_places_in_four_steps_are_three_three_two_two():
     assert nr.open_places(10, 4) == [10, 7, 4, 2, 0]
     config = nr.replace(FULL, response=20, block=10, block_passes=4)
     prompt, _ = random_batch(TINY)
-    order = nr.sample(rough(FULL), prompt, config, generator=nr.rng(0, "s")).order
-    for row in order:
+    b = nr.sample(rough(FULL), prompt, config, generator=nr.rng(0, "s"))
+    endless = b.order[~nr.is_end(b.response, FULL).any(1)]
+    assert len(endless) > 1
+    for row in endless:
         assert row[:10].bincount().tolist() == [3, 3, 2, 2]  # then the second block, passes 4 to 7
         assert row[10:].bincount(minlength=8).tolist() == [0, 0, 0, 0, 3, 3, 2, 2]
 
@@ -266,15 +270,32 @@ RAGGED = nr.replace(FULL, response=11, block=4, block_passes=3)
 
 
 @pytest.mark.parametrize("config", [FULL, RAGGED, nr.replace(RAGGED, block=64, block_passes=5)])
-def test_the_canvas_is_written_whole_without_mask_or_padding(config):
-    written_behind_the_end = 0
+def test_the_canvas_is_written_to_its_end_and_what_is_open_behind_it_becomes_padding(config):
+    written_behind_the_end = open_behind_the_end = 0
+    block = min(config.block, config.response)
+    passes = math.ceil(config.response / block) * config.block_passes
     for seed in range(6):
         _, r = run(config, seed=seed, temperature=3.0)
-        assert not ((r.response == FULL.mask_id) | (r.response == FULL.pad_id)).any()
-        assert (r.order >= 0).all()
+        is_pad = r.response == FULL.pad_id
+        assert not (r.response == FULL.mask_id).any() and not (is_pad & (r.mask > 0)).any()
+        assert (r.order[is_pad] == passes).all()
+        assert (r.order[~is_pad] >= 0).all() and (r.order[~is_pad] < passes).all()
         assert torch.equal(r.mask, nr.up_to_eos(r.response, FULL))  # the canvas itself stays raw
-        written_behind_the_end += int(((r.mask == 0) & (r.response != FULL.eos_id)).sum())
-    assert written_behind_the_end > 0
+        assert (r.mask.sum(1)[~nr.is_end(r.response, FULL).any(1)] == config.response).all()
+        written_behind_the_end += int(((r.mask == 0) & ~is_pad).sum())
+        open_behind_the_end += int(is_pad.sum())
+    assert written_behind_the_end > 0 and open_behind_the_end > 0
+
+
+def test_no_pass_is_made_for_a_response_that_has_its_end(monkeypatch):
+    """The second row ends in the first block, so the other two blocks are not written for it."""
+    start = torch.full((2, 12), FULL.mask_id)
+    start[1, :4] = torch.tensor([9, 9, FULL.eos_id, FULL.mask_id])
+    prompt = torch.tensor([[1, 9], [1, 10]])
+    seen = ids_that_are_read(monkeypatch)
+    b = nr.sample(rough(FULL), prompt, FULL, start, generator=nr.rng(0, "s"))
+    assert b.response[1].tolist() == [9, 9, FULL.eos_id] + 9 * [FULL.pad_id]
+    assert len(seen) > 1 and all(ids[:, 1].tolist() == [9] for ids in seen)
 
 
 def test_a_full_canvas_comes_back_and_a_half_one_is_kept():
@@ -306,10 +327,11 @@ def ids_that_are_read(monkeypatch):
 def test_the_state_rebuilt_from_order_is_the_one_the_sampler_saw(config, monkeypatch):
     seen = ids_that_are_read(monkeypatch)
     _, r = run(config)
-    assert len(seen) == int(r.order.max()) + 1
+    last = r.order.masked_fill(r.response == FULL.pad_id, -1).amax(1)  # each row's last pass
+    assert len(seen) == int(last.max()) + 1
     for t, canvas in enumerate(seen):
         state = nr.canvas_before(r.response, r.order, torch.full((8,), t), FULL)
-        rebuilt = torch.cat([r.prompt, state], 1)
+        rebuilt = torch.cat([r.prompt, state], 1)[last >= t]
         assert set(map(tuple, rebuilt.tolist())) == set(map(tuple, canvas.tolist()))
 
 

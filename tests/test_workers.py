@@ -85,7 +85,10 @@ def wait_until(holds, process):
 
 def at_work(out):
     """The jobs that have logged an update and are not done."""
-    return {path.parent.name for path in out.glob("jobs/*/metrics.jsonl")}
+    try:
+        return {path.parent.name for path in out.glob("jobs/*/metrics.jsonl")}
+    except FileNotFoundError:  # the last job has ended at this moment
+        return set()
 
 
 def gone(group):
@@ -136,9 +139,14 @@ def test_a_base_is_trained_once_and_the_others_wait_for_it(tmp_path):
     assert "careful twin" not in said and "ceiling" not in front.read_results(tmp_path / "x")[0]
 
 
-def test_processes_take_one_job_of_each_seed_first():
-    assert front.spread_seeds(JOBS) == [JOBS[0], JOBS[2], JOBS[1], JOBS[3]]
-    assert front.spread_seeds(JOBS[1:]) == [JOBS[1], JOBS[2], JOBS[3]]
+def test_processes_take_one_job_of_each_seed_first_and_the_longest_methods_before_the_others():
+    jobs = [(name, seed) for seed in (0, 1) for name in ("ppo", "refine", "denoise")]
+    longest = [("denoise", 0), ("denoise", 1)]
+    others = [("refine", 0), ("refine", 1), ("ppo", 0), ("ppo", 1)]
+    assert front.in_good_order(jobs) == longest + others
+    # Seed 0 has only its shortest job left, and still it comes before the second one of seed 1.
+    left = [("ppo", 0), ("refine", 1), ("denoise", 1)]
+    assert front.in_good_order(left) == [("denoise", 1), ("ppo", 0), ("refine", 1)]
 
 
 # ---- stopped and killed --------------------------------------------------------------------------
