@@ -3318,12 +3318,12 @@ def unmask(
     order = torch.full_like(canvas, -1)
     while True:
         # A response is written when no place is open before its end; what follows never counts.
-        is_open = canvas == c.mask_id
+        is_mask = canvas == c.mask_id
         before_end = is_end(canvas, c).cumsum(1) == 0
-        rows = (is_open & before_end).any(1).nonzero()[:, 0]
+        rows = (is_mask & before_end).any(1).nonzero()[:, 0]
         if len(rows) == 0:
-            order[is_open] = uniform.shape[1]
-            return canvas.masked_fill(is_open, c.pad_id), order
+            order[is_mask] = uniform.shape[1]
+            return canvas.masked_fill(is_mask, c.pad_id), order
         # From here on the first dimension is n, the rows that are not written yet.
         left = canvas[rows]  # (n, R)
         first = (left == c.mask_id).int().argmax(1, keepdim=True)  # (n, 1) the first open place
