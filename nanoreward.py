@@ -1662,12 +1662,13 @@ def annotate(state: PPOState, b: Rollout, c: Config, estimate: Callable = estima
     Rollouts that the reference does not read keep the policy's log-probs in its place.
     """
     found = b.mask.new_zeros(3, *b.mask.shape)
+    is_read = compared(b, c)
     by_length = b.mask.sum(1).cpu().argsort(stable=True)  # like lengths together: little PAD
     for rows in own_rows(by_length).split(c.micro):
         part = b.select(rows)
         logp, hidden = estimate(state.policy, part, c)
         ref_logp = logp.clone()
-        read = compared(b, c)[rows].nonzero()[:, 0]
+        read = is_read[rows].nonzero()[:, 0]
         if len(read) > 0:
             answer, _ = estimate(state.reference, part.select(read), c)
             ref_logp[read, : answer.shape[1]] = answer

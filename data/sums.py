@@ -27,7 +27,16 @@ from typing import Any
 import torch
 
 from data.folders import read_json, read_text, read_tokenizer
-from data.gsm8k import MARKS, canonical, equations, holds, number_of, numbers_of, unmarked
+from data.gsm8k import (
+    MARKS,
+    canonical,
+    draws,
+    equations,
+    holds,
+    number_of,
+    numbers_of,
+    unmarked,
+)
 
 # What stands in front of a question and behind it in plain text.
 ASK = "Question: "
@@ -85,11 +94,6 @@ def bucket(question: str) -> int:
         numbers.append(number)
     key = f"{sorted(added)} {sorted(taken)}"
     return hashlib.sha256(key.encode()).digest()[0] % 10
-
-
-def draws(generator: torch.Generator) -> random.Random:
-    """Python's own generator, seeded by the caller's, because tensors of one number are slow."""
-    return random.Random(int(torch.randint(2**62, (), generator=generator)))
 
 
 # ---- the chat template of a folder ---------------------------------------------------------------
