@@ -29,6 +29,7 @@ from fractions import Fraction
 from http.client import HTTPException
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -411,11 +412,84 @@ def draws(generator: torch.Generator) -> random.Random:
     return random.Random(int(torch.randint(2**62, (), generator=generator)))
 
 
+# ---- what tasks in words have in common ----------------------------------------------------------
+
+
+class WordTask:
+    """A task whose texts are written with the tokenizer of a model: GSM8K and sums in words.
+
+    A line of a response is a step, and its last number is the result of that step. A subclass says
+    what the problems are, which answer a response gives, and which one is right.
+    """
+
+    tokenizer: Any  # of the package `tokenizers`
+    eos_id: int
+    # All ids that end a text; eos_id is the one that is written.
+    ends: set[int]
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Turn texts into ids, without BOS.
+
+        `<eos>` becomes the end token of the model, and the other marks become words.
+        """
+        return [self.encode_text(text) for text in texts]
+
+    def encode_text(self, text: str) -> list[int]:
+        """One text as ids, without BOS."""
+        for mark, words in MARKS.items():
+            text = text.replace(mark, words)
+        ids: list[int] = []
+        for k, part in enumerate(text.split("<eos>")):
+            if k > 0:
+                ids.append(self.eos_id)
+            ids += self.tokenizer.encode(part, add_special_tokens=False).ids
+        return ids
+
+    def grade(self, prompt: str, response: str) -> float:
+        """1.0 if the response ends and gives the one right answer, else 0.0."""
+        return float(self.answer(response) == self.truth(prompt))
+
+    def steps(self, response: list[int]) -> list[tuple[str, int]]:
+        """The lines before the last one of a response given as ids.
+
+        Each one comes as its text and the place of the token that ends the line.
+        """
+        found = []
+        begin = 0
+        for end, i in enumerate(response):
+            if i in self.ends:
+                break
+            if "\n" in self.tokenizer.decode([i], skip_special_tokens=False):
+                text = self.decode(response[begin : end + 1]).strip()
+                if text:
+                    found.append((text, end))
+                begin = end + 1
+        return found
+
+    def result(self, step: str) -> str | None:
+        """The last number of a line, in its one spelling, or None if it holds none."""
+        numbers = numbers_of(step)
+        return numbers[-1] if numbers else None
+
+    def uses(self, step: str, rest: str) -> bool:
+        """Whether the rest of a response goes on from the result of the line before it.
+
+        The result must be one of its numbers. A line without a result has nothing to go on from.
+        """
+        result = self.result(step)
+        return result is None or result in numbers_of(rest)
+
+    def preferences(self, n: int, generator: torch.Generator) -> list[tuple[str, str, str]]:
+        """Draw n of (problem, preferred, other): a solution, and the same one spoiled."""
+        demos = [self.demo(generator) for _ in range(n)]
+        return [(x, y, self.spoiled(y, draws(generator))) for x, y in demos]
+
+
 # ---- the task ------------------------------------------------------------------------------------
 
 
 @dataclass
-class GSM8K:
+class GSM8K(WordTask):
     """The task: the problems of `folder`, written with the tokenizer and the ids of a model."""
 
     folder: Path
@@ -494,23 +568,6 @@ class GSM8K:
 
     # ---- text and tokens ------------------------------------------------------------------------
 
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        """Turn texts into ids, without BOS.
-
-        `<eos>` becomes the end token of the model, and the other marks become words.
-        """
-        found = []
-        for text in texts:
-            for mark, words in MARKS.items():
-                text = text.replace(mark, words)
-            ids: list[int] = []
-            for k, part in enumerate(text.split("<eos>")):
-                if k > 0:
-                    ids.append(self.eos_id)
-                ids += self.tokenizer.encode(part, add_special_tokens=False).ids
-            found.append(ids)
-        return found
-
     def decode(self, ids: list[int]) -> str:
         """Turn ids into text, without PAD and BOS.
 
@@ -588,10 +645,6 @@ class GSM8K:
             return None
         return answer_of(text)
 
-    def grade(self, prompt: str, response: str) -> float:
-        """1.0 if the response ends and gives the one right answer, else 0.0."""
-        return float(self.answer(response) == self.truth(prompt))
-
     def truth(self, prompt: str) -> str:
         """The right answer, in its one spelling."""
         return answer_of(self.gold[self.question(prompt)])
@@ -601,30 +654,7 @@ class GSM8K:
 
         Each one comes as its text and the place of the token that ends the line.
         """
-        found = []
-        begin = 0
-        for end, i in enumerate(response):
-            if i in self.ends:
-                break
-            if "\n" in self.tokenizer.decode([i], skip_special_tokens=False):
-                text = self.decode(response[begin : end + 1]).strip()
-                if text and "####" not in text:
-                    found.append((text, end))
-                begin = end + 1
-        return found
-
-    def result(self, step: str) -> str | None:
-        """The last number of a line, in its one spelling, or None if it holds none."""
-        numbers = numbers_of(step)
-        return numbers[-1] if numbers else None
-
-    def uses(self, step: str, rest: str) -> bool:
-        """Whether the rest of a response goes on from the result of the line before it.
-
-        The result must be one of its numbers. A line without a result has nothing to go on from.
-        """
-        result = self.result(step)
-        return result is None or result in numbers_of(rest)
+        return [(text, end) for text, end in super().steps(response) if "####" not in text]
 
     def step_ok(self, prompt: str, steps: list[str]) -> list[bool]:
         """Which lines are right.
@@ -658,11 +688,6 @@ class GSM8K:
         spellings = f"(?:{re.escape(right)}|{re.escape(f'{Decimal(right):,}')})"
         lines[-1] = re.sub(rf"(?<![\d.,]){spellings}(?!\d|[.,]\d)", wrong, lines[-1])
         return "\n".join(lines) + f"\n#### {wrong}<eos>"
-
-    def preferences(self, n: int, generator: torch.Generator) -> list[tuple[str, str, str]]:
-        """Draw n of (problem, preferred, other): a solution, and the same one spoiled."""
-        demos = [self.demo(generator) for _ in range(n)]
-        return [(x, y, self.spoiled(y, draws(generator))) for x, y in demos]
 
     def rubric(self, prompt: str, response: str) -> int:
         """The score of a response, 0 to 5.

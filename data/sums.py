@@ -28,7 +28,7 @@ import torch
 
 from data.folders import read_json, read_text, read_tokenizer
 from data.gsm8k import (
-    MARKS,
+    WordTask,
     canonical,
     draws,
     equations,
@@ -177,7 +177,7 @@ def has_jinja() -> bool:
 
 
 @dataclass
-class Sums:
+class Sums(WordTask):
     """The task: sums in words, written with the tokenizer and the ids of a model.
 
     min_ops, max_ops: how many operations a problem has.
@@ -265,30 +265,14 @@ class Sums:
 
     # ---- text and tokens ------------------------------------------------------------------------
 
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        """Turn texts into ids, without BOS.
+    def encode_text(self, text: str) -> list[int]:
+        """One text as ids, without BOS.
 
-        `<eos>` becomes the end token of the model, and the other marks become words. Only what the
-        template of a problem says can become other special tokens.
+        Only what the template of a problem says can become other special tokens than the end.
         """
-        found = []
-        for text in texts:
-            if self.template and self.is_prompt(text):
-                found.append(self.encode_chat(text))
-                continue
-            for mark, words in MARKS.items():
-                text = text.replace(mark, words)
-            ids: list[int] = []
-            for k, part in enumerate(text.split("<eos>")):
-                if k > 0:
-                    ids.append(self.eos_id)
-                ids += self.tokenizer.encode(part, add_special_tokens=False).ids
-            found.append(ids)
-        return found
-
-    def encode_chat(self, prompt: str) -> list[int]:
-        """Turn a problem that the template has written into ids, without BOS."""
-        ids = self.template_tokenizer.encode(prompt, add_special_tokens=False).ids
+        if not self.template or not self.is_prompt(text):
+            return super().encode_text(text)
+        ids = self.template_tokenizer.encode(text, add_special_tokens=False).ids
         # Many templates write BOS themselves, and whoever calls `encode` puts it in front.
         return ids[1:] if ids[:1] == [self.bos_id] else ids
 
@@ -432,43 +416,9 @@ class Sums:
             return None
         return number if given == [number] else None
 
-    def grade(self, prompt: str, response: str) -> float:
-        """1.0 if the response ends and gives the one right answer, else 0.0."""
-        return float(self.answer(response) == self.truth(prompt))
-
     def truth(self, prompt: str) -> str:
         """The right answer, in its one spelling."""
         return str(results(self.question(prompt))[-1])
-
-    def steps(self, response: list[int]) -> list[tuple[str, int]]:
-        """The lines before the last one of a response given as ids.
-
-        Each one comes as its text and the place of the token that ends the line.
-        """
-        found = []
-        begin = 0
-        for end, i in enumerate(response):
-            if i in self.ends:
-                break
-            if "\n" in self.tokenizer.decode([i], skip_special_tokens=False):
-                text = self.decode(response[begin : end + 1]).strip()
-                if text:
-                    found.append((text, end))
-                begin = end + 1
-        return found
-
-    def result(self, step: str) -> str | None:
-        """The last number of a line, in its one spelling, or None if it holds none."""
-        numbers = numbers_of(step)
-        return numbers[-1] if numbers else None
-
-    def uses(self, step: str, rest: str) -> bool:
-        """Whether the rest of a response goes on from the result of the line before it.
-
-        The result must be one of its numbers. A line without a result has nothing to go on from.
-        """
-        result = self.result(step)
-        return result is None or result in numbers_of(rest)
 
     def step_ok(self, prompt: str, steps: list[str]) -> list[bool]:
         """Which lines are right: they hold true equations only, and end with a result on the way.
@@ -521,11 +471,6 @@ class Sums:
         near = [right + distance for distance in (-10, -2, -1, 1, 2, 10)]
         wrong = draw.choice([number for number in near if number >= 0])
         return response.removesuffix(f"{right}<eos>") + f"{wrong}<eos>"
-
-    def preferences(self, n: int, generator: torch.Generator) -> list[tuple[str, str, str]]:
-        """Draw n of (problem, preferred, other): a solution, and the same one spoiled."""
-        demos = [self.demo(generator) for _ in range(n)]
-        return [(x, y, self.spoiled(y, draws(generator))) for x, y in demos]
 
     def rubric(self, prompt: str, response: str) -> int:
         """The score of a response, 0 to 5.

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -54,6 +55,27 @@ def rough(config, seed=0):
         for p in model.parameters():
             p.add_(torch.randn(p.shape, generator=generator) * 0.2)
     return model
+
+
+def write_word_folder(path, lines, special, size, **ids):
+    """The folder of a tiny Llama that reads words: a byte-level vocabulary learned from lines.
+
+    special: its special tokens. ids: pad_id, bos_id and eos_id; PAD may lie behind the vocabulary.
+    """
+    words = Tokenizer(models.BPE())
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    words.train_from_iterator(
+        lines,
+        trainers.BpeTrainer(vocab_size=size, special_tokens=special, initial_alphabet=alphabet),
+    )
+    vocab = words.get_vocab_size()
+    shape = nr.Architecture(
+        vocab=vocab, mask_id=vocab, width=32, layers=1, heads=2, kv_heads=1, mlp_width=48, **ids
+    )
+    nr.Transformer(shape, nr.rng(0, "word folder")).save(path)
+    words.save(str(path / "tokenizer.json"))
 
 
 def golden(library):

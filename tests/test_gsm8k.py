@@ -12,12 +12,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, normalizers
 
 import nanoreward as nr
 import train_small as front
 from data import gsm8k
-from tests.conftest import ROOT
+from tests.conftest import ROOT, write_word_folder
 
 REAL = ROOT.parent / "shared" / "gsm8k"
 NAMES = ["Ann", "Bo", "Cem", "Dee", "Eva", "Flo"]
@@ -45,31 +45,9 @@ def folder(tmp_path_factory):
     for name, rows in (("train", range(60)), ("test", range(60, 72))):
         lines = [json.dumps(row(i)) + "\n" for i in rows]
         (path / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-    words = Tokenizer(models.BPE())
-    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    words.decoder = decoders.ByteLevel()
+    lines = [row(i)["question"] + "\n" + row(i)["answer"] + ".\n\n" for i in range(60)]
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|spare|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=700, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
-    words.train_from_iterator(
-        [row(i)["question"] + "\n" + row(i)["answer"] + ".\n\n" for i in range(60)], trainer
-    )
-    vocab = words.get_vocab_size()
-    shape = nr.Architecture(
-        vocab=vocab,
-        width=32,
-        layers=1,
-        heads=2,
-        kv_heads=1,
-        mlp_width=48,
-        pad_id=2,
-        bos_id=1,
-        eos_id=2,
-        mask_id=vocab,
-    )
-    nr.Transformer(shape, nr.rng(0, "hf")).save(path)
-    words.save(str(path / "tokenizer.json"))
+    write_word_folder(path, lines, special, 700, pad_id=2, bos_id=1, eos_id=2)
     return path
 
 

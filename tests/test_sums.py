@@ -8,12 +8,12 @@ import sys
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, normalizers
 
 import nanoreward as nr
 import train_small as front
-from data import sums
-from tests.conftest import ROOT
+from data import gsm8k, sums
+from tests.conftest import ROOT, write_word_folder
 
 # It writes BOS, names a special token, and shows the roles as Llama and SmolLM2 do.
 TEMPLATE = """\
@@ -35,29 +35,8 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|begin|>"]
 def folder(tmp_path_factory):
     """The folder of a tiny Llama with a byte-level vocabulary and a chat template."""
     path = tmp_path_factory.mktemp("sums")
-    words = Tokenizer(models.BPE())
-    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    words.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
     lines = [f"Question: What is {i} + {i}?\nAnswer: assistant user system\n" for i in range(60)]
-    words.train_from_iterator(lines, trainer)
-    vocab = words.get_vocab_size()
-    shape = nr.Architecture(
-        vocab=vocab,
-        width=32,
-        layers=1,
-        heads=2,
-        kv_heads=1,
-        mlp_width=48,
-        pad_id=vocab,
-        bos_id=3,
-        eos_id=2,
-        mask_id=vocab + 1,
-    )
-    nr.Transformer(shape, nr.rng(0, "sums")).save(path)
-    words.save(str(path / "tokenizer.json"))
+    write_word_folder(path, lines, SPECIAL, 400, pad_id=401, bos_id=3, eos_id=2)
     about = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": {"__type": "AddedToken", "content": "<|begin|>"},
@@ -401,7 +380,7 @@ def test_tokens_that_spell_a_mark_are_none(task, mark):
     spelled = task.tokenizer.encode(f"1{mark}8{mark}", add_special_tokens=False).ids
     assert task.decode(spelled) == "1 8 "
     words = task.encode([mark])[0]
-    assert words == ([2] if mark == "<eos>" else task.encode([sums.MARKS[mark]])[0])
+    assert words == ([2] if mark == "<eos>" else task.encode([gsm8k.MARKS[mark]])[0])
 
 
 def test_without_a_template_or_jinja2_the_prompt_is_plain_and_the_note_says_so(
