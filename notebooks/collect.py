@@ -24,8 +24,7 @@ KEPT = ("step", "samples", "seconds", "dev_greedy", "reward", "truth", "kl", "en
 def transcripts(folder: Path) -> dict:
     """Greedy on dev before and after `ppo`, of the run's first seed.
 
-    How many got right and how many wrong; all of the wrong and some of the right ones as (problem,
-    before, after).
+    How many got right and how many wrong; some of both as (problem, before, after).
     """
     run = front.open_run(folder)
     c = run.configs["ppo"]
@@ -45,7 +44,7 @@ def transcripts(folder: Path) -> dict:
         "problems": len(dev),
         "mended": len(mended),
         "broken": len(broken),
-        "texts": mended[:40] + broken,
+        "texts": mended[:40] + broken[:40],
     }
 
 

@@ -235,6 +235,20 @@ def test_the_readmes_benchmarks_are_the_committed_ones():
         assert ratio == f"{row['ratio']:.1f}"
 
 
+def test_the_readmes_table_of_growth_is_the_committed_one():
+    kept = json.loads((ROOT / "tests" / "bench" / "bench.json").read_text())
+    rows = {row["name"]: row for row in kept["growth"]["rows"]}
+    shown = table_below("What grows, from")
+    assert len(shown) == len(rows) / 2 >= 9
+    for name, *cells in shown:
+        rollouts = rows[f"rollouts, {name}"]
+        step = rows[f"SFT step, {name}, forced lengths"]
+        expected = []
+        for row in (rollouts, step):
+            expected += [f"{row['ours']:,.0f}", f"{row['theirs']:,.0f}", f"{row['ratio']:.1f}"]
+        assert cells == [*expected, f"{step['share of matmul']:.2f}"], name
+
+
 def test_the_readmes_last_lines_are_those_of_the_main_job():
     kept = json.loads((ROOT / "notebooks" / "results" / "main.json").read_text())
     assert train_small.table(kept["results"]) in README

@@ -40,8 +40,8 @@ import train_small as front  # noqa: E402
 from data import arithmetic  # noqa: E402
 
 OUT = Path(__file__).with_name("bench.json")
-# The base model does not write this id. As EOS it makes every response 28 tokens long.
-NEVER = 31
+# No vocabulary here has this id. As EOS it makes all responses as long as there is room for.
+NEVER = 10_000
 
 
 def seconds(call: Callable) -> float:
@@ -117,43 +117,54 @@ def rollouts(threads: int, cache: Path, reps: int) -> list[dict]:
     rows = []
     for n, each in ((64, 8), (512, 1), (8, 8), (64, 1)):
         prompt = some_prompts(task, c, n, each)
-        for natural in (False, True):
-            mine = c if natural else replace(c, eos_id=NEVER)
-            kwargs = dict(
-                attention_mask=(prompt != c.pad_id).long(),
-                max_new_tokens=c.response,
-                do_sample=True,
-                top_k=0,
-                top_p=1.0,
-                temperature=1.0,
-                pad_token_id=c.pad_id,
-                eos_token_id=c.eos_id if natural else None,
-            )
-            if natural and each == 1:
-                assert_same_greedy(model, other, prompt, c, kwargs)
-
-            def ours() -> nr.Rollout:
-                return nr.sample(model, prompt, mine, generator=nr.rng(0, "s"))
-
-            def theirs() -> torch.Tensor:
-                with torch.no_grad():
-                    return other.generate(prompt, **kwargs)
-
-            lengths = "natural" if natural else "forced"
+        if each == 1:
+            assert_same_greedy(model, other, prompt, c)
+        for lengths, mine in (("forced", replace(c, eos_id=NEVER)), ("natural", c)):
             title = f"rollouts, {n} x {each}, {lengths} lengths"
-            tokens = float(nr.sample(model, prompt, mine, generator=nr.rng(0, "n")).mask.sum())
-            rows.append(alternate(title, ours, theirs, "tokens/s", tokens, reps))
+            rows.append(sampling(title, model, other, prompt, mine, reps))
     return rows
 
 
+def sampling(
+    title: str, model: nr.Transformer, other: Any, prompt: torch.Tensor, c: Any, reps: int
+) -> dict:
+    """`sample` beside `generate` from the same prompts: tokens a second."""
+
+    def ours() -> nr.Rollout:
+        return nr.sample(model, prompt, c, generator=nr.rng(0, "s"))
+
+    def theirs() -> torch.Tensor:
+        return generate(other, prompt, c, do_sample=True)
+
+    tokens = ours().mask.sum().item()
+    if c.eos_id == NEVER:
+        responses = theirs()[:, prompt.shape[1] :]
+        assert tokens == responses.numel() == len(prompt) * c.response, "not of full length"
+    return alternate(title, ours, theirs, "tokens/s", tokens, reps)
+
+
+@torch.no_grad()
+def generate(other: Any, prompt: torch.Tensor, c: Any, do_sample: bool) -> torch.Tensor:
+    """Prompts and responses by transformers, (B, P + R); sampled at temperature 1 or greedy."""
+    return other.generate(
+        prompt,
+        attention_mask=(prompt != c.pad_id).long(),
+        max_new_tokens=c.response,
+        do_sample=do_sample,
+        top_k=0,
+        top_p=1.0,
+        temperature=1.0,
+        pad_token_id=c.pad_id,
+        eos_token_id=c.eos_id,
+    )
+
+
 def assert_same_greedy(
-    model: nr.Transformer, other: Any, prompt: torch.Tensor, c: nr.Config, kwargs: dict
+    model: nr.Transformer, other: Any, prompt: torch.Tensor, c: nr.Config
 ) -> None:
     """Both sides write the same tokens if they always take the likeliest one."""
     ours = nr.sample(model, prompt, replace(c, temperature=0)).response
-    with torch.no_grad():
-        theirs = other.generate(prompt, **kwargs | {"do_sample": False})
-    theirs = theirs[:, prompt.shape[1] :]
+    theirs = generate(other, prompt, c, do_sample=False)[:, prompt.shape[1] :]
     assert torch.equal(ours[:, : theirs.shape[1]], theirs), "greedy tokens are not transformers'"
 
 
@@ -267,26 +278,9 @@ def growth(threads: int, cache: Path, reps: int) -> list[dict]:
     for what, value, c, B in cases:
         prompt = some_prompts(front.make_task(c), c, B, 1)
         model = random_model(c)
-        mine = replace(c, eos_id=NEVER)
         other = in_transformers(model).eval()
-
-        def ours() -> nr.Rollout:
-            return nr.sample(model, prompt, mine, generator=nr.rng(0, "s"))
-
-        def theirs() -> torch.Tensor:
-            with torch.no_grad():
-                return other.generate(
-                    prompt,
-                    attention_mask=(prompt != c.pad_id).long(),
-                    max_new_tokens=c.response,
-                    min_new_tokens=c.response,
-                    do_sample=True,
-                    top_k=0,
-                    pad_token_id=c.pad_id,
-                )
-
-        tokens = B * c.response
-        rows.append(alternate(f"rollouts, {what} {value}", ours, theirs, "tokens/s", tokens, reps))
+        mine = replace(c, eos_id=NEVER)
+        rows.append(sampling(f"rollouts, {what} {value}", model, other, prompt, mine, reps))
         rows.append(sft_step(f"{what} {value}", c, B, False, reps))
     return rows
 
