@@ -58,6 +58,8 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
 
 # ---- presets: what --config changes of the defaults, for all methods and for single ones ---------
 
+# The one that is taken if --config does not name another.
+PRESET = "laptop"
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "laptop": {},
     # Everything in seconds: the tests run it.
@@ -312,10 +314,10 @@ def build_parser() -> Parser:
     )
     add = parser.add_argument
     add("loops", nargs="*", metavar="METHOD", help=f"any of {', '.join(METHODS)}; none: all")
-    add("--config", default="laptop", help=f"one of {', '.join(PRESETS)}")
+    add("--config", help=f"one of {', '.join(PRESETS)} (default: {PRESET})")
     add("--out", type=Path, help="folder of the run (default: runs/METHOD-1, -2, ...)")
     add("--cache", type=Path, default=CACHE, help="folder of the base models")
-    add("--seeds", type=int, default=1, help="repeat with seed, seed+1, ...")
+    add("--seeds", type=int, help="repeat with seed, seed+1, ... (default: 1)")
     add("--target", action="append", default=[], metavar="METHOD=X", help="exit 1 if missed")
     add("--resume", type=Path, help="go on with the run in this folder")
     add("--workers", type=int, help="jobs side by side; the numbers stay the same (default: cores)")
@@ -683,10 +685,11 @@ def take_lock(folder: Path) -> IO | None:
         else:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        # Some network disks have no locks; there nobody is refused.
-        if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
-            file.close()
-            return None
+        # Some network disks have no locks. There nobody is refused, and nothing is removed.
+        if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+            return file
+        file.close()
+        return None
     remove_left_behind(folder)
     return file
 
@@ -866,11 +869,12 @@ def new_run(a: argparse.Namespace) -> Run:
     """Check everything, then claim the folder."""
     loops = list(dict.fromkeys(a.loops or METHODS))
     configs = checked_configs(a, loops)
-    out = a.out or free_folder("-".join(a.loops) or "tour")
     targets = parse_targets(a.target, loops)
     inputs = inputs_of(next(iter(configs.values())))
-    run = Run(out, configs, a.config, a.seeds, targets, inputs, a.ceiling, a.cache)
     claim_cache(a.cache)
+    # This comes last: large files have been read, and another run may have begun meanwhile.
+    out = a.out or free_folder("-".join(a.loops) or "tour")
+    run = Run(out, configs, a.config, a.seeds, targets, inputs, a.ceiling, a.cache)
     run.lock = claim_run(out)
     if (out / "config.json").exists():
         there = open_run(out)
@@ -920,11 +924,15 @@ def check_inputs(run: Run) -> None:
 
 
 def free_folder(name: str) -> Path:
-    """runs/NAME-1, or the next that is not there."""
-    i = 1
-    while (Path("runs") / f"{name}-{i}").exists():
-        i += 1
-    return Path("runs") / f"{name}-{i}"
+    """Make runs/NAME-1, or the next that is not there."""
+    make_folder(Path("runs"))
+    for i in itertools.count(1):
+        folder = Path("runs") / f"{name}-{i}"
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            continue
 
 
 def open_run(out: Path) -> Run:
@@ -1029,6 +1037,34 @@ def drive(
 NOT_OF_A_BASE = set("eval_every eval_problems prompts samples temperature updates lr".split())
 
 
+@functools.cache
+def source_of(path: str) -> str:
+    """The text of a source file as it was when it was first asked for.
+
+    What a process has imported stays what it was, whatever is saved in the file later.
+    """
+    return Path(path).read_text(encoding="utf-8")
+
+
+# The SHA-256 of what this process has just imported.
+CODE = hashlib.sha256(
+    "".join(source_of(module.__file__) for module in (nr, *TASKS.values())).encode()
+).hexdigest()
+
+
+def code_of_task(name: str) -> str:
+    """The source of a task, and of the files beside it that it takes something from."""
+    task = TASKS[name]
+    beside = set()
+    for x in vars(task).values():
+        origin = sys.modules.get(getattr(x, "__module__", None) or "")
+        file = getattr(origin, "__file__", None) or task.__file__
+        if Path(file).parent == Path(task.__file__).parent:
+            beside.add(file)
+    others = sorted(beside - {task.__file__})
+    return "".join(source_of(file) for file in [task.__file__, *others])
+
+
 def code_of(make_batches: Callable) -> str:
     """The code that a training depends on, without comments and docstrings.
 
@@ -1036,12 +1072,12 @@ def code_of(make_batches: Callable) -> str:
     `make_batches`, the function that makes the training's data, belongs to.
     """
     path = Path(nr.__file__)
-    text = path.read_text(encoding="utf-8")
+    text = source_of(nr.__file__)
     lines = text.splitlines()
     part_two = next(i for i, line in enumerate(lines, 1) if line.startswith("#   PART II"))
     file = Path(make_batches.__code__.co_filename)
     if file.name != path.name:  # a method of somebody's own, in another file
-        return text + file.read_text(encoding="utf-8")
+        return text + source_of(str(file))
     # The function that `make_batches` stands in, by name: lines may have moved since it was read.
     outer = make_batches.__qualname__.split(".")[0]
     nodes = ast.parse(text).body
@@ -1079,8 +1115,7 @@ class CachedTrainer:
         """Where the models lie. The name holds a key of all that decides their weights."""
         wanted = {f.name for f in fields(Config)} - NOT_OF_A_BASE | set(reads.split())
         values = {k: v for k, v in vars(c).items() if k in wanted}
-        task = Path(TASKS[c.task].__file__).read_text(encoding="utf-8")
-        code = code_of(make_batches) + task
+        code = code_of(make_batches) + code_of_task(c.task)
         parts = [code, values, inputs_of(c), numbers, torch.__version__]
         key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
         return self.cache / f"{self.prefix}{name}-{key[:16]}"
@@ -1371,13 +1406,15 @@ class Plan:
     configs: dict[str, dict[str, Any]]
     # What METHODS says in the process that began.
     entries: dict[str, str]
+    # Its CODE.
+    code: str
 
 
 def plan_of(run: Run) -> Plan:
     """The plan of a run, in plain values: a process that has other classes can read it too."""
     configs = {name: asdict(c) for name, c in run.configs.items()}
     entries = {name: entry_of(name) for name in configs}
-    return Plan(run.out, run.cache, run.ceiling, configs, entries)
+    return Plan(run.out, run.cache, run.ceiling, configs, entries, CODE)
 
 
 def work(plan: Plan, name: str, seed: int) -> str:
@@ -1388,6 +1425,8 @@ def work(plan: Plan, name: str, seed: int) -> str:
             f"its process does not know the same method {name} or task {numbers['task']}: a script "
             "must register them when it is imported, or be started with --workers 1"
         )
+    if plan.code != CODE:
+        return "a source file was changed after the run began: go on with --resume"
     configs = {name: METHODS[name].config(**numbers)}
     run = Run(plan.out, configs, "", 1, {}, {}, plan.ceiling, plan.cache)
     folder = job_folder(run.out, name, seed)
@@ -1431,7 +1470,10 @@ def do_jobs(run: Run, about: dict[str, Any]) -> None:
     size = min(run.workers, len(jobs))
     if size > 1:
         do = functools.partial(work, plan_of(run))
-        workers.Pool(size, do, ended).run(in_good_order(jobs))
+        try:
+            workers.Pool(size, do, ended).run(in_good_order(jobs))
+        except UserError as error:  # no process could begin, or the folder cannot be written
+            tqdm.write(f"error: {error}", file=sys.stderr)
         return
     for name, seed in jobs:
         ended((name, seed), try_job(run, name, seed), False)
@@ -1473,11 +1515,9 @@ def lines_of(path: Path, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a job's folder, and that of all jobs if this was the last one."""
+    """Remove the folder of a job that is done."""
     if nr.is_first():
         shutil.rmtree(folder, ignore_errors=True)
-        if not any(folder.parent.iterdir()):
-            folder.parent.rmdir()
 
 
 def take_over_all(run: Run, about: dict[str, Any]) -> None:
@@ -1489,12 +1529,10 @@ def take_over_all(run: Run, about: dict[str, Any]) -> None:
             take_over(run, name, seed, about)
 
 
-def remove_done(run: Run) -> None:
-    """Remove folders of jobs that are done, which a killed process has left."""
-    for result in run.done:
-        folder = job_folder(run.out, result["loop"], result["seed"])
-        if folder.exists():
-            remove_folder(folder)
+def remove_jobs(run: Run) -> None:
+    """Remove the folder of the jobs, and what a killed process has left there, if all are done."""
+    if run.finished and nr.is_first():
+        shutil.rmtree(run.out / "jobs", ignore_errors=True)
 
 
 # ---- what a person sees at the end --------------------------------------------------------------
@@ -1623,10 +1661,13 @@ def own_rank() -> int:
 
 def find_run(a: argparse.Namespace) -> Run:
     """The run that is asked for, new or old; under torchrun the first process makes the folder."""
-    if a.resume and (a.loops or a.out or a.target or a.ceiling or given_numbers(a)):
+    given = (a.loops, a.out, a.target, a.ceiling, a.config, given_numbers(a))
+    if a.resume and (any(given) or a.seeds is not None):
         raise UserError(
             "--resume takes all numbers from its folder: give no loop, flag or target with it"
         )
+    a.config = PRESET if a.config is None else a.config
+    a.seeds = 1 if a.seeds is None else a.seeds
     rank = own_rank()
     if rank >= 0 and not (a.out or a.resume):
         raise UserError("under torchrun give --out FOLDER: all processes work on one run")
@@ -1677,7 +1718,7 @@ def finish_run(run: Run) -> int:
     c = run.shared
     nr.pick_device(c.device)
     picture = run.out / "curves.png"
-    remove_done(run)
+    remove_jobs(run)
     if run.finished:
         print(f"{run.out} is finished; nothing to do. Its table:\n{table(run.done)}")
         if not picture.exists():
@@ -1706,6 +1747,7 @@ def finish_run(run: Run) -> int:
         left = ", ".join(f"{name}/{seed}" for name, seed in run.open_jobs)
         print(f"not done: {left}; try again with: {again}")
         return 2
+    remove_jobs(run)
     draw_picture([run.out], picture)
     return verdict(run)
 

@@ -204,8 +204,10 @@ def serve(pipe: Connection, do: Callable[..., str]) -> None:
         try:
             why = do(*job)
         except KeyboardInterrupt:
-            wire.send("stopped")
-            return
+            if wire.stop_asked():
+                wire.send("stopped")
+                return
+            why = "it raised KeyboardInterrupt"
         wire.send("ended", why)
 
 
@@ -338,16 +340,21 @@ class Pool:
                 self.ended(job, rest[0], False)
 
     def bury(self, worker: Worker) -> None:
-        """A worker has died: so did its job, and the others go on."""
+        """A worker has died: so did its job, and the others go on.
+
+        Raises UserError if it never began and was the last one.
+        """
         worker.hide()
         worker.process.join()
         self.workers.remove(worker)
         code = worker.process.exitcode
         if not worker.ready:
-            raise UserError(
-                f"a process for jobs ended with exit code {code} before it could begin; "
-                "--workers 1 does all jobs in one process"
-            )
+            # Perhaps there is no memory for so many of them.
+            self.size -= 1
+            why = f"a process for jobs could not begin: {how_it_ended(code)}"
+            if self.size == 0:
+                raise UserError(f"{why}; --workers 1 does all jobs in one process")
+            tqdm.write(f"note: {why}; going on with {self.size} of them", file=sys.stderr)
         if worker.job is not None:
             self.ended(worker.job, how_it_ended(code), True)
 

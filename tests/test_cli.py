@@ -522,6 +522,29 @@ def test_the_base_cache_is_reused_and_never_stale(tmp_path, monkeypatch):
         assert retrained(c) == expected, old
 
 
+def test_a_base_is_keyed_by_the_code_that_was_imported_and_not_by_what_is_saved_later(
+    tmp_path, monkeypatch
+):
+    path = tmp_path / "own.py"
+    path.write_text("before")
+    monkeypatch.setitem(front.TASKS, "own", SimpleNamespace(__file__=str(path)))
+    assert front.code_of_task("own") == "before"
+    path.write_text("after")
+    assert front.code_of_task("own") == "before"
+    # A task that takes something from another one is keyed by both.
+    texts = {name: front.source_of(task.__file__) for name, task in front.TASKS.items()}
+    assert front.code_of_task("arithmetic") == texts["arithmetic"]
+    assert front.code_of_task("sums").startswith(texts["sums"])
+    assert texts["gsm8k"] in front.code_of_task("sums")
+
+
+def test_two_runs_that_begin_at_once_have_two_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = [front.free_folder("ppo") for _ in range(2)]
+    assert [str(path) for path in found] == ["runs/ppo-1", "runs/ppo-2"]
+    assert all(path.is_dir() for path in found)
+
+
 def test_a_method_in_another_file_is_keyed_by_that_file():
     code = front.code_of(lambda: None)
     assert code.endswith(Path(__file__).read_text()) and Path(nr.__file__).read_text() in code

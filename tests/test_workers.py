@@ -236,6 +236,7 @@ from dataclasses import replace
 from pathlib import Path
 import nanoreward as nr
 import train_small as front
+import workers
 
 def fails(state, task, c):
     for m in nr.ppo(state, task, c):
@@ -250,13 +251,19 @@ def dies(state, task, c):
             os.kill(os.getpid(), signal.SIGKILL)
         yield m
 
+def interrupts(state, task, c):
+    for m in nr.ppo(state, task, c):
+        if state.update == 3 and Path("broken").exists():
+            raise KeyboardInterrupt
+        yield m
+
 def sleeps(state, task, c):
     Path(f"asleep-{c.seed}").touch()
     time.sleep(600)
     yield {}
 
 def register():
-    for loop in (fails, dies, sleeps):
+    for loop in (fails, dies, interrupts, sleeps):
         nr.METHODS[loop.__name__] = replace(nr.METHODS["ppo"], loop=loop)
 """
 GOOD_END = """
@@ -291,25 +298,59 @@ def test_a_second_ctrl_c_ends_all_at_once(cache, tmp_path, monkeypatch):
 def test_jobs_that_fail_or_are_killed_take_no_other_with_them(cache, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     script = own_script(tmp_path, GOOD_END)
-    argv = ["fails", "dies", "ppo", "--config", "smoke", "--eval-every", 1, "--cache", cache]
+    argv = ["fails", "dies", "interrupts", "ppo", "--config", "smoke", "--eval-every", 1]
+    argv += ["--cache", cache]
     code, _, errors = ended(*argv, "--out", "whole", "--workers", 2, script=script)
     assert (code, errors) == (0, "")
     (tmp_path / "broken").touch()
     code, said, errors = ended(*argv, "--out", "x", "--workers", 2, script=script)
-    assert code == 2 and errors.count("\n") == 2
+    assert code == 2 and errors.count("\n") == 3
     lines = dict(line.split(" failed: ") for line in errors.splitlines())
     error = tmp_path / "x" / "jobs" / "fails-0" / "error.txt"
     assert "ValueError: three is too much" in lines["error: fails/0"]
     assert str(error.relative_to(tmp_path)) in lines["error: fails/0"]
     assert "in fails\n" in error.read_text()
     assert "SIGKILL" in lines["error: dies/0"] and lines["error: dies/0"].endswith("last words")
-    assert "not done: fails/0, dies/0; try again with" in said
+    assert lines["error: interrupts/0"] == "it raised KeyboardInterrupt"
+    assert "not done: fails/0, dies/0, interrupts/0; try again with" in said
     assert [r["loop"] for r in front.read_results(tmp_path / "x")] == ["ppo"]
-    assert {m["loop"] for m in front.lines_so_far(tmp_path / "x")} == {"ppo", "fails", "dies"}
+    assert {m["loop"] for m in front.lines_so_far(tmp_path / "x")} == {
+        "ppo",
+        "fails",
+        "dies",
+        "interrupts",
+    }
     (tmp_path / "broken").unlink()
     code, said, errors = ended("--resume", "x", "--cache", cache, script=script)
     assert (code, errors) == (0, "")
     assert_same(tmp_path / "x", tmp_path / "whole")
+
+
+def test_a_process_that_dies_while_it_is_loading_takes_no_job_with_it(cache, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    stumble = """
+if workers.is_worker():
+    try:
+        Path("stone").unlink()  # one of them succeeds
+        os.kill(os.getpid(), signal.SIGKILL)
+    except FileNotFoundError:
+        pass
+"""
+    script = own_script(tmp_path, stumble + GOOD_END)
+    (tmp_path / "stone").touch()
+    argv = ["fails", "ppo", "--config", "smoke", "--cache", cache, "--workers", 2]
+    code, _, errors = ended(*argv, "--out", "x", script=script)
+    assert code == 0 and not (tmp_path / "stone").exists()
+    assert "could not begin" in errors and "SIGKILL" in errors and "on with 1 of" in errors
+    assert errors.count("\n") == 1 and len(results(tmp_path / "x")) == 2
+
+
+def test_a_process_that_has_read_other_code_does_no_job(tmp_path):
+    run = SimpleNamespace(out=tmp_path, cache=tmp_path, ceiling=False, configs={"ppo": tiny("ppo")})
+    plan = front.plan_of(run)
+    plan.code = "another"
+    assert "changed after the run began" in front.work(plan, "ppo", 0)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_one_worker_goes_on_after_a_job_that_fails(cache, tmp_path, monkeypatch, capsys):
@@ -342,8 +383,9 @@ def test_one_worker_goes_on_after_a_job_that_fails(cache, tmp_path, monkeypatch,
 def test_a_script_that_workers_cannot_repeat_is_told_what_to_do(end, says, cache, tmp_path):
     script = own_script(tmp_path, end)
     argv = ["fails", "ppo", "--config", "smoke", "--out", tmp_path / "x", "--cache", cache]
-    code, _, errors = ended(*argv, "--workers", 2, script=script)
+    code, said, errors = ended(*argv, "--workers", 2, script=script)
     assert code == 2 and says in errors and "--workers 1" in errors and "Traceback" not in errors
+    assert "not done: fails/0" in said and "try again with" in said
     code, _, errors = ended(*argv, "--workers", 1, script=script)
     assert (code, errors) == (0, "")
 
