@@ -1485,11 +1485,13 @@ def read_result(name: str) -> dict:
 def at_laptop_size() -> dict[str, dict[int, dict]]:
     """The arms that the other experiments have run at `--config laptop`: a look at scale."""
     found: dict[str, dict[int, dict]] = {}
-    for name in ("gae", "grpo", "rloo"):
+    # The tour's ppo has the arm gae.
+    for name, file in (("gae", "tour"), ("grpo", "ppo_grpo"), ("rloo", "ppo_rloo")):
         found[name] = {}
-        for result in read_result(f"ppo_{name}")["results"]:
-            both = {"greedy": result["final"], "base": result["base"]}
-            found[name][result["seed"]] = {"found": both}
+        for result in read_result(file)["results"]:
+            if result["loop"] == "ppo":
+                both = {"greedy": result["final"], "base": result["base"]}
+                found[name][result["seed"]] = {"found": both}
     for part, prefix in (("preferences", ""), ("inside", ""), ("denoise", "d_")):
         for arm, kept in read_result(part).items():
             name = arm if arm.startswith("sudoku") else prefix + arm

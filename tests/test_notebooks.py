@@ -144,6 +144,16 @@ def test_every_claim_compares_arms_that_there_are_by_a_rule_of_its_own():
     assert set(claims.ARMS) == used  # an arm that nobody asks for is time for nothing
 
 
+def test_the_claims_at_laptop_size_are_those_of_the_committed_runs():
+    large = claims.at_laptop_size()
+    assert set(large["gae"]) == set(large["grpo"]) == set(large["rloo"]) == set(range(5))
+    kept = {x["id"]: x["laptop"] for x in json.loads(claims.OUT.read_text())}
+    compared = [claim for claim in claims.CLAIMS if kept[claim.id]]
+    assert len(compared) >= 59
+    for claim in compared:
+        assert kept[claim.id] == claims.weigh(claim, claims.effects(claim, large)), claim.id
+
+
 def test_the_committed_verdicts_are_those_of_the_rule():
     if not claims.OUT.exists():
         pytest.skip("claims.json is not there yet")
