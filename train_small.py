@@ -1053,16 +1053,11 @@ CODE = hashlib.sha256(
 
 
 def code_of_task(name: str) -> str:
-    """The source of a task, and of the files beside it that it takes something from."""
-    task = TASKS[name]
-    beside = set()
-    for x in vars(task).values():
-        origin = sys.modules.get(getattr(x, "__module__", None) or "")
-        file = getattr(origin, "__file__", None) or task.__file__
-        if Path(file).parent == Path(task.__file__).parent:
-            beside.add(file)
-    others = sorted(beside - {task.__file__})
-    return "".join(source_of(file) for file in [task.__file__, *others])
+    """The source of a task, and of the files of data/ that it imports something from."""
+    text = source_of(TASKS[name].__file__)
+    others = sorted(set(re.findall(r"^from data\.(\w+) import", text, re.M)))
+    data = Path(gsm8k.__file__).parent
+    return text + "".join(source_of(str(data / f"{other}.py")) for other in others)
 
 
 def code_of(make_batches: Callable) -> str:

@@ -23,9 +23,10 @@ import sys
 import unicodedata
 import urllib.request
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from decimal import Decimal
 from fractions import Fraction
+from functools import cached_property
 from http.client import HTTPException
 from itertools import pairwise
 from pathlib import Path
@@ -415,6 +416,7 @@ def draws(generator: torch.Generator) -> random.Random:
 # ---- what tasks in words have in common ----------------------------------------------------------
 
 
+@dataclass(kw_only=True)
 class WordTask:
     """A task whose texts are written with the tokenizer of a model: GSM8K and sums in words.
 
@@ -422,10 +424,21 @@ class WordTask:
     what the problems are, which answer a response gives, and which one is right.
     """
 
-    tokenizer: Any  # of the package `tokenizers`
+    pad_id: int
+    bos_id: int
+    # The end that is written.
     eos_id: int
-    # All ids that end a text; eos_id is the one that is written.
-    ends: set[int]
+    # Further ids that end a text, such as "128008 128009".
+    other_ends: str = ""
+    # The size of the model's vocabulary.
+    vocab: int | None = None
+    # It is of the package `tokenizers`.
+    tokenizer: Any = field(init=False, repr=False)
+
+    @cached_property
+    def ends(self) -> set[int]:
+        """All ids that end a text."""
+        return {self.eos_id, *(int(i) for i in self.other_ends.split())}
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Turn texts into ids, without BOS.
@@ -485,6 +498,12 @@ class WordTask:
         return [(x, y, self.spoiled(y, draws(generator))) for x, y in demos]
 
 
+def ids_of(c) -> dict[str, Any]:
+    """What a `nanoreward.Config` says of a model's ids, as `WordTask` takes it."""
+    names = [f.name for f in fields(WordTask) if f.init]
+    return {name: vars(c)[name] for name in names}
+
+
 # ---- the task ------------------------------------------------------------------------------------
 
 
@@ -494,13 +513,6 @@ class GSM8K(WordTask):
 
     folder: Path
     tokenizer_file: Path
-    pad_id: int
-    bos_id: int
-    eos_id: int
-    # Further ids that end a text, such as "128008 128009".
-    other_ends: str = ""
-    # The size of the model's vocabulary.
-    vocab: int | None = None
     # From each question to its solution, which still has its marks.
     gold: dict[str, str] = field(init=False, repr=False)
 
@@ -515,7 +527,6 @@ class GSM8K(WordTask):
         refuse_repeats(self.folder, train, test)
         self.tokenizer = read_tokenizer(Path(self.tokenizer_file), self.vocab)
         self.refuse_lost_text()
-        self.ends = {self.eos_id, *(int(i) for i in self.other_ends.split())}
 
         # The solved examples have short solutions. They are never asked.
         short = [question for question, solution in train if solution.count("\n") <= 3]
@@ -734,7 +745,7 @@ class GSM8K(WordTask):
 def make(c, careful: bool = False) -> GSM8K:
     """The task as a `nanoreward.Config` asks for it. Its demonstrator makes no errors anyway."""
     words = Path(c.model) / "tokenizer.json"
-    return GSM8K(Path(c.data), words, c.pad_id, c.bos_id, c.eos_id, c.other_ends, c.vocab)
+    return GSM8K(Path(c.data), words, **ids_of(c))
 
 
 def rules(c) -> list[tuple[bool, str]]:

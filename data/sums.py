@@ -33,6 +33,7 @@ from data.gsm8k import (
     draws,
     equations,
     holds,
+    ids_of,
     number_of,
     numbers_of,
     unmarked,
@@ -186,13 +187,6 @@ class Sums(WordTask):
     """
 
     folder: Path
-    pad_id: int
-    bos_id: int
-    eos_id: int
-    # Further ids that end a text, such as "128008 128009".
-    other_ends: str = ""
-    # The size of the model's vocabulary.
-    vocab: int | None = None
     min_ops: int = 1
     max_ops: int = 1
     largest: int = 99
@@ -204,7 +198,6 @@ class Sums(WordTask):
         # The same, but it reads special tokens where a text spells them. Only templates do.
         self.template_tokenizer = read_tokenizer(path, self.vocab)
         self.template_tokenizer.encode_special_tokens = False
-        self.ends = {self.eos_id, *(int(i) for i in self.other_ends.split())}
 
         self.template = read_template(Path(self.folder))
         if not self.template:
@@ -520,8 +513,7 @@ class Sums(WordTask):
 
 def make(c, careful: bool = False) -> Sums:
     """The task as a `nanoreward.Config` asks for it. Its demonstrator makes no errors anyway."""
-    ids = (c.pad_id, c.bos_id, c.eos_id, c.other_ends, c.vocab)
-    task = Sums(Path(c.model), *ids, c.min_ops, c.max_ops, c.largest, c.shots)
+    task = Sums(Path(c.model), c.min_ops, c.max_ops, c.largest, c.shots, **ids_of(c))
     numbers = " + ".join([str(c.largest)] * (c.max_ops + 1))
     room = len(task.encode([task.solution(f"What is {numbers}?")])[0])
     if c.response < room:

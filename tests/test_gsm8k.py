@@ -729,7 +729,7 @@ def test_a_download_is_kept_only_if_it_is_the_right_file(tmp_path, monkeypatch):
 def test_the_real_files(folder):
     for name, digest in gsm8k.SHA256.items():
         assert hashlib.sha256((REAL / name).read_bytes()).hexdigest() == digest
-    task = gsm8k.GSM8K(REAL, folder / "tokenizer.json", 3, 1, 2)
+    task = gsm8k.GSM8K(REAL, folder / "tokenizer.json", pad_id=3, bos_id=1, eos_id=2)
     assert {k: len(v) for k, v in task.by_split.items()} == {
         "train": 6671,
         "dev": 798,

@@ -366,10 +366,10 @@ def test_a_response_ends_at_its_first_end(task):
     ids = task.encode([" 7<eos>"])[0]
     assert task.decode([*ids, *ids, task.pad_id]) == task.decode([task.bos_id, *ids]) == " 7<eos>"
     assert task.decode([]) == task.decode([task.pad_id] * 4) == ""
-    several = sums.Sums(task.folder, task.pad_id, 3, 2, other_ends="0")
+    several = sums.Sums(task.folder, pad_id=task.pad_id, bos_id=3, eos_id=2, other_ends="0")
     assert several.decode([*ids[:-1], 0, *ids]) == " 7<eos>"
     # In many folders BOS is EOS.
-    same = sums.Sums(task.folder, task.pad_id, 2, 2)
+    same = sums.Sums(task.folder, pad_id=task.pad_id, bos_id=2, eos_id=2)
     assert same.decode([2, *ids]) == "<eos>"
     prompt = same.prompts(1, draw())[0]
     assert same.decode([2, *same.encode([prompt])[0]]) == prompt
