@@ -182,13 +182,13 @@ class Config(Architecture):
     eval_problems: int = 500
 
     # ---- the task
-    # What is learned: arithmetic, sudoku, gsm8k or sums.
+    # What is learned: arithmetic, countdown, sudoku, gsm8k or sums.
     task: str = "arithmetic"
     # The folder that holds train.jsonl and test.jsonl of gsm8k.
     data: str = "gsm8k"
-    # Arithmetic and sums: how many operations a problem has at least; each is a written step.
+    # Arithmetic, countdown and sums: how many operations a problem has at least; each is a step.
     min_ops: int = 1
-    # Arithmetic and sums: and at most.
+    # Arithmetic, countdown and sums: and at most.
     max_ops: int = 3
     # Arithmetic: how many final answers there are. With few of them wrong steps are often lucky.
     answers: int = 100
@@ -827,21 +827,27 @@ def sample(
     # Several processes share the rows, see section 17; a single one has all of them.
     write = write_forward if causal else unmask
     written = start.new_zeros(B, 2, R)
+    logp = torch.zeros(B, R, device=start.device)
     model = fast_reader(model)
-    canvas, order = write(model, own_rows(prompt), own_rows(start), c, own_rows(uniform))
+    canvas, order, known = write(model, own_rows(prompt), own_rows(start), c, own_rows(uniform))
     own_rows(written)[:] = torch.stack([canvas, order], dim=1)
     canvas, order = over_ranks(written).unbind(1)
     if group is None:
         group = torch.arange(B, device=prompt.device)
-    return Rollout(prompt, canvas, up_to_eos(canvas, c), order, group)
+    b = Rollout(prompt, canvas, up_to_eos(canvas, c), order, group)
+    if known is not None:
+        own_rows(logp)[:] = known
+        b.logp = over_ranks(logp)
+    return b
 
 
 def write_forward(
     model: Transformer, prompt: Tensor, canvas: Tensor, c: Config, uniform: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, None]:
     """The GPT writes from left to right behind what each canvas (B, R) already holds.
 
-    Returns the canvas and the order in which it was written, each (B, R).
+    Returns the canvas and the order in which it was written, each (B, R). The log-probs of what it
+    wrote are found later, for all tokens at once.
     """
     R = canvas.shape[1]
     given = canvas != c.pad_id
@@ -856,7 +862,7 @@ def write_forward(
     full = given[:, -1]
     rows = (~(ended | full)).nonzero()[:, 0]
     if len(rows) == 0:
-        return canvas, order
+        return canvas, order, None
     place = given.sum(1)[rows]  # where each row writes next
     writing = torch.ones_like(rows, dtype=torch.bool)
 
@@ -887,7 +893,7 @@ def write_forward(
             cache.select(writing)
             writing = torch.ones_like(rows, dtype=torch.bool)
         hidden = model.hidden(token[:, None], cache)[:, -1]
-    return canvas, order
+    return canvas, order, None
 
 
 # ==== 6. Training ================================================================================
@@ -1655,6 +1661,15 @@ def compared(b: Rollout, c: Config) -> Tensor:
     return (rows < KL_ROWS) | (c.beta > 0)
 
 
+def alike(model: Transformer, b: Rollout) -> Tensor:
+    """(B,) a number for each rollout: those with like numbers are best read side by side.
+
+    For a GPT it is the length, so that there is little PAD. The rollouts of a diffusion LM share
+    canvases with others of their group.
+    """
+    return b.mask.sum(1).cpu() if model.config.causal else b.group.cpu()
+
+
 @torch.no_grad()
 def annotate(state: PPOState, b: Rollout, c: Config, estimate: Callable = estimate_gpt) -> Rollout:
     """The rollouts with log-probs of policy and reference and with values, once for the batch.
@@ -1663,14 +1678,18 @@ def annotate(state: PPOState, b: Rollout, c: Config, estimate: Callable = estima
     """
     found = b.mask.new_zeros(3, *b.mask.shape)
     is_read = compared(b, c)
-    by_length = b.mask.sum(1).cpu().argsort(stable=True)  # like lengths together: little PAD
-    for rows in own_rows(by_length).split(c.micro):
+    in_order = alike(state.policy, b).argsort(stable=True)
+    for rows in own_rows(in_order).split(c.micro):
         part = b.select(rows)
-        logp, hidden = estimate(state.policy, part, c)
+        if b.logp is None or state.policy.config.causal:
+            logp, hidden = estimate(state.policy, part, c)
+        else:  # a diffusion LM knows them since it wrote
+            logp, hidden = part.logp, None
         ref_logp = logp.clone()
         read = is_read[rows].nonzero()[:, 0]
         if len(read) > 0:
-            answer, _ = estimate(state.reference, part.select(read), c)
+            again = replace(part.select(read), logp=None)
+            answer, _ = estimate(state.reference, again, c)
             ref_logp[read, : answer.shape[1]] = answer
         value = torch.zeros_like(logp) if state.head is None else state.head(hidden)
         found[:, rows, : logp.shape[1]] = torch.stack([logp, ref_logp, value])
@@ -1703,13 +1722,13 @@ def policy_update(
     state: PPOState, b: Rollout, arm: Arm, c: Config, estimate: Callable = estimate_gpt
 ) -> Metrics:
     """Go `epochs` times through the rollouts, with `minibatch` of them in each optimizer step."""
-    length = b.mask.sum(1).cpu()
+    likeness = alike(state.policy, b)
     lr_share = schedule(state.update, c.updates, WARMUP)
     logs = []
     for epoch in range(c.epochs):
         generator = rng(c.seed, "minibatch", state.update * c.epochs + epoch)
-        for rows in torch.randperm(len(length), generator=generator).split(c.minibatch):
-            rows = rows[length[rows].argsort(stable=True)]  # like lengths together: little PAD
+        for rows in torch.randperm(len(likeness), generator=generator).split(c.minibatch):
+            rows = rows[likeness[rows].argsort(stable=True)]
             loss = rollout_loss(state, b, arm.objective, arm.denom(b.mask[rows]), c, estimate)
             logs.append(optimizer_step(state.optimizers, loss, rows, c, lr_share))
     metrics = {}
@@ -3115,9 +3134,8 @@ class DenoiseConfig(Config):
     """The numbers of denoise, and of the diffusion LM that it starts from."""
 
     prompts: int = 32
-    updates: int = 25
     # What a response is paid for: outcome for its answer alone, process for the way to it too.
-    arm: str = "process"
+    arm: str = "outcome"
     # How often an update goes through its rollouts.
     epochs: int = 2
     # Rollouts of one optimizer step: here all 256 of an update.
@@ -3126,9 +3144,14 @@ class DenoiseConfig(Config):
     clip: float = 0.2
     # The weight of the KL to the reference, in the loss.
     beta: float = 0.0
-    # UNKNOWN: how many continuations of a canvas its prospects are averaged over, in (6).
-    branches: int = 4
-    # UNKNOWN: what the process reward weighs beside the advantage in (7).
+    # Who finishes a canvas to find its prospects: short_tail or same_canvas.
+    prover: str = "short_tail"
+    # The places that short_tail may still write: here one step, or the answer.
+    tail: int = 8
+    # Over how many answers of the prover the prospects are averaged, N in (6). UNKNOWN: the paper
+    # tries 1 to 9; with 3 it has the numbers of its main table.
+    branches: int = 3
+    # What the process reward weighs beside the advantage in (7).
     process_weight: float = 1.0
 
     # ---- the diffusion LM
@@ -3295,10 +3318,11 @@ def open_places(block: int, passes: int) -> list[int]:
 
 def unmask(
     model: Transformer, prompt: Tensor, canvas: Tensor, c: DenoiseConfig, uniform: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """The diffusion LM writes: blocks from left to right, in each the surest places first (LLaDA).
 
-    canvas (B, R), MASK is open -> responses and order, each (B, R). It stops where nothing is open
+    canvas (B, R), MASK is open -> responses, order and the log-probs of what was written, each
+    (B, R). It stops where nothing is open
     before the end of a response; places behind it become PAD. A block that is partly written is
     treated as if the earlier passes had been made already: the number of its open places tells
     which pass comes next, and the passes that are left share these places.
@@ -3317,6 +3341,7 @@ def unmask(
     passes = c.block_passes
     ladder = torch.tensor(open_places(block, passes), device=prompt.device)
     order = torch.full_like(canvas, -1)
+    logp = torch.zeros(canvas.shape, device=prompt.device)
     while True:
         # A response is written when no place is open before its end; what follows never counts.
         is_mask = canvas == c.mask_id
@@ -3324,7 +3349,7 @@ def unmask(
         rows = (is_mask & before_end).any(1).nonzero()[:, 0]
         if len(rows) == 0:
             order[is_mask] = uniform.shape[1]
-            return canvas.masked_fill(is_mask, c.pad_id), order
+            return canvas.masked_fill(is_mask, c.pad_id), order, logp
         # From here on the first dimension is n, the rows that are not written yet.
         left = canvas[rows]  # (n, R)
         first = (left == c.mask_id).int().argmax(1, keepdim=True)  # (n, 1) the first open place
@@ -3347,14 +3372,15 @@ def unmask(
         token = draw(logits, uniform[rows, this_pass[:, 0]], c)
 
         # Sure is what had a high probability at temperature 1, whatever temperature drew it.
-        logp = log_softmax(logits, 1.0, c)
-        sure = logp.gather(-1, token[..., None])[..., 0]
+        sure = log_softmax(logits, 1.0, c).gather(-1, token[..., None])[..., 0]
         sure = sure.masked_fill(~is_open, -torch.inf)
         rank = sure.argsort(dim=1, descending=True, stable=True).argsort(1)
         chosen = rank < n_open - stay_open
         at = (rows[:, None], place)
         canvas[at] = torch.where(chosen, token, canvas[at])
         order[at] = torch.where(chosen, this_pass, order[at])
+        drawn = log_softmax(logits, c.temperature or 1.0, c).gather(-1, token[..., None])[..., 0]
+        logp[at] = torch.where(chosen, drawn.float(), logp[at])
 
 
 def canvas_before(response: Tensor, order: Tensor, p: Tensor, c: Architecture) -> Tensor:
@@ -3364,64 +3390,118 @@ def canvas_before(response: Tensor, order: Tensor, p: Tensor, c: Architecture) -
 
 # ==== 15. denoise ================================================================================
 #
-# Policy gradient for the diffusion LM. A response that beats its group earns more if its canvas had
-# better prospects half-way than the empty canvas, and less if they were worse. The loop is that of
-# ppo but for two things: the credit asks the policy for continuations, and log-probs are estimated.
+# Policy gradient for the diffusion LM. The loop is that of ppo but for two things. Log-probs are
+# read on many canvases: each token's on the one that the sampler had before it. And the arm
+# `process` asks a prover how good the prospects of a canvas half-way were: of the responses that
+# beat their group, those earn more whose prospects had risen by then.
 
 
-def estimate_diffusion(model: Transformer, b: Rollout, c: Config) -> tuple[Tensor, Tensor]:
-    """The mean field of arXiv 2504.12216: the model reads a canvas of MASKs once.
+# A token that was so likely had no rival: its log-prob can hardly be changed.
+NO_RIVAL = 0.99
 
-    Each token's log-prob (B, R) is read as if no other token were there yet. That is biased: it
-    underrates tokens that follow from others. Also returns the vectors (B, R, C).
-    DEVIATION: the whole prompt is read; (2) replaces 15 % of its tokens by MASK.
+
+def estimate_diffusion(model: Transformer, b: Rollout, c: Config) -> tuple[Tensor, None]:
+    """(2) log-probs of the tokens (B, R), each on the canvas that the sampler had before it.
+
+    Tokens that were written in the same pass share a canvas, and so do responses that begin alike;
+    each canvas is read once. When b.logp is known, what can change little keeps it and is not read:
+    tokens without a rival, and where beta is 0 the responses without an advantage.
+    DEVIATION: arXiv 2504.12216 reads all tokens on a canvas of MASKs only, as if none of them were
+    there yet. That is one pass, and it underrates what follows from other tokens.
     """
-    hidden = predictive_hidden(model, b.prompt, torch.full_like(b.response, c.mask_id))
-    return gather_logprobs(model, hidden, b.response, c.temperature), hidden
+    is_read = (b.mask > 0) & (b.order >= 0)
+    logp = torch.zeros_like(b.mask) if b.logp is None else b.logp
+    if b.logp is not None:
+        is_read &= logp < log(NO_RIVAL)
+        if b.adv is not None and c.beta == 0:
+            is_read &= b.adv != 0
+        is_read[0, 0] = True  # so that there is always something to take a gradient of
+    row, place = is_read.nonzero(as_tuple=True)  # (n,) the tokens that are read
+    canvas = canvas_before(b.response[row], b.order[row], b.order[row, place], c)  # (n, R)
+    both = torch.cat([b.prompt[row], canvas], dim=1)
+    unique, which = both.unique(dim=0, return_inverse=True)
+    hidden = response_part(model.hidden(unique), b.prompt.shape[1])
+    token = b.response[row, place, None]
+    found = log_softmax(model.lm_head(hidden[which, place]), c.temperature, model.config)
+    return logp.index_put((row, place), found.gather(-1, token)[:, 0]), None
 
 
 def some_pass(b: Rollout, generator: torch.Generator) -> Tensor:
-    """A random pass p of each response (B,), from 1 to the last one that wrote a token that counts.
+    """A random pass p of each response (B,), from 1 to one behind the last that counts.
 
-    It is 1 where there is only pass 0. UNKNOWN: which canvas is valued; here any but the empty one,
-    drawn anew for each response.
+    So the canvas before it may be the finished one, and never the empty one. UNKNOWN: whether the
+    paper draws it for each response, as here, or for each group.
     """
     last = (b.order * b.mask).amax(1)
     where = torch.rand(len(last), generator=generator)
-    return 1 + (where.to(last.device) * last).long()
+    return 1 + (where.to(last.device) * (last + 1)).long()
 
 
-def branch(
-    policy: Transformer,
-    b: Rollout,
-    p: Tensor,
-    branches: int,
-    c: DenoiseConfig,
-    generator: torch.Generator,
+# ---- provers: (state, rollouts, pass (B,), c, generator) -> a Rollout with some branches of each
+#
+# A prover finishes the canvas that a response was before a pass. The share of its answers that are
+# right is V in (6), the prospects of the canvas. If the policy itself goes on where it was, then
+# (6) tells it on average what its own answers tell it already, arXiv 2410.08146. So a useful prover
+# does something else.
+
+
+def same_canvas(
+    state: State, b: Rollout, p: Tensor, c: DenoiseConfig, generator: torch.Generator
 ) -> Rollout:
-    """So many ways to go on from the canvas before pass p (B,) of each response."""
-    start = canvas_before(b.response, b.order, p, c).repeat_interleave(branches, 0)
-    prompt = b.prompt.repeat_interleave(branches, 0)
-    group = b.group.repeat_interleave(branches, 0)
-    return sample(policy, prompt, c, start, group, generator)
+    """The policy goes on where it was: the null prover."""
+    start = canvas_before(b.response, b.order, p, c).repeat_interleave(c.branches, 0)
+    prompt = b.prompt.repeat_interleave(c.branches, 0)
+    group = b.group.repeat_interleave(c.branches, 0)
+    return sample(state.policy, prompt, c, start, group, generator)
+
+
+def short_tail(
+    state: State, b: Rollout, p: Tensor, c: DenoiseConfig, generator: torch.Generator
+) -> Rollout:
+    """The paper's prover: what is written moves together, and the policy has `tail` places to end.
+
+    So a canvas has good prospects if little is missing. An example with a tail of 4 places:
+
+        canvas    3 7 + 5 = M 2 M | M M M M | M M M M
+        is read   3 7 + 5 = 2 | M M M M
+    """
+    canvas = canvas_before(b.response, b.order, p, c).repeat_interleave(c.branches, 0)
+    prompt = b.prompt.repeat_interleave(c.branches, 0)
+    begun = [without(ids, c.mask_id, c.pad_id) for ids in canvas.tolist()]
+    read = []
+    for problem, ids in zip(prompt.tolist(), begun, strict=True):
+        read.append(without(problem, c.pad_id) + ids)
+    shorter = replace(c, response=c.tail)
+    end = sample(
+        state.policy,
+        left_pad(read, c.pad_id).to(prompt.device),
+        shorter,
+        generator=generator,
+    )
+    whole = [ids + more for ids, more in zip(begun, end.response.tolist(), strict=True)]
+    response = right_pad(whole, c.pad_id, c.response + c.tail).to(prompt.device)
+    order = torch.full_like(response, -1)
+    group = b.group.repeat_interleave(c.branches, 0)
+    return Rollout(prompt, response, up_to_eos(response, c), order, group)
+
+
+PROVERS = {"short_tail": short_tail, "same_canvas": same_canvas}
 
 
 def prospects(
     state: PPOState, task: Task, b: Rollout, rows: Tensor, c: DenoiseConfig
 ) -> tuple[Tensor, Tensor]:
-    """A random pass p of each response, and the prospects of the canvas before it, each (B,).
+    """A random pass of each response, and the prospects of the canvas before it, each (B,).
 
-    The prospects of a canvas are the mean reward of fresh continuations, V in (6). They are NaN but
-    for the rows (B,) that are asked for.
+    The prospects are NaN but for the rows (B,) that are asked for.
     """
     p = some_pass(b, rng(c.seed, "state", state.update))
     found = torch.full(rows.shape, torch.nan, device=rows.device)
     if rows.any():
         generator = rng(c.seed, "branch", state.update)
-        more = branch(state.policy, b.select(rows), p[rows], c.branches, c, generator)
-        reward = verifier(state, task, more, grades(task, more), c).sum(1)
-        found[rows] = reward.view(-1, c.branches).mean(1)
-        state.samples += len(reward)
+        more = PROVERS[c.prover](state, b.select(rows), p[rows], c, generator)
+        found[rows] = grades(task, more).view(int(rows.sum()), -1).mean(1)
+        state.samples += len(more.mask)
     return p, found
 
 
@@ -3431,15 +3511,15 @@ def denoise_advantage(
     """(7) the denoising process reward; all (B,).
 
     branch_reward: the prospects of a canvas of each response. They count only where the response
-    beats its group, and may be NaN elsewhere. Those of the empty canvas are the group's mean
-    reward.
+    beats its group, and may be NaN elsewhere. Those of the empty canvas are the group's accuracy.
     """
-    # adv = reward - prospects of the empty canvas
-    # (6) progress = prospects of the canvas before pass p - prospects of the empty canvas
+    # adv = reward - mean reward of the group
+    # (6) progress = prospects of the canvas before pass p - accuracy of the group
     # (7) adv + weight progress where adv > 0, else adv
     adv = group_advantage(reward, group, "mean")
-    empty_canvas = reward - adv
-    progress = branch_reward - empty_canvas
+    right = reward.clamp(min=0)  # without the penalty of a response that does not end
+    accuracy = right - group_advantage(right, group, "mean")
+    progress = branch_reward - accuracy
     return torch.where(adv > 0, adv + weight * progress, adv)
 
 
@@ -3469,13 +3549,11 @@ def denoise(
     state: PPOState,
     task: Task,
     c: DenoiseConfig,
-    estimate: Callable = estimate_diffusion,
-    roll: Callable = sample,
+    estimate: Callable | None = None,
 ) -> Iterator[Metrics]:
     """Denoising process reward, arXiv 2510.01544: policy gradient with the credit (7).
 
-    It was reconstructed from the abstract and from reviews of the paper. estimate and roll: other
-    log-probs and another sampler, for experiments.
+    estimate: other log-probs than those of the sampler, for experiments.
     """
     device = state.policy.device
     while state.update < c.updates:
@@ -3484,8 +3562,10 @@ def denoise(
         # 1. sample
         texts = task.prompts(c.prompts, rng(c.seed, "prompts", u))
         prompt, group = in_groups(task, texts, c, device)
-        b = roll(state.policy, prompt, c, group=group, generator=rng(c.seed, "sample", u))
-        b = annotate(state, b, c, estimate)
+        b = sample(state.policy, prompt, c, group=group, generator=rng(c.seed, "sample", u))
+        if estimate is not None:
+            b.logp = None
+        b = annotate(state, b, c, estimate or estimate_diffusion)
 
         # 2. score
         truth = grades(task, b)
@@ -3495,7 +3575,7 @@ def denoise(
         b.adv = DENOISE_ARMS[c.arm](state, task, b, reward.sum(1), c)
 
         # 4. update
-        metrics = policy_update(state, b, PPO_ARMS["grpo"], c, estimate)
+        metrics = policy_update(state, b, PPO_ARMS["grpo"], c, estimate or estimate_diffusion)
         state.update += 1
         state.samples += len(prompt)
         yield metrics | rollout_metrics(b, reward, truth, c) | {"samples": state.samples}
@@ -3519,15 +3599,11 @@ def explain_denoising(state: PPOState, task: Task, b: Rollout, c: DenoiseConfig)
     logits = policy.lm_head(predictive_hidden(policy, b.prompt[row], canvas))
     logp = log_softmax(logits, 1.0, c)
     guess = torch.where(canvas == c.mask_id, logp.argmax(-1), canvas)
-    # Of all passes the one that wrote the token; PAD was written in none.
-    token = b.response.masked_fill(b.response == c.pad_id, c.mask_id)
-    written = logp.gather(-1, token[row][..., None]).view(B, passes, -1)
-    sure = written.gather(1, b.order[:, None].clamp(max=passes - 1))[:, 0].exp()
+    sure = b.logp.exp().masked_fill(b.response == c.pad_id, 0.0)  # PAD was never written
 
     generator = rng(c.seed, "trajectory", state.update)
-    more = branch(policy, b.select(row), p, c.branches, c, generator)
-    reward = verifier(state, task, more, grades(task, more), c).sum(1)
-    value = reward.view(B, passes, c.branches).mean(2)
+    more = same_canvas(state, b.select(row), p, c, generator)
+    value = grades(task, more).view(B, passes, c.branches).mean(2)
     found = []
     for i in range(B):
         said = guess.view(B, passes, -1)[i].tolist()
@@ -3549,8 +3625,13 @@ METHODS["denoise"] = Method(
     starts_from=diffusion_base,
     explain=explain_denoising,
     shown=1,  # each canvas is valued by branches, which takes time
-    choices={"arm": DENOISE_ARMS},
-    only_with={"branches": "arm process", "process_weight": "arm process"},
+    choices={"arm": DENOISE_ARMS, "prover": PROVERS},
+    only_with={
+        "prover": "arm process",
+        "branches": "arm process",
+        "process_weight": "arm process",
+        "tail": "prover short_tail",
+    },
 )
 
 

@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 import nanoreward as nr
 import workers
-from data import arithmetic, gsm8k, sudoku, sums
+from data import arithmetic, countdown, gsm8k, sudoku, sums
 from nanoreward import METHODS, Config, Transformer, UserError
 
 try:
@@ -52,7 +52,13 @@ try:
 except ImportError:  # Windows
     import msvcrt
 
-TASKS = {"arithmetic": arithmetic, "sudoku": sudoku, "gsm8k": gsm8k, "sums": sums}
+TASKS = {
+    "arithmetic": arithmetic,
+    "countdown": countdown,
+    "sudoku": sudoku,
+    "gsm8k": gsm8k,
+    "sums": sums,
+}
 # Without a home folder this stays "~/.cache/nanoreward", and `claim_cache` asks for --cache.
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "nanoreward"
 
@@ -107,6 +113,18 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "start_muon_lr": 0.02,
         },
     },
+    # Countdown with three numbers, two tokens a pass. A model without bad habits solves 73 %: the
+    # right way has to be found. The diffusion LM has 3 % after 600 updates, and 10 % after 1200.
+    "countdown": {
+        "all": {
+            "task": "countdown",
+            "min_ops": 2,
+            "max_ops": 2,
+            "response": 48,
+            "base_updates": 800,
+        },
+        "denoise": {"block_passes": 2, "start_updates": 1200},
+    },
     # About 100 million parameters from random weights, on longer problems.
     "gpu": {
         "all": {
@@ -130,7 +148,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "iterative_dpo": {"samples": 16},
         "self_rewarding": {"start_lr": 1e-3},
         "refine": {"samples": 16, "lr": 1e-3},
-        "denoise": {"samples": 16, "minibatch": 1024, "lr": 5e-5},
+        # A response brings along a canvas for each of its tokens.
+        "denoise": {"samples": 16, "minibatch": 1024, "micro": 16, "lr": 5e-5},
     },
     # A model folder on GSM8K, with the papers' rates. 512 rows of SmolLM2-135M have 11 GB of keys
     # and values.
@@ -157,7 +176,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "start_muon_lr": 0.0,
         },
         "refine": {"prompts": 512, "minibatch": 256, "lr": 1e-5, "start_lr": 1e-6},
-        "denoise": {"start_lr": 1e-4, "start_muon_lr": 0.0},
+        "denoise": {"start_lr": 1e-4, "start_muon_lr": 0.0, "micro": 1},
     },
     # A model folder on sums in words, on a CPU. With two solved problems in front and its chat
     # template SmolLM2-135M-Instruct begins at 27 % (greedy, 100 problems of dev).
@@ -191,7 +210,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "start_muon_lr": 0.0,
         },
         "refine": {"prompts": 64, "start_data": 64, "start_lr": 1e-5},
-        "denoise": {"start_updates": 100, "start_lr": 1e-4, "start_muon_lr": 0.0},
+        "denoise": {"start_updates": 100, "start_lr": 1e-4, "start_muon_lr": 0.0, "micro": 2},
     },
 }
 
@@ -219,7 +238,7 @@ NO_FLAG = set("vocab rope_theta rope_scaling norm_eps family tied causal".split(
 NO_FLAG |= {"pad_id", "bos_id", "eos_id", "mask_id", "other_ends"}
 # Numbers of one task alone.
 TASK_ONLY = {key: "task arithmetic" for key in ("answers", "planted")}
-TASK_ONLY |= {key: "task arithmetic sums" for key in ("min_ops", "max_ops")}
+TASK_ONLY |= {key: "task arithmetic countdown sums" for key in ("min_ops", "max_ops")}
 TASK_ONLY |= {key: "task sums" for key in ("largest", "shots")}
 TASK_ONLY |= {"data": "task gsm8k", "model": "task gsm8k sums"}
 # Numbers that describe a base model of our own.
@@ -359,7 +378,7 @@ def why_unread(name: str, given: str, c: Config) -> str:
         return ""
     other, *values = condition.split()
     if str(vars(c)[other]) in values:
-        return ""
+        return why_unread(name, other, c)  # a prover has numbers, and only one arm has a prover
     return f"it is read only with {flag(other)} {' or '.join(values)}"
 
 

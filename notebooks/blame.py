@@ -113,9 +113,8 @@ def of_denoise(denoise: Trained, task: nr.Task, b: nr.Rollout) -> dict[str, list
     t = torch.arange(int(order.max()) + 1)
     state = denoise.state
     generator = nr.rng(c.seed, "trajectory", state.update)
-    more = nr.branch(state.policy, b.select(t * 0), t, c.branches, c, generator)
-    reward = nr.verifier(state, task, more, nr.grades(task, more), c).sum(1)
-    value = reward.view(len(t), c.branches).mean(1)
+    more = nr.same_canvas(state, b.select(t * 0), t, c, generator)
+    value = nr.grades(task, more).view(len(t), c.branches).mean(1)
     value = torch.cat([value[:n], truth])  # the end is worth what it is
     return {
         "denoise: V(x_t)": nr.rounded(value[:-1]),

@@ -1,14 +1,15 @@
 """Paid along the way: python notebooks/denoise.py [ARM ...] [--seeds 0 1 2 3 4] [--threads 1]
 
-The masked-diffusion LM under the outcome alone and under the denoising process reward: accuracy,
-what is right half way, what fewer passes cost, whether right answers have right steps; and the arms
-of both. Test problems. Each run is kept in runs/denoise/ARM-SEED.json and not run again; all
+The masked-diffusion LM under policy gradient: how its likelihood is estimated, who judges a canvas
+half way (the prover), and what of the gain is the prover's (the controls). Accuracy, what is right
+half way, what fewer passes cost, whether right answers have right steps; arithmetic, countdown and
+Sudoku, test problems. Each run is kept in runs/denoise/ARM-SEED.json and not run again; all
 together make notebooks/results/denoise.json and denoise.png. Needs the extra `notebooks`.
 """
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from math import ceil
 from pathlib import Path
@@ -16,6 +17,7 @@ from statistics import mean
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,32 +40,76 @@ from notebooks.preferences import band  # noqa: E402
 
 JOBS = ROOT / "runs" / "denoise"
 OUT = ROOT / "notebooks" / "results" / "denoise.json"
-SUDOKU = front.PRESETS["sudoku"]["all"] | front.PRESETS["sudoku"]["denoise"]
-OUTCOME = {"arm": "outcome"}
-# With so many times the updates the outcome alone draws about as many samples as `process` does.
-MORE = 2
-ARMS: dict[str, dict[str, Any]] = {
-    "outcome": OUTCOME,
-    "process": {},
-    "outcome_more": OUTCOME | {"updates": MORE * nr.DenoiseConfig.updates},
-    "n1": {"branches": 1},
-    "n2": {"branches": 2},
-    "n8": {"branches": 8},
-    "shared": {"arm": "shared"},
-    "no_indicator": {"arm": "no_indicator"},
-    "leave_one_out": {"arm": "leave_one_out"},
-    "segments": {"arm": "segments"},
-    "fixed_t": {"arm": "fixed_t"},
-    "p05": OUTCOME,
-    "p15": OUTCOME,
-    "p50": OUTCOME,
-    "mu1": OUTCOME | {"epochs": 1},
-    "mu8": OUTCOME | {"epochs": 8},
-    "coupled": OUTCOME,
+# The tasks other than arithmetic, by the prefix of their arms.
+TASKS = {
+    "countdown": front.PRESETS["countdown"]["all"] | front.PRESETS["countdown"]["denoise"],
+    "sudoku": front.PRESETS["sudoku"]["all"] | front.PRESETS["sudoku"]["denoise"],
 }
-# The share of the prompt that is masked in every estimate of the likelihood.
-MASKED = {"p05": 0.05, "p15": 0.15, "p50": 0.5}
+# Every arm has so many updates, and `outcome_more` so many times as many: about as many samples as
+# the process reward draws with its branches.
+UPDATES = 25
+MORE = 2
+PROCESS = {"arm": "process"}
+CANVAS = {"prover": "same_canvas"}
+ARMS: dict[str, dict[str, Any]] = {
+    "outcome": {},
+    "outcome_more": {"updates": MORE * UPDATES},
+    # How the likelihood is estimated, under the outcome alone.
+    "mean_field": {},
+    "coupled": {},
+    "block_by_block": {},
+    "with_place": {},
+    "mu8": {"epochs": 8},
+    # Provers.
+    "tail": PROCESS,
+    "canvas": PROCESS | CANVAS,
+    "base": PROCESS | {"prover": "frozen_base"},
+    "once": PROCESS | {"prover": "at_once"},
+    "best_of_4": CANVAS | {"arm": "best_of_four"},
+    # Controls: the same weight without the prover's word.
+    "tail_constant": {"arm": "constant"},
+    "tail_shuffled": {"arm": "shuffled"},
+    "canvas_constant": CANVAS | {"arm": "constant"},
+    "canvas_shuffled": CANVAS | {"arm": "shuffled"},
+    "right_more": {"arm": "right_more"},
+    "right_only": {"arm": "right_only"},
+    # Other credits.
+    "tail_centred": {"arm": "centred"},
+    "no_indicator": CANVAS | {"arm": "no_indicator"},
+    "segments": CANVAS | {"arm": "segments"},
+    "read_along": {"arm": "read_along"},
+    "n1": PROCESS | {"branches": 1},
+    "n9": PROCESS | {"branches": 9},
+}
 TITLES = {
+    "outcome": "the outcome alone",
+    "outcome_more": "the outcome alone, samples of the process reward",
+    "mean_field": "mean field",
+    "coupled": "coupled masks",
+    "block_by_block": "block by block",
+    "with_place": "token and place",
+    "mu8": "mean field, eight passes over a batch",
+    "tail": "short tail, the paper's",
+    "canvas": "same canvas, the null prover",
+    "base": "frozen base, same canvas",
+    "once": "all at once, nothing drawn",
+    "best_of_4": "same canvas, best of four",
+    "tail_constant": "short tail, D replaced by its mean",
+    "tail_shuffled": "short tail, D shuffled",
+    "canvas_constant": "same canvas, D replaced by its mean",
+    "canvas_shuffled": "same canvas, D shuffled",
+    "right_more": "1.5 A for right answers",
+    "right_only": "A for right answers, nothing for wrong ones",
+    "tail_centred": "short tail, D minus its mean",
+    "no_indicator": "same canvas, without the indicator",
+    "segments": "same canvas, each stretch its own",
+    "read_along": "A, and what each token did to the answer at once",
+    "n1": "short tail, N = 1",
+    "n9": "short tail, N = 9",
+}
+LIKELIHOODS = ("mean_field", "coupled", "block_by_block", "outcome", "with_place")
+# The arms that the tables show: those of the mean field, as they were measured last.
+SHOWN = {
     "outcome": "the outcome alone",
     "process": "process reward, N = 4",
     "n1": "N = 1",
@@ -83,113 +129,214 @@ TITLES = {
     "coupled": "outcome, coupled masks",
 }
 MAIN = ("outcome", "outcome_more", "process", "shared")
-EVERY = (*ARMS, *("sudoku_" + arm for arm in ARMS))
+EVERY = (*ARMS, *(f"{task}_{arm}" for task in TASKS for arm in ARMS))
 
 
 # ---- credits that only stand here ---------------------------------------------------------------
 
+Credit = Callable[[nr.PPOState, nr.Task, nr.Rollout, Tensor, nr.DenoiseConfig], Tensor]
 
-def value_of_all(
-    state: nr.PPOState, task: nr.Task, b: nr.Rollout, c: nr.DenoiseConfig
-) -> tuple[Tensor, Tensor]:
-    """t and V(x_t) of all responses, right or wrong."""
-    return nr.prospects(state, task, b, torch.ones_like(b.group, dtype=torch.bool), c)
+
+def progress_of(
+    state: nr.PPOState,
+    task: nr.Task,
+    b: nr.Rollout,
+    reward: Tensor,
+    c: nr.DenoiseConfig,
+    rows: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A random pass of each response, V before it and D of (6), which is 0 but for `rows`."""
+    p, value = nr.prospects(state, task, b, rows, c)
+    accuracy = reward - nr.group_advantage(reward, b.group, "mean")
+    return p, value, (value - accuracy).nan_to_num()
+
+
+def in_place_of_progress(change: Callable[[Tensor, nr.DenoiseConfig, Any], Tensor]) -> Credit:
+    """(7) with change(D, c, state) in the place of D, for the responses that beat their group."""
+
+    def credit(
+        state: nr.PPOState, task: nr.Task, b: nr.Rollout, reward: Tensor, c: nr.DenoiseConfig
+    ) -> Tensor:
+        adv = nr.group_advantage(reward, b.group, "mean")
+        better = adv > 0
+        _, _, progress = progress_of(state, task, b, reward, c, better)
+        if better.any():
+            progress[better] = change(progress[better], c, state)
+        return (adv + c.process_weight * progress)[:, None] * b.mask
+
+    return credit
+
+
+def constant(progress: Tensor, c: nr.DenoiseConfig, state: nr.PPOState) -> Tensor:
+    """A control: the mean of D to all of them. Right answers weigh as much, and nothing is told."""
+    return progress.mean().expand_as(progress)
+
+
+def shuffled(progress: Tensor, c: nr.DenoiseConfig, state: nr.PPOState) -> Tensor:
+    """A control: the same numbers, each to another response."""
+    generator = nr.rng(c.seed, "shuffle", state.update)
+    return progress[torch.randperm(len(progress), generator=generator)]
+
+
+def centred(progress: Tensor, c: nr.DenoiseConfig, state: nr.PPOState) -> Tensor:
+    """D against the mean of D: what a prover tells, without the weight that it gives right answers.
+
+    The prospects of a short tail are far below the accuracy of the policy, so that D is negative
+    for nearly all right answers, and (7) takes away most of their advantage.
+    """
+    return progress - progress.mean()
+
+
+def best_of_four(
+    state: nr.PPOState, task: nr.Task, b: nr.Rollout, reward: Tensor, c: nr.DenoiseConfig
+) -> Tensor:
+    """(7) where a prover may try four times, V -> 1 - (1 - V)^4: at small V that is four V."""
+    adv = nr.group_advantage(reward, b.group, "mean")
+    better = adv > 0
+    _, value = nr.prospects(state, task, b, better, c)
+    progress = (1 - (reward - adv)) ** 4 - (1 - value) ** 4
+    return torch.where(better, adv + c.process_weight * progress, adv)[:, None] * b.mask
+
+
+def right_more(
+    state: nr.PPOState, task: nr.Task, b: nr.Rollout, reward: Tensor, c: nr.DenoiseConfig
+) -> Tensor:
+    """A control that draws nothing: right answers weigh half as much again."""
+    adv = nr.group_advantage(reward, b.group, "mean")
+    return torch.where(adv > 0, 1.5 * adv, adv)[:, None] * b.mask
+
+
+def right_only(
+    state: nr.PPOState, task: nr.Task, b: nr.Rollout, reward: Tensor, c: nr.DenoiseConfig
+) -> Tensor:
+    """A control: wrong answers are not pushed down."""
+    return nr.group_advantage(reward, b.group, "mean").clamp(min=0)[:, None] * b.mask
 
 
 def no_indicator(
     state: nr.PPOState, task: nr.Task, b: nr.Rollout, reward: Tensor, c: nr.DenoiseConfig
 ) -> Tensor:
     """A + D for all: E[D] = 0 then, and on the tokens after t it only adds variance."""
-    _, value = value_of_all(state, task, b, c)
+    every = torch.ones_like(b.group, dtype=torch.bool)
+    _, _, progress = progress_of(state, task, b, reward, c, every)
     adv = nr.group_advantage(reward, b.group, "mean")
-    progress = value - (reward - adv)
     return (adv + c.process_weight * progress)[:, None] * b.mask
-
-
-def leave_one_out(
-    state: nr.PPOState, task: nr.Task, b: nr.Rollout, reward: Tensor, c: nr.DenoiseConfig
-) -> Tensor:
-    """(7) with V(x_0) = the mean of the others in the group, which r_i itself does not raise."""
-    adv = nr.group_advantage(reward, b.group, "rloo")
-    _, value = nr.prospects(state, task, b, adv > 0, c)
-    progress = value - (reward - adv)
-    return torch.where(adv > 0, adv + c.process_weight * progress, adv)[:, None] * b.mask
 
 
 def segments(
     state: nr.PPOState, task: nr.Task, b: nr.Rollout, reward: Tensor, c: nr.DenoiseConfig
 ) -> Tensor:
-    """To each token what its own stretch achieved: before t V(x_t) - V(x_0), then r - V(x_t)."""
-    t, value = value_of_all(state, task, b, c)
-    before = value - (reward - nr.group_advantage(reward, b.group, "mean"))
+    """To each token what its own stretch achieved: before t V(x_t) - V(x_T), then r - V(x_t)."""
+    every = torch.ones_like(b.group, dtype=torch.bool)
+    p, value, before = progress_of(state, task, b, reward, c, every)
     after = reward - value
-    return torch.where(b.order < t[:, None], before[:, None], after[:, None]) * b.mask
+    return torch.where(b.order < p[:, None], before[:, None], after[:, None]) * b.mask
 
 
-def fixed_t(
+@torch.no_grad()
+def read_at_once(policy: nr.Transformer, task: nr.Task, b: nr.Rollout, c: nr.Config) -> Tensor:
+    """(B, passes + 1): whether what would be written at once before each pass is right.
+
+    Behind the last pass that counts it is the response itself.
+    """
+    B = len(b.order)
+    last = (b.order * b.mask).amax(1).long()
+    passes = int(last.max()) + 2
+    row = torch.arange(B).repeat_interleave(passes)
+    p = torch.minimum(torch.arange(passes).repeat(B), last[row] + 1)
+    pairs, which_pair = torch.stack([row, p], 1).unique(dim=0, return_inverse=True)
+    row, p = pairs.T
+    canvas = nr.canvas_before(b.response[row], b.order[row], p, c)
+    both = torch.cat([b.prompt[row], canvas], dim=1)
+    unique, which = both.unique(dim=0, return_inverse=True)
+    right = []
+    for part in unique.split(c.micro):
+        prompt, canvas = part.tensor_split([b.prompt.shape[1]], dim=1)
+        logits = policy.lm_head(nr.predictive_hidden(policy, prompt, canvas))
+        likeliest = nr.log_softmax(logits, 1.0, c).argmax(-1)
+        said = torch.where(canvas == c.mask_id, likeliest, canvas)
+        for x, y in zip(prompt.tolist(), said.tolist(), strict=True):
+            right.append(task.grade(task.decode(x), task.decode(y)))
+    return torch.tensor(right)[which][which_pair].view(B, passes)
+
+
+def read_along(
     state: nr.PPOState, task: nr.Task, b: nr.Rollout, reward: Tensor, c: nr.DenoiseConfig
 ) -> Tensor:
-    """(7) with the state half way to the end in place of a random one."""
-    better = nr.group_advantage(reward, b.group, "mean") > 0
-    last = (b.order * b.mask).amax(1)
-    t = 1 + (0.5 * last).long()
-    value = torch.full_like(reward, torch.nan)
-    if better.any():
-        generator = nr.rng(c.seed, "branch", state.update)
-        more = nr.branch(state.policy, b.select(better), t[better], c.branches, c, generator)
-        score = nr.verifier(state, task, more, nr.grades(task, more), c).sum(1)
-        value[better] = score.view(-1, c.branches).mean(1)
-        state.samples += len(score)
-    return nr.denoise_advantage(reward, value, b.group, c.process_weight)[:, None] * b.mask
+    """Every token of every response gets A, and what it did to the answer that is read at once.
+
+    As process advantages of arXiv 2410.08146: each token has its own, and nothing more is drawn.
+    """
+    adv = nr.group_advantage(reward, b.group, "mean")
+    change = read_at_once(state.policy, task, b, c).diff(dim=1)
+    own = change.gather(1, b.order.clamp(min=0, max=change.shape[1] - 1))
+    return (adv[:, None] + c.process_weight * own) * b.mask
 
 
-def shared(
-    state: nr.PPOState, task: nr.Task, b: nr.Rollout, reward: Tensor, c: nr.DenoiseConfig
-) -> Tensor:
-    """(7) without more samples: V(x_t) = the mean of the others that share the state."""
-    n = c.branches
-    total = reward.view(-1, n).sum(1).repeat_interleave(n)
-    value = (total - reward) / (n - 1)
-    return nr.denoise_advantage(reward, value, b.group, c.process_weight)[:, None] * b.mask
+nr.DENOISE_ARMS |= {
+    "constant": in_place_of_progress(constant),
+    "shuffled": in_place_of_progress(shuffled),
+    "centred": in_place_of_progress(centred),
+    "best_of_four": best_of_four,
+    "right_more": right_more,
+    "right_only": right_only,
+    "no_indicator": no_indicator,
+    "segments": segments,
+    "read_along": read_along,
+}
 
 
-for credit in (no_indicator, leave_one_out, segments, fixed_t, shared):
-    nr.DENOISE_ARMS[credit.__name__] = credit
+# ---- provers that only stand here ----------------------------------------------------------------
 
 
-# ---- a sampler, an estimate and a loop that only stand here --------------------------------------
-
-
-def sample_tree(
-    policy: nr.Transformer,
-    prompt: Tensor,
+def frozen_base(
+    state: nr.PPOState,
+    b: nr.Rollout,
+    p: Tensor,
     c: nr.DenoiseConfig,
-    group: Tensor,
     generator: torch.Generator,
 ) -> nr.Rollout:
-    """As `nr.sample`, but `branches` rows in a row share a state, which the first of them drew."""
-    n = c.branches
-    b = nr.sample(policy, prompt[::n], c, group=group[::n], generator=generator)
-    more = nr.branch(policy, b, nr.some_pass(b, generator), n - 1, c, generator)
-    # What is older than the shared state was written when the first row wrote it.
-    older = b.order.repeat_interleave(n - 1, 0)
-    more.order = torch.where(more.order < 0, older, more.order)
-
-    def in_turn(first: Tensor, others: Tensor) -> Tensor:
-        return torch.cat([first[:, None], others.view(len(first), n - 1, -1)], 1).flatten(0, 1)
-
-    response = in_turn(b.response, more.response)
-    order = in_turn(b.order, more.order)
-    return nr.Rollout(prompt, response, nr.up_to_eos(response, c), order, group)
+    """The policy as it was at the start goes on with the same canvas."""
+    return nr.same_canvas(replace(state, policy=state.reference), b, p, c, generator)
 
 
-def coupled(model: nr.Transformer, b: nr.Rollout, c: nr.DenoiseConfig) -> tuple[Tensor, Tensor]:
+def at_once(
+    state: nr.PPOState,
+    b: nr.Rollout,
+    p: Tensor,
+    c: nr.DenoiseConfig,
+    generator: torch.Generator,
+) -> nr.Rollout:
+    """The likeliest token in every open place, all in one pass: nothing is drawn."""
+    canvas = nr.canvas_before(b.response, b.order, p, c)
+    logits = state.policy.lm_head(nr.predictive_hidden(state.policy, b.prompt, canvas))
+    likeliest = nr.log_softmax(logits, 1.0, c).argmax(-1)
+    said = torch.where(canvas == c.mask_id, likeliest, canvas)
+    return nr.Rollout(b.prompt, said, nr.up_to_eos(said, c), b.order, b.group)
+
+
+nr.PROVERS |= {"frozen_base": frozen_base, "at_once": torch.no_grad()(at_once)}
+
+
+# ---- estimates and a loop that only stand here ---------------------------------------------------
+
+
+def mean_field(model: nr.Transformer, b: nr.Rollout, c: nr.Config) -> tuple[Tensor, Tensor]:
+    """(2) as in arXiv 2504.12216: one pass over a canvas of MASKs, each token as if it were alone.
+
+    Returns log-probs (B, R) and the vectors (B, R, C) they were read from.
+    """
+    hidden = nr.predictive_hidden(model, b.prompt, torch.full_like(b.response, c.mask_id))
+    return nr.gather_logprobs(model, hidden, b.response, c.temperature), hidden
+
+
+def coupled(model: nr.Transformer, b: nr.Rollout, c: nr.Config) -> tuple[Tensor, Tensor]:
     """Half of it mean field, half what each token has beside some of the others.
 
     Those are seen by a mask and its complement, as in arXiv 2506.20639, whose mask is random; here
     it is the tokens of even passes. The weight 2 makes that half a bound.
     """
-    logp, hidden = nr.estimate_diffusion(model, b, c)
+    logp, hidden = mean_field(model, b, c)
     partly = torch.zeros_like(logp)
     for is_mask in (b.order % 2 == 0, b.order % 2 == 1):
         canvas = b.response.masked_fill(is_mask | (b.response == c.pad_id), c.mask_id)
@@ -197,6 +344,66 @@ def coupled(model: nr.Transformer, b: nr.Rollout, c: nr.DenoiseConfig) -> tuple[
         beside = nr.gather_logprobs(model, seen, b.response, c.temperature)
         partly = partly + 2 * is_mask * beside
     return (logp + partly) / 2, hidden
+
+
+def block_by_block(
+    model: nr.Transformer, b: nr.Rollout, c: nr.DenoiseConfig
+) -> tuple[Tensor, None]:
+    """Each block as if it were written in one pass: those before it are seen, none of its own."""
+    first = (torch.arange(b.response.shape[1]) // c.block * c.block_passes).expand_as(b.order)
+    # Canvases before the first pass of a block: what NO_RIVAL leaves out is left out here too.
+    at_once = replace(b, order=torch.where(b.order < 0, b.order, first))
+    return nr.estimate_diffusion(model, at_once, c)
+
+
+def with_place(model: nr.Transformer, b: nr.Rollout, c: nr.DenoiseConfig) -> tuple[Tensor, None]:
+    """What the sampler did in each pass, whole: which token it wrote, and that it wrote it there.
+
+    It drew a token for every open place of the block and kept the surest. So a pass has the
+    log-prob of the tokens that it wrote, plus that of drawing less sure tokens everywhere else. The
+    probabilities of all that a pass can do add up to 1, so that the expected gradient of their
+    log-probs is zero. Without the second part it is not. It counts with the least sure token.
+    """
+    R = b.response.shape[1]
+    block = min(c.block, R)
+    counts = (b.mask > 0) & (b.order >= 0)
+    pairs = torch.stack([*counts.nonzero(as_tuple=True)], 1)
+    pairs[:, 1] = b.order[counts]
+    row, p = pairs.unique(dim=0).T
+    canvas = nr.canvas_before(b.response[row], b.order[row], p, c)
+    written = b.order[row] == p[:, None]
+    begin = written.int().argmax(1, keepdim=True) // block * block
+    place = begin.clamp(max=R - block) + torch.arange(block)
+    both = torch.cat([b.prompt[row], canvas], dim=1)
+    unique, which = both.unique(dim=0, return_inverse=True)
+    hidden = nr.response_part(model.hidden(unique), b.prompt.shape[1])
+    logits = model.lm_head(hidden[which[:, None], place])
+    logp = nr.log_softmax(logits, c.temperature, model.config)
+    sure = nr.log_softmax(logits, 1.0, model.config).detach()
+
+    here = written.gather(1, place)
+    open_still = (canvas.gather(1, place) == c.mask_id) & ~here
+    token = b.response[row].gather(1, place).masked_fill(~here, 0)[..., None]
+    mine = logp.gather(-1, token)[..., 0].masked_fill(~here, 0.0)
+    least, who = sure.gather(-1, token)[..., 0].masked_fill(~here, torch.inf).min(1)
+    # Of equally sure tokens the sampler keeps the first.
+    later = torch.arange(block) > who[:, None]
+    lower = (sure < least[:, None, None]) | ((sure == least[:, None, None]) & later[..., None])
+    less_sure = (logp.exp() * lower).sum(-1)
+    others = less_sure.clamp(min=1e-9).log().masked_fill(~open_still, 0.0).sum(1)
+    mine = mine + F.one_hot(who, block) * others[:, None]
+    found = torch.zeros_like(b.mask)
+    at = (row[:, None].expand_as(place)[here], place[here])
+    return found.index_put(at, mine[here]) * b.mask, None
+
+
+ESTIMATES = {
+    "mean_field": mean_field,
+    "coupled": coupled,
+    "block_by_block": block_by_block,
+    "with_place": with_place,
+    "mu8": mean_field,
+}
 
 
 def mask_prompt(
@@ -227,6 +434,7 @@ def denoise_masked(
         prompt, group = nr.in_groups(task, texts, c)
         generator = nr.rng(c.seed, "sample", u)
         b = nr.sample(state.policy, prompt, c, group=group, generator=generator)
+        b.logp = None
 
         # 2. score
         truth = nr.grades(task, b)
@@ -239,10 +447,10 @@ def denoise_masked(
         views = []
         for i in range(c.epochs):
             masked = mask_prompt(b, share, c, nr.rng(c.seed, "hidden", u * c.epochs + i))
-            views.append(nr.annotate(state, masked, c, nr.estimate_diffusion))
+            views.append(nr.annotate(state, masked, c, mean_field))
         for view in views:
             grpo = nr.PPO_ARMS["grpo"]
-            metrics = nr.policy_update(state, view, grpo, one_pass, nr.estimate_diffusion)
+            metrics = nr.policy_update(state, view, grpo, one_pass, mean_field)
         state.update += 1
         state.samples += len(prompt)
         yield metrics | {"truth": float(truth.mean()), "samples": state.samples}
@@ -251,14 +459,10 @@ def denoise_masked(
 def loop_of(
     arm: str, state: nr.PPOState, task: nr.Task, c: nr.DenoiseConfig, share: float
 ) -> Iterator[dict[str, Any]]:
-    """The loop that an arm trains with."""
+    """The loop that an arm trains with; share: of the prompt, masked in the mean field."""
     if share > 0:
         return denoise_masked(state, task, c, share)
-    if arm == "coupled":
-        return nr.denoise(state, task, c, estimate=coupled)
-    if arm == "shared":
-        return nr.denoise(state, task, c, roll=sample_tree)
-    return nr.denoise(state, task, c)
+    return nr.denoise(state, task, c, estimate=ESTIMATES.get(arm))
 
 
 # ---- what is measured ---------------------------------------------------------------------------
@@ -285,13 +489,34 @@ def halfway(
     share: float,
     c: nr.DenoiseConfig,
 ) -> float:
-    """Accuracy of what the model would write at once after this share of each response's passes."""
-    last = (b.order * b.mask).amax(1)
-    canvas = nr.canvas_before(b.response, b.order, (share * (last + 1)).long(), c)
-    logits = policy.lm_head(nr.predictive_hidden(policy, b.prompt, canvas))
-    likeliest = nr.log_softmax(logits, 1.0, c).argmax(-1)
-    said = torch.where(canvas == c.mask_id, likeliest, canvas)
+    """Accuracy of what the model would write at once after this share of the canvas's passes."""
+    passes = ceil(c.response / min(c.block, c.response)) * c.block_passes
+    p = torch.full_like(b.group, round(share * passes))
+    said = at_once(nr.start_ppo(policy, c), b, p, c, nr.rng(0, "unused")).response
     return mean(task.grade(x, task.decode(y)) for x, y in zip(test, said.tolist(), strict=True))
+
+
+def direction_of_own(arm: str, policy: nr.Transformer, task: nr.Task, c: nr.DenoiseConfig) -> float:
+    """The cosine of the gradients of E[log q] by two batches of own samples, without any reward.
+
+    If the estimate were the log-prob of what the sampler does, the expected gradient would be zero,
+    and two batches would agree by chance only.
+    """
+    estimate = ESTIMATES.get(arm, nr.estimate_diffusion)
+    found = []
+    for i in range(2):
+        texts = task.prompts(4 * c.prompts, nr.rng(c.seed, "own", i))
+        prompt, group = nr.in_groups(task, texts, c)
+        generator = nr.rng(c.seed, "own sample", i)
+        b = nr.sample(policy, prompt, c, group=group, generator=generator)
+        for rows in torch.arange(len(group)).split(c.micro):
+            part = replace(b.select(rows), logp=None)
+            logp, _ = estimate(policy, part, c)
+            (logp * part.mask).sum().backward()
+        weights = [p for p in policy.parameters() if p.grad is not None]
+        found.append(torch.cat([p.grad.flatten() for p in weights]))
+        policy.zero_grad()
+    return float(F.cosine_similarity(*found, dim=0))
 
 
 def steps_and_answers(task: nr.Task, test: list[str], b: nr.Rollout) -> dict[str, float]:
@@ -300,7 +525,7 @@ def steps_and_answers(task: nr.Task, test: list[str], b: nr.Rollout) -> dict[str
     for x, y in zip(test, b.response.tolist(), strict=True):
         text = task.decode(y)
         steps = [step for step, _ in task.steps(task.encode([text])[0])]
-        whole = len(steps) == len(task.truth(x)) and all(task.step_ok(x, steps))
+        whole = sum(task.step_ok(x, steps)) == len(task.truth(x))  # aimless ones may stand between
         found[task.grade(x, text) == 1].append(whole)
     return {
         "right answers with right steps": mean(found[True] or [0]),
@@ -326,14 +551,14 @@ def measure(
     cache: Path,
     /,
     sizes: dict[str, dict] = LAPTOP,
-    masked: float | None = None,
+    masked: float = 0.0,
     **more: Any,
 ) -> dict:
-    """One arm with one seed. masked: the share of the prompt that estimates may not see."""
-    name = arm.removeprefix("sudoku_")
-    task_numbers = {} if name == arm else SUDOKU
-    c = config("denoise", seed, threads, sizes, **task_numbers | ARMS[name] | more)
-    share = MASKED.get(name, 0.0) if masked is None else masked
+    """One arm with one seed. masked: the share of the prompt that the mean field may not see."""
+    where = arm.split("_")[0]
+    name = arm.removeprefix(where + "_") if where in TASKS else arm
+    numbers = {"updates": UPDATES} | TASKS.get(where, {}) | ARMS[name] | more
+    c = config("denoise", seed, threads, sizes, **numbers)
     task = front.make_task(c)
     dev, test = (task.prompts(c.eval_problems, nr.rng(0, s), s) for s in ("dev", "test"))
     train = front.CachedTrainer(cache)
@@ -344,12 +569,17 @@ def measure(
         "base sampled": nr.accuracy(policy, task, test, c, 1.0),
     }
 
+    if name in LIKELIHOODS:
+        found["own samples agree"] = direction_of_own(name, policy, task, c)
+
     state = nr.start_ppo(policy, c)
     curve = []
-    for m in loop_of(name, state, task, c, share):
+    for m in loop_of(name, state, task, c, masked):
         look = state.update % c.eval_every == 0
         looked = nr.accuracy(policy, task, dev, c) if look else None
         curve.append([state.samples, round(m["truth"], 4), looked])
+    if "kl" in m:
+        found["nats above the base"] = m["kl"]
     seen = [x[2] for x in curve if x[2] is not None]
     found["seconds of training"] = round(time.time() - began, 1)
     found["samples"] = state.samples
@@ -361,8 +591,9 @@ def measure(
     found["greedy"] = by_passes["1"]
     found["sampled"] = nr.accuracy(policy, task, test, c, 1.0)
     b = nr.sample(policy, nr.encode_prompts(task, test, c), replace(c, temperature=0.0))
-    shares = (0.0, 0.25, 0.5, 0.75)
+    shares = (0.25, 0.375, 0.5, 0.625, 0.75)
     found["answer after"] = {str(s): halfway(policy, task, test, b, s, c) for s in shares}
+    found["tokens"] = float(b.mask.sum(1).mean())
     found |= steps_and_answers(task, test, b)
     found["transcripts"] = transcripts(state, task, test[:4], b, c)
     return {"arm": arm, "seed": seed, "seconds": round(time.time() - began, 1), "found": found}
@@ -420,7 +651,7 @@ def main_table(kept: dict, prefix: str) -> list[str]:
         drawn = mean(numbers(kept, arm, "samples").values())
         cells = [cell(arm, key) for key in ("greedy", "sampled")]
         cells += [f"{worst:.3f}", cell(arm, "largest drop"), f"{drawn:,.0f}"]
-        lines.append(row(TITLES[arm.removeprefix(prefix)], *cells))
+        lines.append(row(SHOWN[arm.removeprefix(prefix)], *cells))
     return lines
 
 
@@ -455,7 +686,7 @@ def arms_table(kept: dict) -> list[str]:
     titles = ["greedy", "minus process", "minus outcome", "worst seed"]
     titles += ["dev after 5", "15", "25 updates", "seeds"]
     lines = head("arms, arithmetic", *titles)
-    for arm in (arm for arm in ARMS if arm in kept):
+    for arm in (arm for arm in SHOWN if arm in kept):
         greedy = list(numbers(kept, arm, "greedy").values())
         cells = [front.interval(greedy)]
         for other in ("process", "outcome"):
@@ -464,7 +695,7 @@ def arms_table(kept: dict) -> list[str]:
         cells.append(f"{min(greedy):.3f}")
         looked = dev_curves(kept, arm)
         cells += [f"{mean(points[i][2] for points in looked):.3f}" for i in (0, 2, 4)]
-        lines.append(row(TITLES[arm], *cells, str(len(looked))))
+        lines.append(row(SHOWN[arm], *cells, str(len(looked))))
     return lines
 
 
@@ -479,7 +710,7 @@ def draw_curves(kept: dict, left: Any, middle: Any) -> None:
     for i, arm in enumerate(arm for arm in MAIN if arm in kept):
         looked = dev_curves(kept, arm)
         drawn = [mean(x[0] for x in looks) / 1000 for looks in zip(*looked, strict=True)]
-        band(left, drawn, [[x[2] for x in looks] for looks in looked], f"C{i}", TITLES[arm])
+        band(left, drawn, [[x[2] for x in looks] for looks in looked], f"C{i}", SHOWN[arm])
         seeds = list(numbers(kept, arm, "answer after").values())
         shares = [float(k) for k in seeds[0]]
         band(middle, shares, [list(s.values()) for s in seeds], f"C{i}", arm, marker="o")

@@ -21,6 +21,13 @@ CHOICES = {}
 for name, method in nr.METHODS.items():
     CHOICES[name] = {number: tuple(values) for number, values in method.choices.items()}
 
+
+def needed_by(method, number):
+    """What a choice needs so that it is read: a prover, for example, the arm that asks it."""
+    other, *values = nr.METHODS[method].only_with.get(number, "").split() or [None]
+    return {other: values[0]} if other else {}
+
+
 torch.set_num_threads(1)
 settings.register_profile(
     "busy", deadline=None, suppress_health_check=[HealthCheck.too_slow]

@@ -20,7 +20,7 @@ import nanoreward as nr
 import train_small as front
 from data import arithmetic
 from data.arithmetic import Arithmetic
-from tests.conftest import ROOT, tiny
+from tests.conftest import ROOT, needed_by, tiny
 
 
 def call(*argv, **kwargs):
@@ -210,7 +210,9 @@ def every_choice():
         for number, values in method.choices.items():
             for value in values:
                 if value != vars(usual)[number]:
-                    flags = ["--" + number.replace("_", "-"), value]
+                    flags = []
+                    for given, x in ({number: value} | needed_by(name, number)).items():
+                        flags += ["--" + given.replace("_", "-"), x]
                     yield pytest.param(name, flags, id=f"{name}-{number}-{value}")
 
 
@@ -246,10 +248,12 @@ def test_every_choice_is_taken_from_the_registries():
     for name, method in nr.METHODS.items():
         assert (name, []) in cases
         for number, values in method.choices.items():
-            given = {flags[1] for loop, flags in cases if loop == name and "--" + number in flags}
+            flag = "--" + number
+            mine = [flags for loop, flags in cases if loop == name and flags[:1] == [flag]]
+            given = {flags[1] for flags in mine}
             usual = vars(front.make_config(name, "smoke"))[number]
             assert given | {usual} == set(values)
-    assert ("ppo", ["--reward", "sorm"]) in cases and ("denoise", ["--arm", "outcome"]) in cases
+    assert ("ppo", ["--reward", "sorm"]) in cases and ("denoise", ["--arm", "process"]) in cases
 
 
 def test_the_tour_runs_every_method_and_each_of_them_answers(cache, tmp_path, capsys):
@@ -667,7 +671,7 @@ def test_the_key_of_a_trained_model_holds_every_number_that_its_training_reads(m
         (["ppo", "--arm", "grpo", "--samples", "1"], "--samples 2 or more"),
         (["ppo", "--response", "10"], "--response must be at least 12"),
         (["denoise", "--task", "sudoku", "--response", "16"], "--response must be at least 17"),
-        (["ppo", "--task", "chess"], "--task must be one of arithmetic, sudoku"),
+        (["ppo", "--task", "chess"], "--task must be one of arithmetic, countdown, sudoku"),
         (["ppo", "--heads", "3", "--kv-heads", "2"], "--heads must be a multiple"),
         (["ppo", "--min-ops", "5"], "--min-ops must not be above"),
         (["ppo", "--lam", "1.5"], "0..1"),
@@ -916,9 +920,11 @@ def test_why_a_number_is_not_read_is_said_in_words():
     def why(name, number, **numbers):
         return front.why_unread(name, number, tiny(name, **numbers))
 
-    for number in ("branches", "process_weight"):
+    for number in ("prover", "branches", "process_weight", "tail"):
         assert why("denoise", number, arm="outcome") == "it is read only with --arm process"
         assert why("denoise", number, arm="process") == ""
+    told = why("denoise", "tail", arm="process", prover="same_canvas")
+    assert told == "it is read only with --prover short_tail"
     for name in ("ppo", "seq2seq"):
         for number in ("lam", "value_coef"):
             assert why(name, number, arm="rloo") == "it is read only with --arm gae"

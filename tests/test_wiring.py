@@ -13,6 +13,7 @@ from collections import Counter
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
+from math import log
 from statistics import fmean, pstdev, stdev
 from types import SimpleNamespace
 
@@ -26,7 +27,7 @@ import train_small as front
 from data.arithmetic import Arithmetic
 from data.gsm8k import GSM8K
 from data.sudoku import Sudoku, in_order
-from tests.conftest import CHOICES, tiny
+from tests.conftest import CHOICES, needed_by, tiny
 from tests.test_gsm8k import row
 
 ODD = {
@@ -72,6 +73,7 @@ ODD = {
     "start_lr": 0.0059,
     "start_muon_lr": 0.0067,
     "branches": 5,
+    "tail": 6,
     "process_weight": 0.61,
     "look_ahead": 0.57,
     "t_min": 0.13,
@@ -87,7 +89,8 @@ def all_plays():
         for number, values in CHOICES[name].items():
             for value in values:
                 if value != usual[number]:
-                    found[f"{name} {value}"] = (name, {number: value})
+                    numbers = {number: value} | needed_by(name, number)
+                    found[f"{name} {value}"] = (name, numbers)
     return found
 
 
@@ -224,7 +227,7 @@ class Watch:
 
     def write_forward(self, inner, model, prompt, canvas, c, uniform):
         start = canvas.clone()
-        response, order = inner(model, prompt, canvas, c, uniform)
+        response, order, logp = inner(model, prompt, canvas, c, uniform)
         self.note(
             self.draws,
             model=model,
@@ -234,7 +237,7 @@ class Watch:
             order=order,
             temperature=c.temperature,
         )
-        return response, order
+        return response, order, logp
 
     unmask = write_forward
 
@@ -530,7 +533,8 @@ def test_every_loop_makes_its_own_optimizer_steps(play, name):
                 check_step(next(steps), [model], rows, share, c.lr, c.muon_lr, c)
     assert next(steps, None) is None
     at = c.temperature if name in POLICY_GRADIENT else 1.0
-    assert {t.temperature for t in of(watch.temperatures)} == {at}
+    if not name.startswith("denoise"):  # which reads its log-probs off other canvases
+        assert {t.temperature for t in of(watch.temperatures)} == {at}
 
 
 @pytest.mark.parametrize("name", PLAYS)
@@ -545,7 +549,10 @@ def test_every_loop_draws_what_its_numbers_say(play, name):
         asked = of(watch.problems, update=u)
         assert {p.split for p in asked} <= {"train"}
         assert all(draw.temperature == c.temperature for draw in draws)
-        assert {draw.start.shape[1] for draw in draws} == {c.response}
+        assert draws[0].start.shape[1] == c.response
+        short = name.startswith("denoise") and c.arm == "process" and c.prover == "short_tail"
+        length = c.tail if short else c.response
+        assert {draw.start.shape[1] for draw in draws[1:]} <= {length}
         rows = [len(draw.start) for draw in draws]
         judging = name.startswith("self_rewarding")
         assert all(draw.model is state.policy for draw in draws[: 2 if judging else None])
@@ -593,11 +600,24 @@ def read(model, prompt, response):
 
 
 def logprobs(model, prompt, response, temperature, c):
-    """The log-prob of each token of a response; a diffusion LM reads a canvas of MASKs."""
-    shown = response if model.config.causal else [c.mask_id] * c.response
-    hidden = read(model, prompt, shown)[: len(response)]
+    """The log-prob of each token of a GPT's response."""
+    hidden = read(model, prompt, response)[: len(response)]
     logp = nr.log_softmax(model.lm_head(hidden), temperature, c)
     return logp[range(len(response)), response]
+
+
+def logprobs_of(model, b, i, c):
+    """The log-prob of each token of a rollout; a diffusion LM reads it on the canvas before it."""
+    x = real(b.prompt[i], c)
+    y = written(b.response[i], c)
+    if model.config.causal:
+        return logprobs(model, x, y, c.temperature, c)
+    found = []
+    for k, token in enumerate(y):
+        canvas = b.response[i].masked_fill(b.order[i] >= b.order[i, k], c.mask_id).tolist()
+        logits = model.lm_head(read(model, x, canvas)[k])
+        found.append(nr.log_softmax(logits, c.temperature, c)[token])
+    return torch.stack(found)
 
 
 def graded(prompt, response):
@@ -696,26 +716,31 @@ def group_credit(arm, totals, kls, G, c):
 def process_credit(watch, u, b, totals, G, c):
     """(6) and (7) from the branches that were drawn in this update."""
     credit = centred(totals, G)
+    right = centred([max(x, 0.0) for x in totals], G)
     _, branches = of(watch.draws, update=u)
     at = 0
     for i, adv in enumerate(list(credit)):
         if adv <= 1e-6:
             continue
+        rows = range(at, at + c.branches)
+        x = real(b.prompt[i], c)
+        order = b.order[i]
+        last = int(order[b.mask[i] > 0].max())
+        canvases = [b.response[i].masked_fill(order >= p, c.mask_id) for p in range(1, last + 2)]
         found = []
-        starts = branches.start[at : at + c.branches]
-        for start, response in zip(starts, branches.response[at:], strict=False):
-            # The canvas before one of the passes that wrote a token that counts.
-            given = start != c.mask_id
-            assert (start[given] == b.response[i][given]).all() and (start == starts[0]).all()
-            order = b.order[i]
-            p = int(order[~given].min())
-            assert (given == (order < p)).all()
-            assert 1 <= p <= max(1, int(order[b.mask[i] > 0].max()))
-            y = written(response, c)
-            x = real(b.prompt[i], c)
-            found.append(graded(x, y) if y[-1] == c.eos_id else -1.0)
+        for k in rows:
+            y = branches.response[k]
+            if c.prover == "same_canvas":
+                assert any(torch.equal(branches.start[k], canvas) for canvas in canvases)
+                assert torch.equal(branches.start[k], branches.start[at])
+            else:  # what was written stands behind the problem, close together
+                begun = real(branches.prompt[k], c)[len(x) :]
+                assert begun in [canvas[canvas != c.mask_id].tolist() for canvas in canvases]
+                assert branches.start[k].tolist() == [c.mask_id] * c.tail
+                y = torch.cat([torch.tensor(begun), y])
+            found.append(graded(x, written(y, c)))
         at += c.branches
-        credit[i] += c.process_weight * (fmean(found) - (totals[i] - adv))
+        credit[i] += c.process_weight * (fmean(found) - (max(totals[i], 0.0) - right[i]))
     assert at == len(branches.start)
     return credit
 
@@ -742,8 +767,8 @@ def test_every_metric_of_a_policy_gradient_again(play, name):
     ys = [written(row, c) for row in b.response]
     pairs = list(zip(xs, ys, strict=True))
     with torch.no_grad():
-        old = [logprobs(models["policy"], x, y, c.temperature, c) for x, y in pairs]
-        ref = [logprobs(models["reference"], x, y, c.temperature, c) for x, y in pairs]
+        old = [logprobs_of(models["policy"], b, i, c) for i in range(len(pairs))]
+        ref = [logprobs_of(models["reference"], b, i, c) for i in range(len(pairs))]
         truths = [graded(x, y) for x, y in pairs]
         rewards = [
             paid(name, models["models"], x, y, truth, c)
@@ -773,7 +798,9 @@ def test_every_metric_of_a_policy_gradient_again(play, name):
         loss = 0
         clipped = 0
         for i in rows:
-            logp = logprobs(policy, xs[i], ys[i], c.temperature, c)
+            logp = logprobs_of(policy, b, i, c)
+            if name.startswith("denoise"):  # a token without a rival is not read again
+                logp = torch.where(old[i] > log(0.99), old[i], logp)
             gain, is_clipped = clipped_gain((logp - old[i]).exp(), credit[i], c.clip)
             loss = loss - gain.sum()
             clipped += int(is_clipped.sum())
