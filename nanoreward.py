@@ -11,12 +11,12 @@ Greedy accuracy on held-out problems before and after, means of five seeds. The 
 has 0.01, a model trained on error-free demonstrations 1.00.
 
     method           accuracy      what is rewarded                          paper (arXiv)
-    ppo              0.44 -> 0.94  the right answer                          1707.06347, 2402.03300
-    iterative_dpo    0.44 -> 0.93  a right response over a wrong one         2404.19733
-    self_rewarding   0.42 -> 0.61  what the model itself judges to be good   2401.10020
-    seq2seq          0.44 -> 0.57  tokens that a rewriting model would keep  2409.00162
-    refine           0.61 -> 0.73  nothing; it learns which step was wrong   2402.10963
-    denoise          0.42 -> 0.55  half-written responses of a diffusion LM  2510.01544
+    ppo              0.44 -> 0.95  the right answer                          1707.06347, 2402.03300
+    iterative_dpo    0.44 -> 0.94  a right response over a wrong one         2404.19733
+    self_rewarding   0.41 -> 0.60  what the model itself judges to be good   2401.10020
+    seq2seq          0.44 -> 0.60  tokens that a rewriting model would keep  2409.00162
+    refine           0.60 -> 0.67  nothing; it learns which step was wrong   2402.10963
+    denoise          0.42 -> 0.87  the right answer, of a diffusion LM       2504.12216, 2510.01544
 
 How to read it. Part I is what all methods share; its last section says what a method is. Part II
 has one section per method, and a section holds all of its method: its numbers, what it starts from,
@@ -3407,7 +3407,9 @@ def estimate_diffusion(model: Transformer, b: Rollout, c: Config) -> tuple[Tenso
     each canvas is read once. When b.logp is known, what can change little keeps it and is not read:
     tokens without a rival, and where beta is 0 the responses without an advantage.
     DEVIATION: arXiv 2504.12216 reads all tokens on a canvas of MASKs only, as if none of them were
-    there yet. That is one pass, and it underrates what follows from other tokens.
+    there yet. That is one pass, but it underrates what follows from other tokens: after 25 updates
+    59 % of the test problems are right, and 84 % with these log-probs. That the sampler chose this
+    place is not counted; with it, it is 81 %.
     """
     is_read = (b.mask > 0) & (b.order >= 0)
     logp = torch.zeros_like(b.mask) if b.logp is None else b.logp

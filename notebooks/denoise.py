@@ -40,6 +40,7 @@ from notebooks.preferences import band  # noqa: E402
 
 JOBS = ROOT / "runs" / "denoise"
 OUT = ROOT / "notebooks" / "results" / "denoise.json"
+LIKELIHOOD = ROOT / "notebooks" / "results" / "likelihood.json"
 # The tasks other than arithmetic, by the prefix of their arms.
 TASKS = {
     "countdown": front.PRESETS["countdown"]["all"] | front.PRESETS["countdown"]["denoise"],
@@ -84,10 +85,10 @@ ARMS: dict[str, dict[str, Any]] = {
 TITLES = {
     "outcome": "the outcome alone",
     "outcome_more": "the outcome alone, samples of the process reward",
-    "mean_field": "mean field",
-    "coupled": "coupled masks",
-    "block_by_block": "block by block",
-    "with_place": "token and place",
+    "mean_field": "mean field: all tokens on a canvas of MASKs",
+    "coupled": "coupled masks: half of it beside half of the others",
+    "block_by_block": "each block behind those before it",
+    "with_place": "the same, and that it was written there",
     "mu8": "mean field, eight passes over a batch",
     "tail": "short tail, the paper's",
     "canvas": "same canvas, the null prover",
@@ -606,11 +607,26 @@ def collect() -> dict:
     """All jobs -> OUT; transcripts of the first seed only."""
     kept = read_arms(OUT)
     for arm in EVERY:
+        if arm in LIKELIHOODS:  # they have a file of their own
+            continue
         if jobs := read_jobs(JOBS, arm):
             shown = [job["found"].pop("transcripts") for job in jobs][0]
             each = [{k: job[k] for k in ("seed", "commit", "seconds", "found")} for job in jobs]
             kept[arm] = about_arm("denoise", arm, jobs) | {"transcripts": shown, "seeds": each}
     write_arms(OUT, kept)
+    return kept
+
+
+def collect_likelihoods() -> dict:
+    """The jobs of the estimates -> LIKELIHOOD."""
+    kept = {}
+    for arm in LIKELIHOODS:
+        if jobs := read_jobs(JOBS, arm):
+            for job in jobs:
+                del job["found"]["transcripts"]
+            each = [{k: job[k] for k in ("seed", "commit", "seconds", "found")} for job in jobs]
+            kept[arm] = about_arm("denoise", arm, jobs) | {"seeds": each}
+    write_arms(LIKELIHOOD, kept)
     return kept
 
 
@@ -652,6 +668,22 @@ def main_table(kept: dict, prefix: str) -> list[str]:
         cells = [cell(arm, key) for key in ("greedy", "sampled")]
         cells += [f"{worst:.3f}", cell(arm, "largest drop"), f"{drawn:,.0f}"]
         lines.append(row(SHOWN[arm.removeprefix(prefix)], *cells))
+    return lines
+
+
+def likelihood_table(kept: dict) -> list[str]:
+    """The estimates of the likelihood, under the outcome alone."""
+    titles = ["greedy", "minus mean field", "sampled", "own samples agree", "nats", "seconds"]
+    lines = head("log-prob of a token", *titles)
+    for arm in kept:
+        title = "each token on the sampler's own canvas" if arm == "outcome" else TITLES[arm]
+        gap = minus(kept, arm, "mean_field", "greedy")
+        cells = [front.interval(list(numbers(kept, arm, "greedy").values()))]
+        cells.append(front.interval(gap) if arm != "mean_field" else "")
+        for key in ("sampled", "own samples agree", "nats above the base"):
+            cells.append(front.interval(list(numbers(kept, arm, key).values())))
+        seconds = mean(numbers(kept, arm, "seconds of training").values())
+        lines.append(row(title, *cells, f"{seconds:.0f}"))
     return lines
 
 
@@ -773,6 +805,7 @@ def picture(kept: dict) -> None:
 def main() -> None:
     """Run what is not there yet, then tables and picture of all there is."""
     run(__doc__, EVERY, JOBS, measure)
+    print("\n".join(likelihood_table(collect_likelihoods())))
     kept = collect()
     print(tables(kept))
     picture(kept)
