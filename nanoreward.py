@@ -827,7 +827,6 @@ def sample(
     # Several processes share the rows, see section 17; a single one has all of them.
     write = write_forward if causal else unmask
     written = start.new_zeros(B, 2, R)
-    logp = torch.zeros(B, R, device=start.device)
     model = fast_reader(model)
     canvas, order, known = write(model, own_rows(prompt), own_rows(start), c, own_rows(uniform))
     own_rows(written)[:] = torch.stack([canvas, order], dim=1)
@@ -836,6 +835,7 @@ def sample(
         group = torch.arange(B, device=prompt.device)
     b = Rollout(prompt, canvas, up_to_eos(canvas, c), order, group)
     if known is not None:
+        logp = torch.zeros(B, R, device=start.device)
         own_rows(logp)[:] = known
         b.logp = over_ranks(logp)
     return b
@@ -3322,10 +3322,10 @@ def unmask(
     """The diffusion LM writes: blocks from left to right, in each the surest places first (LLaDA).
 
     canvas (B, R), MASK is open -> responses, order and the log-probs of what was written, each
-    (B, R). It stops where nothing is open
-    before the end of a response; places behind it become PAD. A block that is partly written is
-    treated as if the earlier passes had been made already: the number of its open places tells
-    which pass comes next, and the passes that are left share these places.
+    (B, R). It stops where nothing is open before the end of a response; places behind it become
+    PAD. A block that is partly written is treated as if the earlier passes had been made already:
+    the number of its open places tells which pass comes next, and the passes that are left share
+    these places.
 
     An example: blocks of 4 places in 4 passes, so that the ladder is [4, 3, 2, 1, 0], and the
     canvas
