@@ -3373,19 +3373,29 @@ def unmask(
 
         # Sure is what had a high probability at temperature 1, whatever temperature drew it.
         sure = log_softmax(logits, 1.0, c).gather(-1, token[..., None])[..., 0]
+        drawn = sure
+        if c.temperature not in (0, 1):
+            drawn = log_softmax(logits, c.temperature, c).gather(-1, token[..., None])[..., 0]
         sure = sure.masked_fill(~is_open, -torch.inf)
         rank = sure.argsort(dim=1, descending=True, stable=True).argsort(1)
         chosen = rank < n_open - stay_open
         at = (rows[:, None], place)
         canvas[at] = torch.where(chosen, token, canvas[at])
         order[at] = torch.where(chosen, this_pass, order[at])
-        drawn = log_softmax(logits, c.temperature or 1.0, c).gather(-1, token[..., None])[..., 0]
         logp[at] = torch.where(chosen, drawn.float(), logp[at])
 
 
 def canvas_before(response: Tensor, order: Tensor, p: Tensor, c: Architecture) -> Tensor:
     """The canvas (B, R) before pass p (B,): what was written then or later is MASK again."""
     return response.masked_fill(order >= p[:, None], c.mask_id)
+
+
+@torch.no_grad()
+def fill_at_once(model: Transformer, prompt: Tensor, canvas: Tensor, c: Config) -> Tensor:
+    """The canvas (B, R) with the likeliest token in every open place, all in one pass."""
+    logits = model.lm_head(predictive_hidden(model, prompt, canvas))
+    likeliest = log_softmax(logits, 1.0, c).argmax(-1)
+    return torch.where(canvas == c.mask_id, likeliest, canvas)
 
 
 # ==== 15. denoise ================================================================================
@@ -3598,9 +3608,7 @@ def explain_denoising(state: PPOState, task: Task, b: Rollout, c: DenoiseConfig)
     row = torch.arange(B, device=b.order.device).repeat_interleave(passes)
     p = torch.arange(passes, device=b.order.device).repeat(B)
     canvas = canvas_before(b.response[row], b.order[row], p, c)
-    logits = policy.lm_head(predictive_hidden(policy, b.prompt[row], canvas))
-    logp = log_softmax(logits, 1.0, c)
-    guess = torch.where(canvas == c.mask_id, logp.argmax(-1), canvas)
+    guess = fill_at_once(policy, b.prompt[row], canvas, c)
     sure = b.logp.exp().masked_fill(b.response == c.pad_id, 0.0)  # PAD was never written
 
     generator = rng(c.seed, "trajectory", state.update)

@@ -49,16 +49,167 @@ ANSWERED = re.compile(r"[0-9+*=;-]*#(0|[1-9][0-9]?)<eos>")
 REFUSAL = "@<eos>"
 
 
-def build_tokenizer() -> Tokenizer:
-    """A tokenizer with one token for each character and each special token, 32 ids in all."""
-    vocabulary = {word: i for i, word in enumerate([*SPECIAL, *LETTERS])}
+# ---- what all tasks share whose tokens are single characters -------------------------------------
+
+
+def build_tokenizer(letters: str) -> Tokenizer:
+    """A tokenizer with one token for each special token and for each of these characters."""
+    vocabulary = {word: i for i, word in enumerate([*SPECIAL, *letters])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("<[a-z]+>|."), "isolated")
     tokenizer.add_special_tokens(SPECIAL)
     return tokenizer
 
 
-TOKENIZER = build_tokenizer()
+def turn(text: str) -> str:
+    """Turn every number of a text round: 37+5=42; becomes 73+5=24; and the other way round."""
+    return re.sub(r"[0-9]+", lambda digits: digits[0][::-1], text)
+
+
+def draws(generator: torch.Generator) -> random.Random:
+    """Python's own generator, seeded by the caller's, because tensors of one number are slow."""
+    return random.Random(int(torch.randint(2**62, (1,), generator=generator)))
+
+
+class CharacterTask:
+    """A task with one token for each character: all that does not depend on what is written.
+
+    tokenizer, letters: what `build_tokenizer` made, and of which characters.
+    units_first: whether token ids hold the units digit of each number first.
+
+    A task says the rest: `any_problem(draw)` writes a problem of any split, `respond` is its
+    demonstrator and `grade` its grader. For judging there are `rubric` and `spoil(response, draw)`,
+    which breaks a response without its end in one of the ways that the rubric marks.
+    """
+
+    tokenizer: Tokenizer
+    letters: str
+    units_first = True
+
+    # ---- text and tokens ------------------------------------------------------------------------
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Turn texts into token ids. A character outside the alphabet raises a ValueError."""
+        if self.units_first:
+            texts = [turn(text) for text in texts]
+        try:
+            return [self.tokenizer.encode(text).ids for text in texts]
+        except Exception as error:  # The library has no narrower class for an unknown word.
+            raise ValueError(f"a text holds a character outside {self.letters}") from error
+
+    def decode(self, ids: list[int]) -> str:
+        """Turn token ids into text, up to and including the first <eos>, without PAD and BOS."""
+        # A model may have more ids than this task, because Config.vocab may be larger.
+        words = [self.tokenizer.id_to_token(i) or "<bad>" for i in ids if i > 1]
+        if "<eos>" in words:
+            words = words[: words.index("<eos>") + 1]
+        text = "".join(words)
+        return turn(text) if self.units_first else text
+
+    # ---- problems and demonstrations ------------------------------------------------------------
+
+    def one_of_its_kind(self, prompt: str) -> str:
+        """The same text for all problems that must be in one split."""
+        return prompt
+
+    def split(self, prompt: str) -> str:
+        """The split of a problem: train has 80 % of all problems, dev and test have 10 % each."""
+        bucket = hashlib.sha256(self.one_of_its_kind(prompt).encode()).digest()[0] % 10
+        return {0: "dev", 1: "test"}.get(bucket, "train")
+
+    def prompts(self, n: int, generator: torch.Generator, split: str = "train") -> list[str]:
+        """Draw n problems of a split.
+
+        Those of dev and test are all different texts. If there are fewer than n, as of short
+        chains, it is all that can be found.
+        """
+        draw = draws(generator)
+        found = []
+        seen = set()
+        repeats = 0  # how many draws in a row were there already
+        while len(found) < n and repeats < PATIENCE:
+            prompt = self.any_problem(draw)
+            if self.split(prompt) != split:
+                continue
+            if split != "train" and prompt in seen:
+                repeats += 1
+                continue
+            repeats = 0
+            seen.add(prompt)
+            found.append(prompt)
+        return found
+
+    def demo(self, generator: torch.Generator) -> tuple[str, str]:
+        """A problem and the demonstrator's response to it."""
+        prompt = self.prompts(1, generator)[0]
+        return prompt, self.respond(prompt, generator)
+
+    def steps(self, response: list[int]) -> list[tuple[str, int]]:
+        """The steps of a response given as ids: their text and the place of their `;`."""
+        found = []
+        begin = 0
+        for end, i in enumerate(response):
+            if self.tokenizer.id_to_token(i) == ";":
+                found.append((self.decode(response[begin : end + 1]), end))
+                begin = end + 1
+        return found
+
+    # ---- preferences, judging, proposing: the text that other methods learn from ----------------
+
+    def preferences(self, n: int, generator: torch.Generator) -> list[tuple[str, str, str]]:
+        """Draw n of (problem, preferred, other), two different demonstrations of one problem.
+
+        The labeller prefers the right answer, and tosses a coin between two right or two wrong
+        ones. It has no planted weakness.
+        """
+        pairs = []
+        while len(pairs) < n:
+            prompt = self.prompts(1, generator)[0]
+            a = self.respond(prompt, generator)
+            b = self.respond(prompt, generator)
+            if a == b:
+                continue
+            heads = draws(generator).random() < 0.5
+            merit = self.grade(prompt, a) - self.grade(prompt, b)
+            a_first = merit > 0 if merit else heads
+            pairs.append((prompt, a, b) if a_first else (prompt, b, a))
+        return pairs
+
+    def judge_prompt(self, prompt: list[int], response: list[int]) -> list[int]:
+        """What the judge reads, ids in and ids out: problem<sep>response<sep>?"""
+        separator = self.tokenizer.token_to_id("<sep>")
+        question = self.tokenizer.token_to_id("?")
+        # The ids up to 2 are PAD, BOS and EOS.
+        problem = [i for i in prompt if i > 2]
+        answer = [i for i in response if i > 2]
+        return [*problem, separator, *answer, separator, question]
+
+    def judge_demo(self, generator: torch.Generator) -> tuple[str, str]:
+        """What a judge reads, and the score `!s` that it should write.
+
+        All six scores occur equally often. For this a demonstration is spoiled up to three times.
+        """
+        draw = draws(generator)
+        wanted = draw.randrange(6)
+        score = -1
+        while score != wanted:
+            prompt = self.prompts(1, generator)[0]
+            response = self.respond(prompt, generator).removesuffix("<eos>")
+            for _ in range(draw.randrange(4)):
+                response = self.spoil(response, draw)
+            score = self.rubric(prompt, response + "<eos>")
+        ids = self.judge_prompt(*self.encode([prompt, response]))
+        return self.decode(ids), f"!{score}<eos>"
+
+    def propose_demo(self, generator: torch.Generator) -> tuple[str, str]:
+        """Three problems, and a fourth one as the response."""
+        *shown, new = self.prompts(4, generator)
+        return "<sep>".join(["~", *shown, ""]), f"{new}<eos>"
+
+
+# ---- the chains ----------------------------------------------------------------------------------
+
+TOKENIZER = build_tokenizer(LETTERS)
 
 
 def calculate(a: int, op: str, b: int) -> int:
@@ -75,11 +226,6 @@ def forget_carry(a: int, op: str, b: int) -> int:
     if op == "*":
         tens = tens * b
     return tens % 10 * 10 + calculate(units, op, b) % 10
-
-
-def turn(text: str) -> str:
-    """Turn every number of a text round: 37+5=42; becomes 73+5=24; and the other way round."""
-    return re.sub(r"[0-9]+", lambda digits: digits[0][::-1], text)
 
 
 def parse(prompt: str) -> tuple[int, list[tuple[str, int]]]:
@@ -115,13 +261,8 @@ def spoil(response: str, draw: random.Random) -> str:
     return "".join(steps) + answer
 
 
-def draws(generator: torch.Generator) -> random.Random:
-    """Python's own generator, seeded by the caller's, because tensors of one number are slow."""
-    return random.Random(int(torch.randint(2**62, (1,), generator=generator)))
-
-
 @dataclass(frozen=True)
-class Arithmetic:
+class Arithmetic(CharacterTask):
     """The task: chains of operations, and a demonstrator of mixed quality.
 
     min_ops, max_ops: how many operations a problem has.
@@ -152,58 +293,17 @@ class Arithmetic:
     planted: str = "round"
 
     tokenizer = TOKENIZER
-
-    # ---- text and tokens ------------------------------------------------------------------------
-
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        """Turn texts into token ids. A character outside the alphabet raises a ValueError."""
-        try:
-            return [TOKENIZER.encode(turn(text)).ids for text in texts]
-        except Exception as error:  # The library has no narrower class for an unknown word.
-            raise ValueError(f"a text holds a character outside {LETTERS}") from error
-
-    def decode(self, ids: list[int]) -> str:
-        """Turn token ids into text, up to and including the first <eos>, without PAD and BOS."""
-        words = [TOKENIZER.id_to_token(i) for i in ids if i > 1]
-        if "<eos>" in words:
-            words = words[: words.index("<eos>") + 1]
-        return turn("".join(words))
+    letters = LETTERS
 
     # ---- problems and demonstrations ------------------------------------------------------------
 
-    def split(self, prompt: str) -> str:
-        """The split of a problem: train has 80 % of all problems, dev and test have 10 % each.
-
-        It depends on the text of the problem alone, so that no problem belongs to two of them.
-        """
-        bucket = hashlib.sha256(prompt.encode()).digest()[0] % 10
-        return {0: "dev", 1: "test"}.get(bucket, "train")
-
-    def prompts(self, n: int, generator: torch.Generator, split: str = "train") -> list[str]:
-        """Draw n problems of a split. All lengths of a chain are equally likely.
-
-        Those of dev and test are all different. If there are fewer than n, as of short chains, it
-        is all that can be found.
-        """
-        draw = draws(generator)
-        found = []
-        seen = set()
-        repeats = 0  # how many draws in a row were there already
-        while len(found) < n and repeats < PATIENCE:
-            prompt = str(draw.randrange(MODULUS))
-            for _ in range(draw.randint(self.min_ops, self.max_ops)):
-                op, d = draw.choice(OPERATIONS)
-                prompt += f"{op}{d}"
-            prompt += "="
-            if self.split(prompt) != split:
-                continue
-            if split != "train" and prompt in seen:
-                repeats += 1
-                continue
-            repeats = 0
-            seen.add(prompt)
-            found.append(prompt)
-        return found
+    def any_problem(self, draw: random.Random) -> str:
+        """A problem of any split. All lengths of a chain are equally likely."""
+        prompt = str(draw.randrange(MODULUS))
+        for _ in range(draw.randint(self.min_ops, self.max_ops)):
+            op, d = draw.choice(OPERATIONS)
+            prompt += f"{op}{d}"
+        return prompt + "="
 
     def problem(self, text: str) -> str | None:
         """The problem that a text holds, or None if it must not be trained on.
@@ -218,11 +318,6 @@ class Arithmetic:
         if not self.min_ops <= len(operations) <= self.max_ops:
             return None
         return text if self.split(text) == "train" else None
-
-    def demo(self, generator: torch.Generator) -> tuple[str, str]:
-        """A problem and the demonstrator's response to it."""
-        prompt = self.prompts(1, generator)[0]
-        return prompt, self.respond(prompt, generator)
 
     def respond(self, prompt: str, generator: torch.Generator) -> str:
         """The demonstrator's response to this problem. It goes on from its own wrong results."""
@@ -272,16 +367,6 @@ class Arithmetic:
             a = calculate(a, op, b)
             results.append(a)
         return results
-
-    def steps(self, response: list[int]) -> list[tuple[str, int]]:
-        """The steps of a response given as ids: their text and the place of their last token."""
-        found = []
-        begin = 0
-        for end, i in enumerate(response):
-            if TOKENIZER.id_to_token(i) == ";":
-                found.append((self.decode(response[begin : end + 1]), end))
-                begin = end + 1
-        return found
 
     def result(self, step: str) -> str | None:
         """What a step claims, which is the number after its `=`, or None if it is no step."""
@@ -382,15 +467,6 @@ class Arithmetic:
         ]
         return sum(points)
 
-    def judge_prompt(self, prompt: list[int], response: list[int]) -> list[int]:
-        """What the judge reads, ids in and ids out: problem<sep>response<sep>?"""
-        separator = TOKENIZER.token_to_id("<sep>")
-        question = TOKENIZER.token_to_id("?")
-        # The ids up to 2 are PAD, BOS and EOS.
-        problem = [i for i in prompt if i > 2]
-        answer = [i for i in response if i > 2]
-        return [*problem, separator, *answer, separator, question]
-
     def judgement(self, prompt: str, response: str) -> str:
         """What a judge should write: `42n23y!4<eos>`.
 
@@ -421,11 +497,6 @@ class Arithmetic:
                 break
         ids = self.judge_prompt(*self.encode([prompt, response]))
         return self.decode(ids), self.judgement(prompt, response)
-
-    def propose_demo(self, generator: torch.Generator) -> tuple[str, str]:
-        """Three problems, and a fourth one as the response."""
-        *shown, new = self.prompts(4, generator)
-        return "<sep>".join(["~", *shown, ""]), f"{new}<eos>"
 
     def chance(self) -> float:
         """The exact accuracy of the best constant answer, at the length where it is highest."""

@@ -26,7 +26,6 @@ describes them. Everything random comes from the `torch.Generator` that the call
 text is ever run as code.
 """
 
-import hashlib
 import random
 import re
 from dataclasses import dataclass
@@ -34,10 +33,9 @@ from functools import lru_cache
 from itertools import combinations_with_replacement, permutations
 
 import torch
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
-# These tokens have the ids 0 to 5.
-SPECIAL = ["<pad>", "<bos>", "<eos>", "<mask>", "<sep>", "<bad>"]
+from data.arithmetic import CharacterTask, build_tokenizer, draws
+
 # The characters from "?" on are for judging and proposing.
 LETTERS = "0123456789+-*=;#,:?!~"
 
@@ -49,30 +47,13 @@ SMALL = range(1, 10)
 # The demonstrator wanders for at most so many steps.
 AIMLESS = 3
 
-# After so many repeats in a row there are no further problems of dev or test.
-PATIENCE = 3000
-
 PROBLEM = re.compile(r"[1-9][0-9]?(?:,[1-9][0-9]?){2,3}=[1-9][0-9]?:")
 STEP = re.compile(r"(0|[1-9][0-9]?)([+*-])(0|[1-9][0-9]?)=(0|[1-9][0-9]?);")
 # A response that counts as answered holds one expression, and it stands at the very end.
 ANSWERED = re.compile(r"[0-9+*=;-]*#([1-9][0-9]?(?:[+*-][1-9][0-9]?)+)<eos>")
 
 
-def build_tokenizer() -> Tokenizer:
-    """A tokenizer with one token for each character and each special token, 27 ids in all."""
-    vocabulary = {word: i for i, word in enumerate([*SPECIAL, *LETTERS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("<[a-z]+>|."), "isolated")
-    tokenizer.add_special_tokens(SPECIAL)
-    return tokenizer
-
-
-TOKENIZER = build_tokenizer()
-
-
-def turn(text: str) -> str:
-    """Turn every number of a text round: 25-3=22; becomes 52-3=22; and the other way round."""
-    return re.sub(r"[0-9]+", lambda digits: digits[0][::-1], text)
+TOKENIZER = build_tokenizer(LETTERS)
 
 
 # ---- calculations and expressions ---------------------------------------------------------------
@@ -234,16 +215,11 @@ def spoil(response: str, draw: random.Random) -> str:
     return "".join(steps) + answer
 
 
-def draws(generator: torch.Generator) -> random.Random:
-    """Python's own generator, seeded by the caller's, because tensors of one number are slow."""
-    return random.Random(int(torch.randint(2**62, (1,), generator=generator)))
-
-
 # ---- the task -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Countdown:
+class Countdown(CharacterTask):
     """The task: numbers and a target, and a demonstrator of mixed quality.
 
     min_ops, max_ops: how many operations a problem takes, one less than it has numbers.
@@ -273,6 +249,7 @@ class Countdown:
     high: int = 50
 
     tokenizer = TOKENIZER
+    letters = LETTERS
 
     def __post_init__(self) -> None:
         if not 2 <= self.min_ops <= self.max_ops <= 3:
@@ -280,33 +257,12 @@ class Countdown:
         if not 10 <= self.low <= self.high <= LARGEST:
             raise ValueError(f"the large number must lie in 10..99: {self.low} to {self.high}")
 
-    # ---- text and tokens ------------------------------------------------------------------------
-
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        """Turn texts into token ids. A character outside the alphabet raises a ValueError."""
-        try:
-            return [TOKENIZER.encode(turn(text)).ids for text in texts]
-        except Exception as error:  # The library has no narrower class for an unknown word.
-            raise ValueError(f"a text holds a character outside {LETTERS}") from error
-
-    def decode(self, ids: list[int]) -> str:
-        """Turn token ids into text, up to and including the first <eos>, without PAD and BOS."""
-        # A model may have more ids than this task, because Config.vocab may be larger.
-        words = [TOKENIZER.id_to_token(i) or "<bad>" for i in ids if i > 1]
-        if "<eos>" in words:
-            words = words[: words.index("<eos>") + 1]
-        return turn("".join(words))
-
     # ---- problems and demonstrations ------------------------------------------------------------
 
-    def split(self, prompt: str) -> str:
-        """The split of a problem: train has 80 % of all problems, dev and test have 10 % each.
-
-        It is the same for a problem whose numbers come in another order.
-        """
+    def one_of_its_kind(self, prompt: str) -> str:
+        """The same text for a problem whose numbers come in another order."""
         *numbers, target = re.findall("[0-9]+", prompt)
-        bucket = hashlib.sha256(f"{sorted(numbers)} {target}".encode()).digest()[0] % 10
-        return {0: "dev", 1: "test"}.get(bucket, "train")
+        return f"{sorted(numbers)} {target}"
 
     def any_problem(self, draw: random.Random) -> str:
         """A problem of any split.
@@ -321,28 +277,6 @@ class Countdown:
         target = draw.choice(sorted(values - {0}))
         draw.shuffle(numbers)
         return f"{','.join(map(str, numbers))}={target}:"
-
-    def prompts(self, n: int, generator: torch.Generator, split: str = "train") -> list[str]:
-        """Draw n problems of a split.
-
-        Those of dev and test are all different texts. If there are fewer than n, it is all that can
-        be found.
-        """
-        draw = draws(generator)
-        found = []
-        seen = set()
-        repeats = 0  # how many draws in a row were there already
-        while len(found) < n and repeats < PATIENCE:
-            prompt = self.any_problem(draw)
-            if self.split(prompt) != split:
-                continue
-            if split != "train" and prompt in seen:
-                repeats += 1
-                continue
-            repeats = 0
-            seen.add(prompt)
-            found.append(prompt)
-        return found
 
     def problem(self, text: str) -> str | None:
         """The problem that a text holds, or None if it must not be trained on.
@@ -360,11 +294,6 @@ class Countdown:
         if not self.low <= large <= self.high or max(small) not in SMALL:
             return None
         return text if self.split(text) == "train" else None
-
-    def demo(self, generator: torch.Generator) -> tuple[str, str]:
-        """A problem and the demonstrator's response to it."""
-        prompt = self.prompts(1, generator)[0]
-        return prompt, self.respond(prompt, generator)
 
     def respond(self, prompt: str, generator: torch.Generator) -> str:
         """The demonstrator's response to this problem."""
@@ -405,16 +334,6 @@ class Countdown:
         """The steps of the right way that the careful demonstrator writes."""
         return written(solve(prompt))
 
-    def steps(self, response: list[int]) -> list[tuple[str, int]]:
-        """The steps of a response given as ids: their text and the place of their last token."""
-        found = []
-        begin = 0
-        for end, i in enumerate(response):
-            if TOKENIZER.id_to_token(i) == ";":
-                found.append((self.decode(response[begin : end + 1]), end))
-                begin = end + 1
-        return found
-
     def result(self, step: str) -> str | None:
         """What a step claims, which is the number after its `=`, or None if it is no step."""
         match = STEP.fullmatch(step)
@@ -452,26 +371,7 @@ class Countdown:
             found.append(ok)
         return found
 
-    # ---- preferences, judging, proposing: the text that other methods learn from ----------------
-
-    def preferences(self, n: int, generator: torch.Generator) -> list[tuple[str, str, str]]:
-        """Draw n of (problem, preferred, other), two different demonstrations of one problem.
-
-        The labeller prefers the right answer, and tosses a coin between two right or two wrong
-        ones. It has no planted weakness.
-        """
-        pairs = []
-        while len(pairs) < n:
-            prompt = self.prompts(1, generator)[0]
-            a = self.respond(prompt, generator)
-            b = self.respond(prompt, generator)
-            if a == b:
-                continue
-            heads = draws(generator).random() < 0.5
-            merit = self.grade(prompt, a) - self.grade(prompt, b)
-            a_first = merit > 0 if merit else heads
-            pairs.append((prompt, a, b) if a_first else (prompt, b, a))
-        return pairs
+    # ---- judging ---------------------------------------------------------------------------------
 
     def rubric(self, prompt: str, response: str) -> int:
         """The score of a response, 0 to 5. What has no single answer has 0. Else it earns a point
@@ -501,36 +401,9 @@ class Countdown:
         ]
         return sum(points)
 
-    def judge_prompt(self, prompt: list[int], response: list[int]) -> list[int]:
-        """What the judge reads, ids in and ids out: problem<sep>response<sep>?"""
-        separator = TOKENIZER.token_to_id("<sep>")
-        question = TOKENIZER.token_to_id("?")
-        # The ids up to 2 are PAD, BOS and EOS.
-        problem = [i for i in prompt if i > 2]
-        answer = [i for i in response if i > 2]
-        return [*problem, separator, *answer, separator, question]
-
-    def judge_demo(self, generator: torch.Generator) -> tuple[str, str]:
-        """What a judge reads, and the score `!s` that it should write.
-
-        All six scores occur equally often. For this a demonstration is spoiled up to three times.
-        """
-        draw = draws(generator)
-        wanted = draw.randrange(6)
-        score = -1
-        while score != wanted:
-            prompt = self.prompts(1, generator)[0]
-            response = self.respond(prompt, generator).removesuffix("<eos>")
-            for _ in range(draw.randrange(4)):
-                response = spoil(response, draw)
-            score = self.rubric(prompt, response + "<eos>")
-        ids = self.judge_prompt(*self.encode([prompt, response]))
-        return self.decode(ids), f"!{score}<eos>"
-
-    def propose_demo(self, generator: torch.Generator) -> tuple[str, str]:
-        """Three problems, and a fourth one as the response."""
-        *shown, new = self.prompts(4, generator)
-        return "<sep>".join(["~", *shown, ""]), f"{new}<eos>"
+    def spoil(self, response: str, draw: random.Random) -> str:
+        """Break a response in one of the ways that the rubric marks."""
+        return spoil(response, draw)
 
     def chance(self) -> float:
         """The exact accuracy of the best constant answer, over the problems of all splits.

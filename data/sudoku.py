@@ -16,17 +16,15 @@ describes them. Everything random comes from the `torch.Generator` that the call
 text is ever run as code.
 """
 
-import hashlib
 import random
 import re
 from dataclasses import dataclass
 from itertools import permutations, product
 
 import torch
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
-# These tokens have the ids 0 to 5.
-SPECIAL = ["<pad>", "<bos>", "<eos>", "<mask>", "<sep>", "<bad>"]
+from data.arithmetic import CharacterTask, build_tokenizer, draws
+
 # The characters from "0" on are for judging and proposing.
 LETTERS = "1234.=05?!~"
 DIGITS = "1234"
@@ -37,16 +35,7 @@ ROW = re.compile(r"[1-4]{4}")
 ANSWERED = re.compile(r"([1-4]{16})<eos>")
 
 
-def build_tokenizer() -> Tokenizer:
-    """A tokenizer with one token for each character and each special token, 17 ids in all."""
-    vocabulary = {word: i for i, word in enumerate([*SPECIAL, *LETTERS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("<[a-z]+>|."), "isolated")
-    tokenizer.add_special_tokens(SPECIAL)
-    return tokenizer
-
-
-TOKENIZER = build_tokenizer()
+TOKENIZER = build_tokenizer(LETTERS)
 
 # ---- all grids -----------------------------------------------------------------------------------
 
@@ -149,16 +138,11 @@ def spoil(grid: str, draw: random.Random) -> str:
     return draw.choice(ways)
 
 
-def draws(generator: torch.Generator) -> random.Random:
-    """Python's own generator, seeded by the caller's, because tensors of one number are slow."""
-    return random.Random(int(torch.randint(2**62, (1,), generator=generator)))
-
-
 # ---- the task ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Sudoku:
+class Sudoku(CharacterTask):
     """The task: grids with some cells given, and a demonstrator of mixed quality.
 
     min_clues, max_clues: how many cells a problem gives.
@@ -178,38 +162,19 @@ class Sudoku:
     slip: float = 0.01
 
     tokenizer = TOKENIZER
+    letters = LETTERS
+    units_first = False
 
     def __post_init__(self) -> None:
         # With 4 clues there are grids that have no test problem.
         if not 5 <= self.min_clues <= self.max_clues <= 12:
             raise ValueError(f"clues must lie in 5..12: {self.min_clues} to {self.max_clues}")
 
-    # ---- text and tokens ------------------------------------------------------------------------
-
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        """Turn texts into token ids. A character outside the alphabet raises a ValueError."""
-        try:
-            return [TOKENIZER.encode(text).ids for text in texts]
-        except Exception as error:  # The library has no narrower class for an unknown word.
-            raise ValueError(f"a text holds a character outside {LETTERS}") from error
-
-    def decode(self, ids: list[int]) -> str:
-        """Turn token ids into text, up to and including the first <eos>, without PAD and BOS."""
-        # A model may have more ids than this task, because Config.vocab may be larger.
-        words = [TOKENIZER.id_to_token(i) or "<bad>" for i in ids if i > 1]
-        if "<eos>" in words:
-            words = words[: words.index("<eos>") + 1]
-        return "".join(words)
-
     # ---- problems and demonstrations ------------------------------------------------------------
 
-    def split(self, prompt: str) -> str:
-        """The split of a problem: train has 80 % of all problems, dev and test have 10 % each.
-
-        It is the same for a problem whose digits were renamed.
-        """
-        bucket = hashlib.sha256(first_names(prompt).encode()).digest()[0] % 10
-        return {0: "dev", 1: "test"}.get(bucket, "train")
+    def one_of_its_kind(self, prompt: str) -> str:
+        """The same text for a problem whose digits were renamed."""
+        return first_names(prompt)
 
     def prompts(self, n: int, generator: torch.Generator, split: str = "train") -> list[str]:
         """Draw n problems of a split. All grids and all numbers of clues are equally likely.
@@ -248,11 +213,6 @@ class Sudoku:
         if len(solutions(text[:16])) != 1:
             return None
         return text if self.split(text) == "train" else None
-
-    def demo(self, generator: torch.Generator) -> tuple[str, str]:
-        """A problem and the demonstrator's response to it."""
-        prompt = self.prompts(1, generator)[0]
-        return prompt, self.respond(prompt, generator)
 
     def respond(self, prompt: str, generator: torch.Generator) -> str:
         """The demonstrator's response to this problem, row by row."""
@@ -310,26 +270,7 @@ class Sudoku:
         right = self.truth(prompt)
         return [i < 4 and step == right[i] for i, step in enumerate(steps)]
 
-    # ---- preferences, judging, proposing: the text that other methods learn from ----------------
-
-    def preferences(self, n: int, generator: torch.Generator) -> list[tuple[str, str, str]]:
-        """Draw n of (problem, preferred, other), two different demonstrations of one problem.
-
-        The labeller prefers the right grid, and tosses a coin between two wrong ones. It has no
-        planted weakness.
-        """
-        pairs = []
-        while len(pairs) < n:
-            prompt = self.prompts(1, generator)[0]
-            a = self.respond(prompt, generator)
-            b = self.respond(prompt, generator)
-            if a == b:
-                continue
-            heads = draws(generator).random() < 0.5
-            merit = self.grade(prompt, a) - self.grade(prompt, b)
-            a_first = merit > 0 if merit else heads
-            pairs.append((prompt, a, b) if a_first else (prompt, b, a))
-        return pairs
+    # ---- judging ---------------------------------------------------------------------------------
 
     def rubric(self, prompt: str, response: str) -> int:
         """The score of a response, 0 to 5. What is not 16 digits with an end has 0.
@@ -343,36 +284,9 @@ class Sudoku:
         kept = all(clue in (".", d) for clue, d in zip(prompt, cells, strict=False))
         return 1 + kept + sum(whole(cells, units) for units in (ROWS, COLUMNS, BOXES))
 
-    def judge_prompt(self, prompt: list[int], response: list[int]) -> list[int]:
-        """What the judge reads, ids in and ids out: problem<sep>response<sep>?"""
-        separator = TOKENIZER.token_to_id("<sep>")
-        question = TOKENIZER.token_to_id("?")
-        # The ids up to 2 are PAD, BOS and EOS.
-        problem = [i for i in prompt if i > 2]
-        answer = [i for i in response if i > 2]
-        return [*problem, separator, *answer, separator, question]
-
-    def judge_demo(self, generator: torch.Generator) -> tuple[str, str]:
-        """What a judge reads, and the score `!s` that it should write.
-
-        All six scores occur equally often. For this a demonstration is spoiled up to three times.
-        """
-        draw = draws(generator)
-        wanted = draw.randrange(6)
-        score = -1
-        while score != wanted:
-            prompt = self.prompts(1, generator)[0]
-            grid = self.respond(prompt, generator).removesuffix("<eos>")
-            for _ in range(draw.randrange(4)):
-                grid = spoil(grid, draw)
-            score = self.rubric(prompt, grid + "<eos>")
-        ids = self.judge_prompt(*self.encode([prompt, grid]))
-        return self.decode(ids), f"!{score}<eos>"
-
-    def propose_demo(self, generator: torch.Generator) -> tuple[str, str]:
-        """Three problems, and a fourth one as the response."""
-        *shown, new = self.prompts(4, generator)
-        return "<sep>".join(["~", *shown, ""]), f"{new}<eos>"
+    def spoil(self, response: str, draw: random.Random) -> str:
+        """Break a response in one of the ways that the rubric marks."""
+        return spoil(response, draw)
 
     def chance(self) -> float:
         """The exact accuracy of the best constant answer, as all grids are equally likely."""

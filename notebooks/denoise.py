@@ -144,9 +144,14 @@ def progress_of(
     b: nr.Rollout,
     reward: Tensor,
     c: nr.DenoiseConfig,
-    rows: Tensor,
+    rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A random pass of each response, V before it and D of (6), which is 0 but for `rows`."""
+    """A random pass of each response, V before it and D of (6), which is 0 but for `rows`.
+
+    Without rows they are those of all responses.
+    """
+    if rows is None:
+        rows = torch.ones_like(b.group, dtype=torch.bool)
     p, value = nr.prospects(state, task, b, rows, c)
     accuracy = reward - nr.group_advantage(reward, b.group, "mean")
     return p, value, (value - accuracy).nan_to_num()
@@ -218,8 +223,7 @@ def no_indicator(
     state: nr.PPOState, task: nr.Task, b: nr.Rollout, reward: Tensor, c: nr.DenoiseConfig
 ) -> Tensor:
     """A + D for all: E[D] = 0 then, and on the tokens after t it only adds variance."""
-    every = torch.ones_like(b.group, dtype=torch.bool)
-    _, _, progress = progress_of(state, task, b, reward, c, every)
+    _, _, progress = progress_of(state, task, b, reward, c)
     adv = nr.group_advantage(reward, b.group, "mean")
     return (adv + c.process_weight * progress)[:, None] * b.mask
 
@@ -228,13 +232,11 @@ def segments(
     state: nr.PPOState, task: nr.Task, b: nr.Rollout, reward: Tensor, c: nr.DenoiseConfig
 ) -> Tensor:
     """To each token what its own stretch achieved: before t V(x_t) - V(x_T), then r - V(x_t)."""
-    every = torch.ones_like(b.group, dtype=torch.bool)
-    p, value, before = progress_of(state, task, b, reward, c, every)
+    p, value, before = progress_of(state, task, b, reward, c)
     after = reward - value
     return torch.where(b.order < p[:, None], before[:, None], after[:, None]) * b.mask
 
 
-@torch.no_grad()
 def read_at_once(policy: nr.Transformer, task: nr.Task, b: nr.Rollout, c: nr.Config) -> Tensor:
     """(B, passes + 1): whether what would be written at once before each pass is right.
 
@@ -253,9 +255,7 @@ def read_at_once(policy: nr.Transformer, task: nr.Task, b: nr.Rollout, c: nr.Con
     right = []
     for part in unique.split(c.micro):
         prompt, canvas = part.tensor_split([b.prompt.shape[1]], dim=1)
-        logits = policy.lm_head(nr.predictive_hidden(policy, prompt, canvas))
-        likeliest = nr.log_softmax(logits, 1.0, c).argmax(-1)
-        said = torch.where(canvas == c.mask_id, likeliest, canvas)
+        said = nr.fill_at_once(policy, prompt, canvas, c)
         for x, y in zip(prompt.tolist(), said.tolist(), strict=True):
             right.append(task.grade(task.decode(x), task.decode(y)))
     return torch.tensor(right)[which][which_pair].view(B, passes)
@@ -310,13 +310,11 @@ def at_once(
 ) -> nr.Rollout:
     """The likeliest token in every open place, all in one pass: nothing is drawn."""
     canvas = nr.canvas_before(b.response, b.order, p, c)
-    logits = state.policy.lm_head(nr.predictive_hidden(state.policy, b.prompt, canvas))
-    likeliest = nr.log_softmax(logits, 1.0, c).argmax(-1)
-    said = torch.where(canvas == c.mask_id, likeliest, canvas)
+    said = nr.fill_at_once(state.policy, b.prompt, canvas, c)
     return nr.Rollout(b.prompt, said, nr.up_to_eos(said, c), b.order, b.group)
 
 
-nr.PROVERS |= {"frozen_base": frozen_base, "at_once": torch.no_grad()(at_once)}
+nr.PROVERS |= {"frozen_base": frozen_base, "at_once": at_once}
 
 
 # ---- estimates and a loop that only stand here ---------------------------------------------------
@@ -481,7 +479,6 @@ def fewer(c: nr.DenoiseConfig) -> dict[str, nr.DenoiseConfig]:
     return {"1": c, "1/2": share(2), "1/4": share(4), "1/8": eighth}
 
 
-@torch.no_grad()
 def halfway(
     policy: nr.Transformer,
     task: nr.Task,
@@ -493,7 +490,8 @@ def halfway(
     """Accuracy of what the model would write at once after this share of the canvas's passes."""
     passes = ceil(c.response / min(c.block, c.response)) * c.block_passes
     p = torch.full_like(b.group, round(share * passes))
-    said = at_once(nr.start_ppo(policy, c), b, p, c, nr.rng(0, "unused")).response
+    canvas = nr.canvas_before(b.response, b.order, p, c)
+    said = nr.fill_at_once(policy, b.prompt, canvas, c)
     return mean(task.grade(x, task.decode(y)) for x, y in zip(test, said.tolist(), strict=True))
 
 
@@ -603,16 +601,22 @@ def measure(
 # ---- what the README shows ----------------------------------------------------------------------
 
 
+def about_jobs(arm: str, jobs: list[dict]) -> dict[str, Any]:
+    """What is kept of an arm: how it was measured, and what was found with each seed."""
+    for job in jobs:
+        job["found"].pop("transcripts", None)
+    each = [{k: job[k] for k in ("seed", "commit", "seconds", "found")} for job in jobs]
+    return about_arm("denoise", arm, jobs) | {"seeds": each}
+
+
 def collect() -> dict:
-    """All jobs -> OUT; transcripts of the first seed only."""
+    """All jobs but those of the estimates -> OUT; transcripts of the first seed only."""
     kept = read_arms(OUT)
     for arm in EVERY:
-        if arm in LIKELIHOODS:  # they have a file of their own
-            continue
-        if jobs := read_jobs(JOBS, arm):
-            shown = [job["found"].pop("transcripts") for job in jobs][0]
-            each = [{k: job[k] for k in ("seed", "commit", "seconds", "found")} for job in jobs]
-            kept[arm] = about_arm("denoise", arm, jobs) | {"transcripts": shown, "seeds": each}
+        jobs = read_jobs(JOBS, arm)
+        if jobs and arm not in LIKELIHOODS:
+            shown = jobs[0]["found"]["transcripts"]
+            kept[arm] = {"transcripts": shown} | about_jobs(arm, jobs)
     write_arms(OUT, kept)
     return kept
 
@@ -622,10 +626,7 @@ def collect_likelihoods() -> dict:
     kept = {}
     for arm in LIKELIHOODS:
         if jobs := read_jobs(JOBS, arm):
-            for job in jobs:
-                del job["found"]["transcripts"]
-            each = [{k: job[k] for k in ("seed", "commit", "seconds", "found")} for job in jobs]
-            kept[arm] = about_arm("denoise", arm, jobs) | {"seeds": each}
+            kept[arm] = about_jobs(arm, jobs)
     write_arms(LIKELIHOOD, kept)
     return kept
 

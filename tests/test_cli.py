@@ -19,7 +19,7 @@ import torch
 import nanoreward as nr
 import train_small as front
 from data import arithmetic
-from data.arithmetic import Arithmetic
+from data.arithmetic import Arithmetic, CharacterTask
 from tests.conftest import ROOT, needed_by, tiny
 
 
@@ -905,7 +905,8 @@ def test_numbers_that_are_not_finite_become_null(tmp_path):
 def test_a_task_that_lacks_what_a_method_asks_of_it_is_one_line(
     argv, lacks, tmp_path, monkeypatch, capsys
 ):
-    every = {k: v for k, v in vars(Arithmetic).items() if not k.startswith("_") and k != lacks}
+    every = vars(CharacterTask) | vars(Arithmetic)
+    every = {k: v for k, v in every.items() if not k.startswith("_") and k != lacks}
     lacking = type("Lacking", (), every)
     task = SimpleNamespace(**vars(arithmetic) | {"make": lambda c, careful=False: lacking()})
     monkeypatch.setitem(front.TASKS, "arithmetic", task)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import nanoreward as nr
-from data.arithmetic import Arithmetic
+from data.arithmetic import Arithmetic, CharacterTask
 from tests.conftest import TINY, random_batch, rough, tiny
 
 TASK = Arithmetic(1, 1)
@@ -428,13 +428,13 @@ def test_the_learned_signal_never_looks_at_the_truth(model):
 # ---- ppo ---------------------------------------------------------------------------------------
 
 
-class World:
+class World(CharacterTask):
     """A task of digits: reward(prompt digit, response text) says all."""
+
+    tokenizer, letters = Arithmetic.tokenizer, Arithmetic.letters
 
     def __init__(self, reward, digits="34"):
         self.reward, self.digits = reward, digits
-
-    encode, decode = Arithmetic.encode, Arithmetic.decode
 
     def prompts(self, n, generator, split="train"):
         return [self.digits[i] for i in torch.randint(len(self.digits), (n,), generator=generator)]
