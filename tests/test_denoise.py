@@ -570,6 +570,56 @@ def test_shuffled_gives_each_number_to_a_right_answer(credited):
     assert seen == {(1.0, 0.25, -0.5, -0.5), (0.25, 1.0, -0.5, -0.5)}
 
 
+def test_own_measures_progress_against_what_the_prover_makes_of_the_empty_canvas(
+    credited, monkeypatch
+):
+    """Three responses are right. The prover ends 1, 0 and 0 of their empty canvases well."""
+    asked = []
+
+    def prover(state, b, p, c, generator):
+        asked.append(p)
+        response = torch.tensor([[3], [2], [2]])  # Odd pays for an odd id
+        return nr.Rollout(b.prompt, response, torch.ones(3, 1), response, b.group)
+
+    monkeypatch.setitem(nr.PROVERS, "short_tail", prover)
+    monkeypatch.setattr(nr, "grades", lambda task, b: (b.response[:, 0] % 2).float())
+    reward = torch.tensor([1.0, 1.0, 1.0, 0.0])
+    value = torch.tensor([1.0, 1 / 3, 2 / 3, 0.0])  # and 1/3 at the start
+    config = nr.replace(FULL, branches=1)
+    adv, _ = credited("own", value, t=4, reward=reward, config=config)
+    assert torch.allclose(adv[:, 0], torch.tensor([0.25 + 2 / 3, 0.25, 0.25 + 1 / 3, -0.75]))
+    assert (adv[:, :9] == adv[:, :1]).all() and (adv[:, 9:] == 0).all()
+    assert len(asked) == 1 and (asked[0] == 0).all()
+    seen = set()
+    for seed in range(30):
+        one = nr.replace(config, seed=seed)
+        other, _ = credited("own_shuffled", value, t=4, reward=reward, config=one)
+        seen.add(tuple(round(x, 4) for x in other[:3, 0].tolist()))
+    assert len(seen) == 6 and all(sum(x) == pytest.approx(1.75, abs=1e-3) for x in seen)
+
+
+def test_paid_adds_the_prospects_of_right_answers_to_the_reward(credited):
+    value = torch.tensor([1.0, 0.25, 0.5, 0.0])  # rewards 2, 1 1/4, 0 and 0
+    told = (1.1875, 0.4375, -0.8125, -0.8125)
+    adv, asked = credited("paid", value, t=4)
+    assert adv[:, 0].tolist() == list(told)
+    assert [rows.tolist() for rows in asked] == [[True, True, False, False]]
+    assert (adv[:, :9] == adv[:, :1]).all() and (adv[:, 9:] == 0).all()
+    seen = set()
+    for seed in range(9):
+        other, _ = credited("paid_shuffled", value, t=4, config=nr.replace(FULL, seed=seed))
+        seen.add(tuple(other[:, 0].tolist()))
+    assert seen == {told, (0.4375, 1.1875, -0.8125, -0.8125)}
+    none, _ = credited("paid", value, t=4, reward=torch.zeros(4))
+    assert (none == 0).all()
+
+
+def test_short_answers_are_paid_more_without_a_prover(credited):
+    adv, asked = credited("short", torch.zeros(4), t=4)  # 3 of 12 places are free
+    assert adv[:, 0].tolist() == [0.75, 0.75, -0.75, -0.75] and asked == []
+    assert (adv[:, 9:] == 0).all()
+
+
 def test_read_along_pays_each_token_what_it_did_to_the_answer_that_is_read_at_once(monkeypatch):
     order = torch.tensor([[0, 1, 3, 2], [1, 0, 2, 4]])
     right = torch.tensor([[0.0, 1.0, 1.0, 0.0, 1.0], [0.0, 0.0, 1.0, 1.0, 1.0]])
@@ -643,7 +693,7 @@ def learned(estimate=nr.estimate_diffusion, seed=0, **more):
     return logs[0], logs[-1]
 
 
-FREE = ("outcome", "right_more", "right_only", "read_along")
+FREE = ("outcome", "right_more", "right_only", "read_along", "short")
 # Where wrong answers get D too, its mean has to be zero, so that the policy has to be its own
 # prover. And where no answer is right at first, as with seed 1, its noise is all that they follow.
 FOR_ALL = ("segments", "no_indicator")
