@@ -50,6 +50,7 @@ COUNTDOWN = "countdown_"
 # the process reward draws with its branches.
 UPDATES = 25
 MORE = 2
+SIZES = LAPTOP | {"denoise": {"updates": UPDATES}}
 PROCESS = {"arm": "process"}
 CANVAS = {"prover": "same_canvas"}
 ONCE = {"prover": "at_once", "branches": 1}
@@ -82,6 +83,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "canvas_constant": CANVAS | {"arm": "constant"},
     "canvas_shuffled": CANVAS | {"arm": "shuffled"},
     "own_shuffled": {"arm": "own_shuffled"},
+    "own_once_shuffled": ONCE | {"arm": "own_shuffled"},
     "paid_shuffled": PAID | ONCE | {"arm": "paid_shuffled"},
     "right_more": {"arm": "right_more"},
     "right_only": {"arm": "right_only"},
@@ -115,6 +117,7 @@ TITLES = {
     "canvas_constant": "control: same canvas, D replaced by its mean",
     "canvas_shuffled": "control: same canvas, D shuffled",
     "own_shuffled": "control: short tail, D against its own start, shuffled",
+    "own_once_shuffled": "control: all at once, D against its own start, shuffled",
     "paid_shuffled": "control: r (1 + 2 V), all at once, V shuffled",
     "right_more": "control: 1.5 A for right answers",
     "right_only": "control: A for right answers, nothing for wrong ones",
@@ -132,9 +135,10 @@ CONTROLS = {
     "tail": ("tail_constant", "tail_shuffled", *OF_ALL),
     "canvas": ("canvas_constant", "canvas_shuffled", *OF_ALL),
     "own_tail": ("own_shuffled", *OF_ALL),
+    "own_once": ("own_once_shuffled", *OF_ALL),
     "paid_once": ("paid_shuffled", *OF_ALL),
 }
-CONTROLS |= dict.fromkeys(("base", "once", "best_of_4", "own_once", "tail_centred"), OF_ALL)
+CONTROLS |= dict.fromkeys(("base", "once", "best_of_4", "tail_centred"), OF_ALL)
 CONTROLS |= dict.fromkeys(("no_indicator", "segments", "read_along"), OF_ALL)
 # The arms that the tables show: those of the mean field, as they were measured last.
 SHOWN = {
@@ -157,7 +161,7 @@ SHOWN = {
     "coupled": "outcome, coupled masks",
 }
 MAIN = ("outcome", "outcome_more", "process", "shared")
-EVERY = (*ARMS, *(COUNTDOWN + arm for arm in ARMS))
+EVERY = tuple(task + arm for task in ("", COUNTDOWN) for arm in ("provers", *ARMS))
 
 
 # ---- credits that only stand here ---------------------------------------------------------------
@@ -558,6 +562,64 @@ def loop_of(
     return nr.denoise(state, task, c, estimate=ESTIMATES.get(arm))
 
 
+def begin(
+    arm: str, seed: int, threads: int, cache: Path, sizes: dict[str, dict], /, **numbers: Any
+) -> tuple[nr.DenoiseConfig, nr.Task, nr.Transformer]:
+    """The config of an arm, its task, and the trained diffusion LM."""
+    if arm.startswith(COUNTDOWN):
+        preset = front.PRESETS["countdown"]
+        numbers = preset["all"] | preset["denoise"] | numbers
+    c = config("denoise", seed, threads, sizes, **numbers)
+    task = front.make_task(c)
+    train = front.CachedTrainer(cache)
+    return c, task, nr.diffusion_base(nr.gpt_base(task, c, train), task, c, train)
+
+
+# ---- provers before any training ----------------------------------------------------------------
+
+# What is asked of each prover on the same canvases: its name, and so many tries at each.
+ASKED = {"same_canvas": 8, "short_tail": 8, "at_once": 1}
+
+
+def about_prospects(value: Tensor, tries: int, reward: Tensor, b: nr.Rollout) -> dict[str, float]:
+    """Whether V (B,) can tell the responses of a problem apart, and what (6) makes of it.
+
+    spread: the deviation of V within a problem, without the part that is the noise of so many
+    tries. with A: the correlation of V and reward there. D: of the responses that beat their group.
+    """
+    adv = nr.group_advantage(reward, b.group, "mean")
+    inside = nr.group_advantage(value, b.group, "mean")
+    degrees = len(value) - len(b.group.unique())
+    variance = float((inside**2).sum()) / degrees
+    if tries > 1:
+        variance -= float((value * (1 - value)).mean()) / (tries - 1)
+    progress = value - (reward - adv)
+    return {
+        "V": float(value.mean()),
+        "spread": max(variance, 0.0) ** 0.5,
+        "with A": float(F.cosine_similarity(inside, adv, dim=0)),
+        "D": float(progress[adv > 0].mean()),
+    }
+
+
+def measure_provers(arm: str, seed: int, threads: int, cache: Path, /) -> dict:
+    """What the provers say of the base's own canvases, 64 problems x 8 responses."""
+    began = time.time()
+    c, task, policy = begin(arm, seed, threads, cache, SIZES)
+    state = nr.start_ppo(policy, c)
+    prompt, group = nr.in_groups(task, task.prompts(64, nr.rng(seed, "provers")), c)
+    generator = nr.rng(seed, "provers", 1)
+    b = nr.sample(policy, prompt, c, group=group, generator=generator)
+    right = nr.grades(task, b)
+    found = {}
+    rows = torch.ones_like(group, dtype=torch.bool)
+    for prover, tries in ASKED.items():
+        asked = replace(c, prover=prover, branches=tries)
+        _, value = nr.prospects(state, task, b, rows, asked)
+        found[prover] = about_prospects(value, tries, right, b)
+    return {"arm": arm, "seed": seed, "seconds": round(time.time() - began, 1), "found": found}
+
+
 # ---- what is measured ---------------------------------------------------------------------------
 
 
@@ -650,21 +712,16 @@ def measure(
     threads: int,
     cache: Path,
     /,
-    sizes: dict[str, dict] = LAPTOP,
+    sizes: dict[str, dict] = SIZES,
     masked: float = 0.0,
     **more: Any,
 ) -> dict:
     """One arm with one seed. masked: the share of the prompt that the mean field may not see."""
     name = arm.removeprefix(COUNTDOWN)
-    of_task = {}
-    if name != arm:
-        of_task = front.PRESETS["countdown"]["all"] | front.PRESETS["countdown"]["denoise"]
-    numbers = {"updates": UPDATES} | of_task | ARMS[name] | more
-    c = config("denoise", seed, threads, sizes, **numbers)
-    task = front.make_task(c)
+    if name == "provers":
+        return measure_provers(arm, seed, threads, cache)
+    c, task, policy = begin(arm, seed, threads, cache, sizes, **ARMS[name] | more)
     dev, test = (task.prompts(c.eval_problems, nr.rng(0, s), s) for s in ("dev", "test"))
-    train = front.CachedTrainer(cache)
-    policy = nr.diffusion_base(nr.gpt_base(task, c, train), task, c, train)
     began = time.time()
     found: dict[str, Any] = {
         "base": nr.accuracy(policy, task, test, c),

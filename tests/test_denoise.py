@@ -645,6 +645,47 @@ def test_read_at_once_reads_every_canvas_of_a_response():
         assert (found[i, last + 1 :] == nr.grades(Odd(1, 1), b)[i]).all()
 
 
+def test_what_is_said_of_prospects_is_without_the_noise_of_tries():
+    """True prospects of 0.2 or 0.8, eight tries each."""
+    generator = nr.rng(0, "tries")
+    group = torch.arange(80_000) // 8
+    prospects = 0.2 + 0.6 * (torch.rand(80_000, generator=generator) < 0.5).float()
+    reward = torch.bernoulli(prospects, generator=generator)
+    value = torch.bernoulli(prospects[:, None].expand(-1, 8), generator=generator).mean(1)
+    nothing = torch.zeros(80_000, 1)
+    b = nr.Rollout(nothing, nothing, nothing, nothing, group)
+    found = denoise.about_prospects(value, 8, reward, b)
+    assert found["V"] == pytest.approx(0.5, abs=0.01)
+    assert found["spread"] == pytest.approx(0.3, abs=0.005)
+    # covariance 0.09; variances 0.25 and, with eight tries, 0.09 + 0.16 / 8
+    assert found["with A"] == pytest.approx(0.09 / (0.25 * 0.11) ** 0.5, abs=0.01)
+    # V of a right one is 0.68; of its group it is one of eight, the others are right in 0.5
+    assert found["D"] == pytest.approx(0.68 - (1 + 7 * 0.5) / 8, abs=0.01)
+    assert denoise.about_prospects(prospects, 1, reward, b)["spread"] == pytest.approx(
+        0.3, abs=5e-3
+    )
+
+
+def test_answers_at_once_open_what_is_written_late_by_either_clock(monkeypatch):
+    """Of 12 passes, or of those up to the last token that counts."""
+    order = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]] * 2)
+    mask = torch.tensor([[1.0] * 12, [1.0] * 4 + [0.0] * 8])
+    b = nr.Rollout(order, torch.full_like(order, 7), mask, order, GROUP[:2])
+    still_open = []
+
+    def at_once(policy, prompt, canvas, c):
+        still_open.append((canvas == c.mask_id).sum(1).tolist())
+        return torch.stack([torch.full((12,), 3), torch.full((12,), 2)])
+
+    monkeypatch.setattr(nr, "fill_at_once", at_once)
+    config = nr.replace(FULL, block=4, block_passes=4)
+    found = denoise.answers_at_once(None, Odd(1, 1), ["", ""], b, config)
+    assert still_open[:5] == [[9, 9], [8, 8], [6, 6], [4, 4], [3, 3]]
+    assert still_open[5:] == [[9, 11], [8, 10], [6, 10], [4, 10], [3, 9]]
+    assert set(found) == {"answer after", "answer after, own passes"}
+    assert all(list(each.values()) == [0.5] * 5 for each in found.values())
+
+
 def test_no_indicator_on_numbers_done_by_hand(credited):
     value = torch.tensor([1.0, 0.25, 0.5, 0.0])
     every, asked = credited("no_indicator", value, t=4)
