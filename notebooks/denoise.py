@@ -169,6 +169,12 @@ EVERY = tuple(task + arm for task in ("", COUNTDOWN) for arm in ("provers", *ARM
 Credit = Callable[[nr.PPOState, nr.Task, nr.Rollout, Tensor, nr.DenoiseConfig], Tensor]
 
 
+def accuracy_of(reward: Tensor, group: Tensor) -> Tensor:
+    """The share of right answers in the group of each response (B,), as in (6)."""
+    right = reward.clamp(min=0)  # without the penalty of a response that does not end
+    return right - nr.group_advantage(right, group, "mean")
+
+
 def progress_of(
     state: nr.PPOState,
     task: nr.Task,
@@ -184,8 +190,7 @@ def progress_of(
     if rows is None:
         rows = torch.ones_like(b.group, dtype=torch.bool)
     p, value = nr.prospects(state, task, b, rows, c)
-    accuracy = reward - nr.group_advantage(reward, b.group, "mean")
-    return p, value, (value - accuracy).nan_to_num()
+    return p, value, (value - accuracy_of(reward, b.group)).nan_to_num()
 
 
 def against_empty(
@@ -265,7 +270,7 @@ def best_of_four(
     adv = nr.group_advantage(reward, b.group, "mean")
     better = adv > 0
     _, value = nr.prospects(state, task, b, better, c)
-    progress = (1 - (reward - adv)) ** 4 - (1 - value) ** 4
+    progress = (1 - accuracy_of(reward, b.group)) ** 4 - (1 - value) ** 4
     return torch.where(better, adv + c.process_weight * progress, adv)[:, None] * b.mask
 
 
@@ -593,7 +598,7 @@ def about_prospects(value: Tensor, tries: int, reward: Tensor, b: nr.Rollout) ->
     variance = float((inside**2).sum()) / degrees
     if tries > 1:
         variance -= float((value * (1 - value)).mean()) / (tries - 1)
-    progress = value - (reward - adv)
+    progress = value - accuracy_of(reward, b.group)
     return {
         "V": float(value.mean()),
         "spread": max(variance, 0.0) ** 0.5,

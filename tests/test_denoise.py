@@ -560,6 +560,16 @@ def test_the_controls_on_numbers_done_by_hand(credited):
         assert [rows.tolist() for rows in asked] in ([], [[True, True, False, False]])
 
 
+def test_progress_of_a_control_is_that_of_the_arm(credited):
+    """A response without an end counts -1 in the reward, and 0 in the accuracy of its group."""
+    value, reward = torch.tensor([1.0, 1.0, 0.0, 0.0]), torch.tensor([1.0, 1.0, 0.0, -1.0])
+    arm, _ = credited("process", value, t=4, reward=reward)
+    for name in ("constant", "shuffled"):
+        assert torch.equal(credited(name, value, t=4, reward=reward)[0], arm)
+    best, _ = credited("best_of_four", value, t=4, reward=reward)
+    assert best[0, 0] == pytest.approx(0.75 + 0.5**4)
+
+
 def test_shuffled_gives_each_number_to_a_right_answer(credited):
     value = torch.tensor([1.0, 0.25, 0.5, 0.0])
     seen = set()
