@@ -590,7 +590,8 @@ def about_prospects(value: Tensor, tries: int, reward: Tensor, b: nr.Rollout) ->
     """Whether V (B,) can tell the responses of a problem apart, and what (6) makes of it.
 
     spread: the deviation of V within a problem, without the part that is the noise of so many
-    tries. with A: the correlation of V and reward there. D: of the responses that beat their group.
+    tries. with A: the correlation of V and reward there. A and D: of the responses that beat their
+    group, which (7) adds.
     """
     adv = nr.group_advantage(reward, b.group, "mean")
     inside = nr.group_advantage(value, b.group, "mean")
@@ -603,6 +604,7 @@ def about_prospects(value: Tensor, tries: int, reward: Tensor, b: nr.Rollout) ->
         "V": float(value.mean()),
         "spread": max(variance, 0.0) ** 0.5,
         "with A": float(F.cosine_similarity(inside, adv, dim=0)),
+        "A": float(adv[adv > 0].mean()),
         "D": float(progress[adv > 0].mean()),
     }
 

@@ -669,6 +669,7 @@ def test_what_is_said_of_prospects_is_without_the_noise_of_tries():
     assert found["spread"] == pytest.approx(0.3, abs=0.005)
     # covariance 0.09; variances 0.25 and, with eight tries, 0.09 + 0.16 / 8
     assert found["with A"] == pytest.approx(0.09 / (0.25 * 0.11) ** 0.5, abs=0.01)
+    assert found["A"] == pytest.approx(1 - (1 + 7 * 0.5) / 8, abs=0.01)
     # V of a right one is 0.68; of its group it is one of eight, the others are right in 0.5
     assert found["D"] == pytest.approx(0.68 - (1 + 7 * 0.5) / 8, abs=0.01)
     assert denoise.about_prospects(prospects, 1, reward, b)["spread"] == pytest.approx(
