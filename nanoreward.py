@@ -3544,7 +3544,12 @@ def outcome(state: PPOState, task: Task, b: Rollout, reward: Tensor, c: DenoiseC
 
 
 def process(state: PPOState, task: Task, b: Rollout, reward: Tensor, c: DenoiseConfig) -> Tensor:
-    """(7) more for a response that was on the right way at a random pass, less for a wrong way."""
+    """(7) more for a response that was on the right way at a random pass, less for a wrong way.
+
+    In arithmetic it loses: (6) compares the short tail with the policy, which is far better, so D
+    is negative for most right answers. After 25 updates 49 % of the test problems are right, and
+    84 % with the outcome alone. With D shuffled it is 60 %: the weight does the harm.
+    """
     better = group_advantage(reward, b.group, "mean") > 0
     _, half_way = prospects(state, task, b, better, c)
     adv = denoise_advantage(reward, half_way, b.group, c.process_weight)

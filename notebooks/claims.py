@@ -260,10 +260,6 @@ SOLVING = {
     "start_data": round(REST * nr.SelfRewardingConfig.start_data),
     "start_updates": round(REST * nr.SelfRewardingConfig.start_updates),
 }
-# With so many updates the outcome alone draws as many samples as `process` does in all: measured at
-# laptop size, 14,692 and on Sudoku 11,958 where the outcome has 6,400.
-MORE = {"updates": round(14692 / 6400 * SMALL["denoise"]["updates"])}
-SUDOKU_MORE = {"updates": round(11958 / 6400 * SMALL["denoise"]["updates"])}
 ARMS: dict[str, Arm] = {
     "gae": Arm(measure_ppo),
     "grpo": Arm(measure_ppo, numbers={"arm": "grpo"}),
@@ -304,22 +300,11 @@ ARMS: dict[str, Arm] = {
     "short": Arm(inside.measure, "short"),
     "positive_only": Arm(inside.measure, "none", {"c_neg": 0.0}),
     "negative_only": Arm(inside.measure, "none", {"c_pos": 0.0}),
-    "d_outcome": Arm(denoise.measure, "outcome"),
-    "d_process": Arm(denoise.measure, "process"),
-    "d_shared": Arm(denoise.measure, "shared"),
-    "d_n1": Arm(denoise.measure, "n1"),
-    "d_n8": Arm(denoise.measure, "n8"),
-    "d_no_indicator": Arm(denoise.measure, "no_indicator"),
-    "d_segments": Arm(denoise.measure, "segments"),
-    "d_fixed_t": Arm(denoise.measure, "fixed_t"),
+    "d_mean_field": Arm(denoise.measure, "mean_field"),
     "d_coupled": Arm(denoise.measure, "coupled"),
     "d_mu8": Arm(denoise.measure, "mu8"),
     "d_mu8_p15": Arm(denoise.measure, "mu8", {"masked": 0.15}),
     "d_mu8_p50": Arm(denoise.measure, "mu8", {"masked": 0.5}),
-    "d_outcome_more": Arm(denoise.measure, "outcome_more", MORE),
-    "sudoku_outcome": Arm(denoise.measure, "sudoku_outcome"),
-    "sudoku_process": Arm(denoise.measure, "sudoku_process"),
-    "sudoku_outcome_more": Arm(denoise.measure, "sudoku_outcome_more", SUDOKU_MORE),
 }
 
 
@@ -354,6 +339,9 @@ class Claim:
     no worse   the same with -`least`
     equal      reproduced if it lies within +-`least`, not reproduced if outside
     Everything else is undecided.
+
+    A claim is judged by runs of its own at the sizes of SMALL, or, at_laptop_size, by those that
+    notebooks/denoise.py has made; its arms have the prefix `d_` here.
     """
 
     id: str
@@ -365,6 +353,7 @@ class Claim:
     effect: Callable[..., float]
     least: float = 0.02
     rule: str = "above"
+    at_laptop_size: bool = False
 
     def verdict(self, low: float, high: float) -> str:
         """By the rule."""
@@ -469,11 +458,6 @@ def policy(reward: str, key: str, other: str) -> Callable[[dict], float]:
         return a["found"].get(name, a["found"][SCALAR])[key]
 
     return lambda a: of(a, reward) - of(a, other)
-
-
-def lost(passes: str) -> Callable[[dict], float]:
-    """What fewer passes cost."""
-    return lambda a: a["found"]["greedy, passes"]["1"] - a["found"]["greedy, passes"][passes]
 
 
 IRPO, GLORE, SRLM = "2404.19733", "2402.10963", "2401.10020"
@@ -1124,124 +1108,56 @@ CLAIMS = [
     ),
     # denoising process reward, and its baseline
     Claim(
+        id="C3.0",
+        paper=SAPO,
+        claim="a prover that is the policy itself adds nothing but noise",
+        paper_numbers="a theorem of 2410.08146",
+        metric="greedy",
+        arms=("d_canvas", "d_outcome"),
+        effect=greedy,
+        least=0.03,
+        rule="equal",
+        at_laptop_size=True,
+    ),
+    Claim(
         id="C3.1",
         paper=SAPO,
         claim="the process reward beats the outcome alone at equal updates: arithmetic",
         paper_numbers="82.1 against 81.9 (GSM8K, best of lengths)",
         metric="greedy",
-        arms=("d_process", "d_outcome"),
+        arms=("d_tail", "d_outcome"),
         effect=greedy,
+        at_laptop_size=True,
     ),
     Claim(
-        id="C3.1b",
+        id="C3.1f",
         paper=SAPO,
-        claim="at equal updates: a planning task",
-        paper_numbers="Sudoku 22.4 against 18.4, Countdown 56.3 against 37.1",
-        metric="greedy, 4x4 Sudoku",
-        arms=("sudoku_process", "sudoku_outcome"),
+        claim="what the prover tells beats the same weight without it",
+        paper_numbers="no such control",
+        metric="greedy: (7) minus (7) with D shuffled",
+        arms=("d_tail", "d_tail_shuffled"),
         effect=greedy,
+        at_laptop_size=True,
     ),
     Claim(
-        id="C3.1c",
+        id="C3.1w",
         paper=SAPO,
-        claim="and at equal samples: arithmetic",
-        paper_numbers="not reported",
+        claim="a weak prover should be compared with its own start, not with the policy",
+        paper_numbers="ours, after 2410.08146",
+        metric="greedy: V - V(empty canvas) minus V - accuracy",
+        arms=("d_own_tail", "d_tail"),
+        effect=greedy,
+        at_laptop_size=True,
+    ),
+    Claim(
+        id="C3.1x",
+        paper=SAPO,
+        claim="and then beats the outcome alone",
+        paper_numbers="ours, after 2410.08146",
         metric="greedy",
-        arms=("d_process", "d_outcome_more"),
+        arms=("d_own_tail", "d_outcome"),
         effect=greedy,
-    ),
-    Claim(
-        id="C3.1d",
-        paper=SAPO,
-        claim="and at equal samples: a planning task",
-        paper_numbers="not reported",
-        metric="greedy, 4x4 Sudoku",
-        arms=("sudoku_process", "sudoku_outcome_more"),
-        effect=greedy,
-    ),
-    Claim(
-        id="C3.1e",
-        paper=SAPO,
-        claim="and more so in planning",
-        paper_numbers="Countdown 19 points, GSM8K 0.2",
-        metric="that gain at equal updates: Sudoku minus arithmetic",
-        arms=("sudoku_process", "sudoku_outcome", "d_process", "d_outcome"),
-        effect=lambda a, b, c, d: greedy(a, b) - greedy(c, d),
-    ),
-    Claim(
-        id="C3.2",
-        paper=SAPO,
-        claim="the answer half way is better",
-        paper_numbers="qualitative",
-        metric="right if read after half of the steps",
-        arms=("d_process", "d_outcome"),
-        effect=lambda a, b: a["found"]["answer after"]["0.5"] - b["found"]["answer after"]["0.5"],
-    ),
-    Claim(
-        id="C3.3",
-        paper=SAPO,
-        claim="fewer sampling steps cost less",
-        paper_numbers="Table 3, not seen",
-        metric="lost with half of the passes: outcome minus process",
-        arms=("d_outcome", "d_process"),
-        effect=lambda a, b: lost("1/2")(a) - lost("1/2")(b),
-    ),
-    Claim(
-        id="C3.4",
-        paper=SAPO,
-        claim="more branches help",
-        paper_numbers="N ablation, not seen",
-        metric="greedy: N = 8 minus 1",
-        arms=("d_n8", "d_n1"),
-        effect=greedy,
-    ),
-    Claim(
-        id="C3.5",
-        paper=SAPO,
-        claim="the indicator is needed",
-        paper_numbers="not reported",
-        metric="greedy: with minus without",
-        arms=("d_process", "d_no_indicator"),
-        effect=greedy,
-    ),
-    Claim(
-        id="C3.5b",
-        paper=SAPO,
-        claim="a t drawn at random beats a fixed one",
-        paper_numbers="not reported",
-        metric="greedy: random minus half way",
-        arms=("d_process", "d_fixed_t"),
-        effect=greedy,
-    ),
-    Claim(
-        id="C3.6",
-        paper=SAPO,
-        claim="credit for each stretch beats credit for all tokens",
-        paper_numbers="ours, not the paper's",
-        metric="greedy",
-        arms=("d_segments", "d_process"),
-        effect=greedy,
-    ),
-    Claim(
-        id="C3.7",
-        paper=SAPO,
-        claim="shared states beat the outcome alone with the same samples",
-        paper_numbers="v2 may do so",
-        metric="greedy",
-        arms=("d_shared", "d_outcome"),
-        effect=greedy,
-    ),
-    Claim(
-        id="C3.8",
-        paper=SAPO,
-        claim="right answers have right steps more often",
-        paper_numbers="examples only",
-        metric="right answers with only right steps: process minus outcome",
-        arms=("d_process", "d_outcome"),
-        effect=lambda a, b: (
-            a["found"]["right answers with right steps"]
-            - b["found"]["right answers with right steps"]
-        ),
+        at_laptop_size=True,
     ),
     Claim(
         id="C2.1",
@@ -1267,8 +1183,18 @@ CLAIMS = [
         claim="a coupled estimate of the likelihood trains better than the mean field",
         paper_numbers="EvalPlus + 4.4 % by the whole method",
         metric="greedy",
-        arms=("d_coupled", "d_outcome"),
+        arms=("d_coupled", "d_mean_field"),
         effect=greedy,
+    ),
+    Claim(
+        id="C2.5",
+        paper=D1,
+        claim="log-probs on the sampler's own canvases train better than the mean field",
+        paper_numbers="ours; the paper has the mean field",
+        metric="greedy",
+        arms=("d_outcome", "d_mean_field"),
+        effect=greedy,
+        at_laptop_size=True,
     ),
     Claim(
         id="C2.3",
@@ -1381,35 +1307,25 @@ WHY: dict[str, str] = {
         "No difference at either size: a judge that does not get better (C7.2) may as well be "
         "frozen."
     ),
-    "C3.1": "Positive on average at both sizes, and smaller than what seeds do.",
-    "C3.1b": (
-        "At laptop size there is no difference. (7) speaks of responses that beat their group, a "
-        "fifth of all on Sudoku (denoise.json), and pushes those unequally that go up anyway."
+    "C3.1": (
+        "(6) compares a weak prover with the policy's own accuracy: D is about -0.36 for right "
+        "answers, whose advantage is no larger, and pushes them down. C3.1f asks whether what the "
+        "prover tells makes up for some of that, C3.1w measures it by its own start."
     ),
-    "C3.1c": "What four branches cost is as well spent on more updates, at either size.",
-    "C3.1d": "As C3.1b and C3.1c; no difference at laptop size.",
-    "C3.1e": "As C3.1b; no difference at laptop size.",
-    "C3.2": (
-        "At neither size. At laptop size what is read after a quarter of the steps is better "
-        "(denoise.json), but few answers are there so early: this model writes from left to right."
+    "C3.1f": (
+        "Both lose, and which of them loses more differs from seed to seed: the weight does the "
+        "harm, whatever is told."
     ),
-    "C3.3": (
-        "At neither size: several tokens a pass are drawn independently, whoever was paid for what."
+    "C3.1w": (
+        "Better in every seed, by 11 to 80 points; one of the five breaks down under (7), which "
+        "makes the interval wide."
     ),
-    "C3.4": "At neither size: how well V is known does not matter where D adds this little.",
-    "C3.5": "Clear at neither size; on average the indicator helps, by less than seeds differ.",
-    "C3.5b": "At neither size: any state between the first and the last says the same.",
-    "C3.6": (
-        "At neither size: a stretch of one response is judged by four samples, and that noise is "
-        "paid for too."
-    ),
-    "C3.7": "At neither size: a group of eight with shared states has fewer different responses.",
-    "C3.8": "Clear at neither size: of the right answers most have right steps already.",
+    "C3.1x": "No difference: without the harm there is no gain either.",
     "C2.1": (
         "A prompt has ten tokens here, so hiding 15 % hides a digit and asks another problem; and "
-        "eight passes do no harm without it (denoise.json: 0.542 with eight, 0.540 with two)."
+        "eight passes do no harm without it."
     ),
-    "C2.4": "Twelve updates are too few to tell; at laptop size it gains eleven points.",
+    "C2.4": "Twelve updates are too few to tell. C2.5 gains more by another estimate.",
 }
 
 
@@ -1461,6 +1377,9 @@ def judge(claim: Claim, found: dict[str, dict[int, dict]]) -> dict | None:
     runs = [found[arm][seed] for arm in claim.arms for seed in said["seeds"]]
     seeds = " ".join(str(seed) for seed in said["seeds"])
     threads = runs[0]["threads"]
+    script = f"claims.py {claim.id}"
+    if claim.at_laptop_size:
+        script = " ".join(["denoise.py", *(arm.removeprefix("d_") for arm in claim.arms)])
     return {
         "id": claim.id,
         "paper": claim.paper,
@@ -1470,7 +1389,7 @@ def judge(claim: Claim, found: dict[str, dict[int, dict]]) -> dict | None:
         "rule": RULES[claim.rule].format(claim.least),
         **said,
         "why": "" if said["verdict"] == "reproduced" else WHY.get(claim.id, ""),
-        "command": f"python notebooks/claims.py {claim.id} --seeds {seeds} --threads {threads}",
+        "command": f"python notebooks/{script} --seeds {seeds} --threads {threads}",
         "commit": " ".join(sorted({run["commit"] for run in runs})),
         "machine": runs[0]["machine"],
         "torch": runs[0]["torch"],
@@ -1494,8 +1413,8 @@ def at_laptop_size() -> dict[str, dict[int, dict]]:
                 found[name][result["seed"]] = {"found": both}
     for part, prefix in (("preferences", ""), ("inside", ""), ("denoise", "d_")):
         for arm, kept in read_result(part).items():
-            name = arm if arm.startswith("sudoku") else prefix + arm
-            found[name] = {job["seed"]: job for job in kept["seeds"]}
+            common = {key: kept[key] for key in ("threads", "machine", "torch")}
+            found[prefix + arm] = {job["seed"]: common | job for job in kept["seeds"]}
     return found
 
 
@@ -1509,11 +1428,13 @@ def collect() -> list[dict]:
     lines = []
     large = at_laptop_size()
     for claim in CLAIMS:
-        if line := judge(claim, found) or before.get(claim.id):
+        line = judge(claim, large if claim.at_laptop_size else found) or before.get(claim.id)
+        if line:
             try:
-                line["laptop"] = weigh(claim, effects(claim, large))
+                again = None if claim.at_laptop_size else weigh(claim, effects(claim, large))
             except KeyError:  # what was not kept there
-                line["laptop"] = None
+                again = None
+            line["laptop"] = again
             lines.append(line)
     front.write_text(OUT, "[\n" + ",\n".join(map(json.dumps, lines)) + "\n]\n")
     return lines
@@ -1543,7 +1464,8 @@ def table(lines: list[dict]) -> str:
 
 def main() -> None:
     """Run what is not there yet, then judge all there is."""
-    run(__doc__, ARMS, JOBS, measure, {claim.id: claim.arms for claim in CLAIMS})
+    own = {claim.id: claim.arms for claim in CLAIMS if not claim.at_laptop_size}
+    run(__doc__, ARMS, JOBS, measure, own)
     print(table(collect()))
 
 

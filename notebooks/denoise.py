@@ -43,7 +43,6 @@ from notebooks.preferences import band  # noqa: E402
 
 JOBS = ROOT / "runs" / "denoise"
 OUT = ROOT / "notebooks" / "results" / "denoise.json"
-LIKELIHOOD = ROOT / "notebooks" / "results" / "likelihood.json"
 # An arm with this prefix trains on countdown, the others on arithmetic.
 COUNTDOWN = "countdown_"
 # Every arm has so many updates, and `outcome_more` so many times as many: about as many samples as
@@ -140,27 +139,6 @@ CONTROLS = {
 }
 CONTROLS |= dict.fromkeys(("base", "once", "best_of_4", "tail_centred"), OF_ALL)
 CONTROLS |= dict.fromkeys(("no_indicator", "segments", "read_along"), OF_ALL)
-# The arms that the tables show: those of the mean field, as they were measured last.
-SHOWN = {
-    "outcome": "the outcome alone",
-    "process": "process reward, N = 4",
-    "n1": "N = 1",
-    "n2": "N = 2",
-    "n8": "N = 8",
-    "outcome_more": "the outcome alone, samples of the process reward",
-    "shared": "shared states, nothing more drawn",
-    "no_indicator": "without the indicator",
-    "leave_one_out": "V(x_T) without the response itself",
-    "segments": "each stretch its own",
-    "fixed_t": "t half way",
-    "p05": "outcome, 5 % of the prompt hidden",
-    "p15": "outcome, 15 %",
-    "p50": "outcome, 50 %",
-    "mu1": "outcome, one pass a batch",
-    "mu8": "outcome, eight passes",
-    "coupled": "outcome, coupled masks",
-}
-MAIN = ("outcome", "outcome_more", "process", "shared")
 EVERY = tuple(task + arm for task in ("", COUNTDOWN) for arm in ("provers", *ARMS))
 
 
@@ -767,33 +745,20 @@ def measure(
 # ---- what the README shows ----------------------------------------------------------------------
 
 
-def about_jobs(arm: str, jobs: list[dict]) -> dict[str, Any]:
-    """What is kept of an arm: how it was measured, and what was found with each seed."""
-    for job in jobs:
-        job["found"].pop("transcripts", None)
-    each = [{k: job[k] for k in ("seed", "commit", "seconds", "found")} for job in jobs]
-    return about_arm("denoise", arm, jobs) | {"seeds": each}
-
-
 def collect() -> dict:
-    """All jobs but those of the estimates -> OUT; transcripts of the first seed only."""
+    """All jobs -> OUT; an arm that was not run here keeps its line.
+
+    Transcripts of the outcome's first seed only.
+    """
     kept = read_arms(OUT)
     for arm in EVERY:
-        jobs = read_jobs(JOBS, arm)
-        if jobs and arm not in LIKELIHOODS:
-            shown = jobs[0]["found"]["transcripts"]
-            kept[arm] = {"transcripts": shown} | about_jobs(arm, jobs)
-    write_arms(OUT, kept)
-    return kept
-
-
-def collect_likelihoods() -> dict:
-    """The jobs of the estimates -> LIKELIHOOD."""
-    kept = {}
-    for arm in LIKELIHOODS:
         if jobs := read_jobs(JOBS, arm):
-            kept[arm] = about_jobs(arm, jobs)
-    write_arms(LIKELIHOOD, kept)
+            shown = [job["found"].pop("transcripts", None) for job in jobs]
+            each = [{k: job[k] for k in ("seed", "commit", "seconds", "found")} for job in jobs]
+            kept[arm] = about_arm("denoise", arm, jobs) | {"seeds": each}
+            if arm == "outcome":
+                kept[arm]["transcripts"] = shown[0]
+    write_arms(OUT, kept)
     return kept
 
 
@@ -812,37 +777,18 @@ def minus(kept: dict, arm: str, other: str, *path: str) -> list[float]:
     return [x - two[seed] for seed, x in one.items() if seed in two]
 
 
-def dev_curves(kept: dict, arm: str) -> list[list[list[float]]]:
-    """The points of each seed's curve at which dev was looked at."""
-    curves = numbers(kept, arm, "curve").values()
-    return [[point for point in curve if point[2] is not None] for curve in curves]
-
-
-def main_table(kept: dict, prefix: str) -> list[str]:
-    """The main arms on one task; its name is the prefix of its arms."""
-    main = [prefix + arm for arm in MAIN]
-    last = ("worst seed", "largest drop on dev", "samples")
-    lines = head(prefix[:-1] or "arithmetic", "greedy", "sampled", *last)
-
-    def cell(arm: str, key: str) -> str:
-        return front.interval(list(numbers(kept, arm, key).values()))
-
-    base = cell(main[0], "base"), cell(main[0], "base sampled")
-    lines.append(row("the base", *base, "", "", ""))
-    for arm in main:
-        worst = min(numbers(kept, arm, "greedy").values())
-        drawn = mean(numbers(kept, arm, "samples").values())
-        cells = [cell(arm, key) for key in ("greedy", "sampled")]
-        cells += [f"{worst:.3f}", cell(arm, "largest drop"), f"{drawn:,.0f}"]
-        lines.append(row(SHOWN[arm.removeprefix(prefix)], *cells))
-    return lines
+def best_control(kept: dict, task: str, arm: str, *path: str) -> str | None:
+    """Of the controls of an arm that were run, the one that is best on average."""
+    there = [task + x for x in CONTROLS.get(arm, ()) if task + x in kept]
+    means = {x: mean(numbers(kept, x, *path).values()) for x in there}
+    return max(means, key=means.__getitem__, default=None)
 
 
 def likelihood_table(kept: dict) -> list[str]:
     """The estimates of the likelihood, under the outcome alone."""
     titles = ["greedy", "minus mean field", "sampled", "own samples agree", "nats", "seconds"]
     lines = head("log-prob of a token", *titles)
-    for arm in kept:
+    for arm in (arm for arm in LIKELIHOODS if arm in kept):
         title = "each token on the sampler's own canvas" if arm == "outcome" else TITLES[arm]
         gap = minus(kept, arm, "mean_field", "greedy")
         cells = [front.interval(list(numbers(kept, arm, "greedy").values()))]
@@ -854,73 +800,110 @@ def likelihood_table(kept: dict) -> list[str]:
     return lines
 
 
-def gain_table(kept: dict) -> list[str]:
-    """What the process reward adds to the outcome alone."""
-    both = [
-        f"{task}, equal {x}" for task in ("arithmetic", "sudoku") for x in ("updates", "samples")
-    ]
-    lines = head("process minus outcome", *both)
-    rows = {"greedy": ("greedy",), "sampled": ("sampled",)}
-    for at in ("0.25", "0.5", "0.75"):
-        rows[f"read after {float(at):.0%} of the steps"] = ("answer after", at)
-    for passes in ("1/2", "1/4", "1/8"):
-        rows[f"greedy, {passes} of the passes"] = ("greedy, passes", passes)
-    steps = ("right answers with right steps", "wrong answers with right steps")
-    rows |= {key: (key,) for key in steps}
-    for title, path in rows.items():
-        cells = []
-        for prefix in ("", "sudoku_"):
-            for other in ("outcome", "outcome_more"):
-                if prefix and title in steps:  # what is written there has no steps
-                    cells.append("")
-                else:
-                    gap = minus(kept, prefix + "process", prefix + other, *path)
-                    cells.append(front.interval(gap))
-        lines.append(row(title, *cells))
+def provers_table(kept: dict) -> list[str]:
+    """What the provers say of the base's canvases."""
+    titles = ["mean V", "spread in a problem", "correlation with A", "A where A > 0", "D there"]
+    lines = head("prover", *titles)
+    tasks = [task for task in ("", COUNTDOWN) if task + "provers" in kept]
+    for task in tasks:
+        for prover in ASKED:
+            cells = []
+            for key in ("V", "spread", "with A", "A", "D"):
+                by_seed = numbers(kept, task + "provers", prover, key)
+                cells.append(front.interval(list(by_seed.values())))
+            lines.append(row(f"{task[:-1] or 'arithmetic'}, {prover}", *cells))
     return lines
 
 
-def arms_table(kept: dict) -> list[str]:
-    """All arms on arithmetic."""
-    titles = ["greedy", "minus process", "minus outcome", "worst seed"]
-    titles += ["dev after 5", "15", "25 updates", "seeds"]
-    lines = head("arms, arithmetic", *titles)
-    for arm in (arm for arm in SHOWN if arm in kept):
-        greedy = list(numbers(kept, arm, "greedy").values())
-        cells = [front.interval(greedy)]
-        for other in ("process", "outcome"):
-            gap = minus(kept, arm, other, "greedy")
-            cells.append(front.interval(gap) if other != arm else "")
-        cells.append(f"{min(greedy):.3f}")
-        looked = dev_curves(kept, arm)
-        cells += [f"{mean(points[i][2] for points in looked):.3f}" for i in (0, 2, 4)]
-        lines.append(row(SHOWN[arm], *cells, str(len(looked))))
+def credits_of(kept: dict, task: str) -> list[str]:
+    """The arms of a task that the tables of credits show, without the task's prefix."""
+    others = set(LIKELIHOODS) - {"outcome"} | {"mu8"}
+    return [arm for arm in ARMS if arm not in others and task + arm in kept]
+
+
+def compared(kept: dict, task: str, arm: str, *path: str) -> list[str]:
+    """Three cells: a number of an arm, minus the outcome's, minus that of its best control."""
+    cells = [front.interval(list(numbers(kept, task + arm, *path).values()))]
+    gap = minus(kept, task + arm, task + "outcome", *path)
+    cells.append(front.interval(gap) if arm != "outcome" else "")
+    control = best_control(kept, task, arm, *path)
+    cells.append(front.interval(minus(kept, task + arm, control, *path)) if control else "")
+    return cells
+
+
+def final_table(kept: dict, task: str) -> list[str]:
+    """What each credit ends with."""
+    titles = ["greedy", "minus outcome", "minus best control", "sampled", "worst seed", "samples"]
+    lines = head(task[:-1] or "arithmetic", *titles)
+    base = [list(numbers(kept, task + "outcome", key).values()) for key in ("base", "base sampled")]
+    greedy, sampled = map(front.interval, base)
+    lines.append(row("the base", greedy, "", "", sampled, f"{min(base[0]):.3f}", ""))
+    for arm in credits_of(kept, task):
+        cells = compared(kept, task, arm, "greedy")
+        cells.append(front.interval(list(numbers(kept, task + arm, "sampled").values())))
+        cells.append(f"{min(numbers(kept, task + arm, 'greedy').values()):.3f}")
+        drawn = mean(numbers(kept, task + arm, "samples").values())
+        lines.append(row(TITLES[arm], *cells, f"{drawn:,.0f}"))
+    return lines
+
+
+def on_the_way_table(kept: dict, task: str) -> list[str]:
+    """What each credit does to the answer at once, and to what the responses look like."""
+    name = task[:-1] or "arithmetic"
+    titles = ["at once after 50 %", "after 62 %", "minus outcome", "minus best control"]
+    titles += ["after 75 %", "after 62 % of its own", "half the passes", "tokens"]
+    titles.append("right with right steps")
+    lines = head(name, *titles)
+    for arm in credits_of(kept, task):
+
+        def cell(*path: str, arm: str = arm) -> str:
+            return front.interval(list(numbers(kept, task + arm, *path).values()))
+
+        cells = [cell("answer after", "0.5")]
+        cells += compared(kept, task, arm, "answer after", "0.625")
+        cells += [cell("answer after", "0.75"), cell("answer after, own passes", "0.625")]
+        cells += [cell("greedy, passes", "1/2"), cell("tokens")]
+        cells.append(cell("right answers with right steps"))
+        lines.append(row(TITLES[arm], *cells))
     return lines
 
 
 def tables(kept: dict) -> str:
     """The README's tables, as Markdown: mean and 95 % interval over seeds."""
-    lines = main_table(kept, "") + main_table(kept, "sudoku_")
-    return "\n".join(lines + gain_table(kept) + arms_table(kept)).strip()
+    lines = likelihood_table(kept) + provers_table(kept) + final_table(kept, "")
+    if COUNTDOWN + "outcome" in kept:
+        lines += final_table(kept, COUNTDOWN) + on_the_way_table(kept, COUNTDOWN)
+    return "\n".join(lines).strip()
 
 
-def draw_curves(kept: dict, left: Any, middle: Any) -> None:
-    """Accuracy over samples, and what is right half way."""
-    for i, arm in enumerate(arm for arm in MAIN if arm in kept):
-        looked = dev_curves(kept, arm)
-        drawn = [mean(x[0] for x in looks) / 1000 for looks in zip(*looked, strict=True)]
-        band(left, drawn, [[x[2] for x in looks] for looks in looked], f"C{i}", SHOWN[arm])
-        seeds = list(numbers(kept, arm, "answer after").values())
-        shares = [float(k) for k in seeds[0]]
-        band(middle, shares, [list(s.values()) for s in seeds], f"C{i}", arm, marker="o")
-    base = mean(numbers(kept, "outcome", "base").values())
-    left.axhline(base, color="0.4", ls="--", lw=1)
-    place = {"transform": left.get_yaxis_transform(), "ha": "right", "va": "top"}
-    left.text(0.99, base - 0.015, "base, test", **place)
-    left.set(title="learning, bands: 95 % over seeds", xlabel="thousand samples drawn")
-    left.set(ylabel="greedy accuracy, dev", xlim=(0, None), ylim=(0, 0.8))
-    middle.set(title="intermediate answers", xlabel="share of the steps taken")
-    middle.set(ylabel="right if read now, test", xticks=(0, 0.25, 0.5, 0.75), ylim=(0, 0.4))
+def draw_gains(kept: dict, task: str, axes: Any) -> None:
+    """Greedy accuracy of each arm minus that of the outcome alone; controls in grey."""
+    shown = [arm for arm in credits_of(kept, task) if arm != "outcome"]
+    controls = {control for names in CONTROLS.values() for control in names}
+    for y, arm in enumerate(reversed(shown)):
+        gap = minus(kept, task + arm, task + "outcome", "greedy")
+        color = "0.6" if arm in controls else "C0"
+        axes.errorbar(mean(gap), y, xerr=front.half_width(gap), fmt="o", ms=4, color=color)
+    names = [TITLES[arm] for arm in reversed(shown)]
+    axes.set_yticks(range(len(shown)), names, fontsize=7)
+    axes.axvline(0, color="0.4", lw=1)
+    axes.set_title(
+        f"{task[:-1] or 'arithmetic'}: greedy minus the outcome's, five seeds", fontsize=10
+    )
+
+
+def draw_early(kept: dict, task: str, axes: Any) -> None:
+    """What is right if the rest is written at once."""
+    main = [
+        arm for arm in ("outcome", "tail", "own_tail", "paid_once", "short") if task + arm in kept
+    ]
+    for i, arm in enumerate(main):
+        seeds = list(numbers(kept, task + arm, "answer after").values())
+        shares = [float(share) for share in seeds[0]]
+        band(axes, shares, [list(s.values()) for s in seeds], f"C{i}", TITLES[arm], marker="o")
+    axes.set_title(f"{task[:-1]}: the answer at once, 95 % over seeds", fontsize=10)
+    axes.set(xlabel="share of the passes taken", ylabel="right, test", xticks=shares)
+    axes.legend(frameon=False, fontsize=7)
 
 
 def draw_response(shown: dict, top: Any, low: Any) -> Any:
@@ -939,40 +922,44 @@ def draw_response(shown: dict, top: Any, low: Any) -> Any:
     top.scatter(range(last), shown["value"][:last], c=colors, edgecolors="C2", zorder=3)
     ends = "right" if task.grade(shown["prompt"], shown["response"]) == 1 else "wrong"
     response = shown["response"].removesuffix("<eos>")
-    top.set(title=f"{shown['prompt']}  answered {response} ({ends})")
-    top.set(xlabel="step", ylabel="V(x_t), mean of 16 branches", ylim=(-0.05, 1.05))
-    says = "what would be written now:\nfilled if right, white if wrong"
-    top.text(0.98, 0.95, says, transform=top.transAxes, ha="right", va="top")
+    top.set_title(f"{shown['prompt']}  answered {response} ({ends})", fontsize=10)
+    top.set(xlabel="pass", ylabel="V, 16 branches", ylim=(-0.05, 1.05))
+    says = "what would be written at once:\nfilled if right, white if wrong"
+    top.text(0.98, 0.05, says, transform=top.transAxes, ha="right", va="bottom", fontsize=8)
 
     dots = low.scatter(order, range(len(tokens)), c=sure, cmap="viridis", s=150, vmin=0, vmax=1)
     centred = {"ha": "center", "va": "center", "fontsize": 7}
     for place, (step, token, p) in enumerate(zip(order, tokens, sure, strict=True)):
         low.text(step, place, token.strip("<>")[:3], color="wk"[p > 0.6], **centred)
-    low.set(title="which token at which step", xlabel="step", ylabel="place in the response")
+    low.set_title("which token in which pass", fontsize=10)
+    low.set(xlabel="pass", ylabel="place in the response")
     low.set(xlim=top.get_xlim(), ylim=(len(tokens), -1))
     return dots
 
 
 def picture(kept: dict) -> None:
-    """Accuracy over samples, what is right half way, and a reward that flows along a response."""
+    """A row for each task: gains beside controls; how a response was written, or early answers."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 6.8), layout="constrained")
-    (left, top), (middle, low) = figure.subplots(2, 2, width_ratios=(1, 1.2))
-    draw_curves(kept, left, middle)
-    handles = left.get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=2, frameon=False)
+    tasks = [task for task in ("", COUNTDOWN) if task + "outcome" in kept]
+    figure = Figure(figsize=(12, 4.6 * len(tasks)), layout="constrained")
+    parts = figure.subfigures(len(tasks), 2, squeeze=False)
+    for task, (left, right) in zip(tasks, parts, strict=True):
+        draw_gains(kept, task, left.subplots())
+        if task == COUNTDOWN:
+            draw_early(kept, task, right.subplots())
+    top, low = parts[0, 1].subplots(2)
     # The response whose prospects change most.
-    shown = max(kept["process"]["transcripts"], key=lambda t: max(t["value"]) - min(t["value"]))
+    transcripts = kept["outcome"]["transcripts"]
+    shown = max(transcripts, key=lambda t: max(t["value"]) - min(t["value"]))
     dots = draw_response(shown, top, low)
-    figure.colorbar(dots, ax=low, label="probability of the token")
-    nr.write_whole(OUT.with_suffix(".png"), lambda p: figure.savefig(p, format="png", dpi=110))
+    parts[0, 1].colorbar(dots, ax=low, label="probability of the token")
+    nr.write_whole(OUT.with_suffix(".png"), lambda p: figure.savefig(p, format="png", dpi=100))
 
 
 def main() -> None:
     """Run what is not there yet, then tables and picture of all there is."""
     run(__doc__, EVERY, JOBS, measure)
-    print("\n".join(likelihood_table(collect_likelihoods())))
     kept = collect()
     print(tables(kept))
     picture(kept)

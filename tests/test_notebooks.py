@@ -137,11 +137,12 @@ def test_every_claim_compares_arms_that_there_are_by_a_rule_of_its_own():
     papers = {c.paper for c in claims.CLAIMS}
     assert {claims.IRPO, claims.GLORE, claims.SRLM, claims.S2S, claims.SAPO, claims.PPO} <= papers
     for claim in claims.CLAIMS:
-        assert (
-            set(claim.arms) <= set(claims.ARMS) and claim.rule in claims.RULES and claim.least > 0
-        )
-    used = {arm for claim in claims.CLAIMS for arm in claim.arms}
+        assert claim.rule in claims.RULES and claim.least > 0
+    own = [claim for claim in claims.CLAIMS if not claim.at_laptop_size]
+    used = {arm for claim in own for arm in claim.arms}
     assert set(claims.ARMS) == used  # an arm that nobody asks for is time for nothing
+    there = set(claims.at_laptop_size())
+    assert all(set(claim.arms) <= there for claim in claims.CLAIMS if claim.at_laptop_size)
 
 
 def test_the_claims_at_laptop_size_are_those_of_the_committed_runs():
@@ -149,7 +150,7 @@ def test_the_claims_at_laptop_size_are_those_of_the_committed_runs():
     assert set(large["gae"]) == set(large["grpo"]) == set(large["rloo"]) == set(range(5))
     kept = {x["id"]: x["laptop"] for x in json.loads(claims.OUT.read_text())}
     compared = [claim for claim in claims.CLAIMS if kept[claim.id]]
-    assert len(compared) >= 59
+    assert len(compared) >= 45
     for claim in compared:
         assert kept[claim.id] == claims.weigh(claim, claims.effects(claim, large)), claim.id
 
