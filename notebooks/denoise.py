@@ -60,7 +60,6 @@ ARMS: dict[str, dict[str, Any]] = {
     # How the likelihood is estimated, under the outcome alone.
     "mean_field": {},
     "coupled": {},
-    "block_by_block": {},
     "with_place": {},
     "mu8": {"epochs": 8},
     # (7), with several provers.
@@ -79,8 +78,6 @@ ARMS: dict[str, dict[str, Any]] = {
     # Controls of (7): the same weight without the prover's word.
     "tail_constant": {"arm": "constant"},
     "tail_shuffled": {"arm": "shuffled"},
-    "canvas_constant": CANVAS | {"arm": "constant"},
-    "canvas_shuffled": CANVAS | {"arm": "shuffled"},
     "own_shuffled": {"arm": "own_shuffled"},
     "own_once_shuffled": ONCE | {"arm": "own_shuffled"},
     "paid_shuffled": PAID | ONCE | {"arm": "paid_shuffled"},
@@ -88,7 +85,6 @@ ARMS: dict[str, dict[str, Any]] = {
     "right_only": {"arm": "right_only"},
     "short": {"arm": "short"},
     # Other credits.
-    "tail_centred": {"arm": "centred"},
     "no_indicator": CANVAS | {"arm": "no_indicator"},
     "segments": CANVAS | {"arm": "segments"},
     "read_along": {"arm": "read_along"},
@@ -98,7 +94,6 @@ TITLES = {
     "outcome_more": "the outcome alone, twice the updates",
     "mean_field": "mean field: all tokens on a canvas of MASKs",
     "coupled": "coupled masks: half of it beside half of the others",
-    "block_by_block": "each block behind those before it",
     "with_place": "on the sampler's own canvas, and that it was written there",
     "mu8": "mean field, eight passes over a batch",
     "tail": "(7), short tail: the paper's",
@@ -111,33 +106,29 @@ TITLES = {
     "own_tail": "(7), short tail, D against its own start",
     "own_once": "(7), all at once, D against its own start",
     "paid_once": "r (1 + 2 V), all at once",
-    "tail_constant": "control: short tail, D replaced by its mean",
-    "tail_shuffled": "control: short tail, D shuffled",
-    "canvas_constant": "control: same canvas, D replaced by its mean",
-    "canvas_shuffled": "control: same canvas, D shuffled",
-    "own_shuffled": "control: short tail, D against its own start, shuffled",
-    "own_once_shuffled": "control: all at once, D against its own start, shuffled",
+    "tail_constant": "control: short tail, V replaced by its mean",
+    "tail_shuffled": "control: short tail, V shuffled",
+    "own_shuffled": "control: short tail, D against its own start, V shuffled",
+    "own_once_shuffled": "control: all at once, D against its own start, V shuffled",
     "paid_shuffled": "control: r (1 + 2 V), all at once, V shuffled",
     "right_more": "control: 1.5 A for right answers",
     "right_only": "control: A for right answers, nothing for wrong ones",
     "short": "control: more for short right answers",
-    "tail_centred": "short tail, D minus its mean",
     "no_indicator": "same canvas, without the indicator",
     "segments": "same canvas, each stretch its own",
     "read_along": "A, and what each token did to the answer at once",
 }
-LIKELIHOODS = ("mean_field", "coupled", "block_by_block", "outcome", "with_place")
+LIKELIHOODS = ("mean_field", "coupled", "outcome", "with_place")
 # The controls of each arm that asks a prover, beside those of all of them. What a prover tells is
 # worth something if the arm beats the best of its controls.
 OF_ALL = ("right_more", "right_only", "short")
 CONTROLS = {
     "tail": ("tail_constant", "tail_shuffled", *OF_ALL),
-    "canvas": ("canvas_constant", "canvas_shuffled", *OF_ALL),
     "own_tail": ("own_shuffled", *OF_ALL),
     "own_once": ("own_once_shuffled", *OF_ALL),
     "paid_once": ("paid_shuffled", *OF_ALL),
 }
-CONTROLS |= dict.fromkeys(("base", "once", "best_of_4", "tail_centred"), OF_ALL)
+CONTROLS |= dict.fromkeys(("canvas", "base", "once", "best_of_4"), OF_ALL)
 CONTROLS |= dict.fromkeys(("no_indicator", "segments", "read_along"), OF_ALL)
 EVERY = tuple(task + arm for task in ("", COUNTDOWN) for arm in ("provers", *ARMS))
 
@@ -153,39 +144,40 @@ def accuracy_of(reward: Tensor, group: Tensor) -> Tensor:
     return right - nr.group_advantage(right, group, "mean")
 
 
-def progress_of(
-    state: nr.PPOState,
-    task: nr.Task,
-    b: nr.Rollout,
-    reward: Tensor,
-    c: nr.DenoiseConfig,
-    rows: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A random pass of each response, V before it and D of (6), which is 0 but for `rows`.
-
-    Without rows they are those of all responses.
-    """
-    if rows is None:
-        rows = torch.ones_like(b.group, dtype=torch.bool)
-    p, value = nr.prospects(state, task, b, rows, c)
-    return p, value, (value - accuracy_of(reward, b.group)).nan_to_num()
+# V(x_T), the prospects of the empty canvas (B,), which D is measured against.
+Start = Callable[
+    [nr.PPOState, nr.Task, nr.Rollout, Tensor, nr.DenoiseConfig, Tensor],
+    Tensor,
+]
 
 
-def against_empty(
+def policys_start(
     state: nr.PPOState,
     task: nr.Task,
     b: nr.Rollout,
     reward: Tensor,
     c: nr.DenoiseConfig,
     rows: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `progress_of`, with D = V(x_t) - V(x_T) where the prover finishes the empty canvas too.
+) -> Tensor:
+    """As in (6): what the policy has made of it."""
+    return accuracy_of(reward, b.group)
 
-    So a weak prover is measured by what it does itself, as in arXiv 2410.08146, and not by the
-    accuracy of the policy. The responses of a group share the empty canvas, and V(x_T).
+
+def own_start(
+    state: nr.PPOState,
+    task: nr.Task,
+    b: nr.Rollout,
+    reward: Tensor,
+    c: nr.DenoiseConfig,
+    rows: Tensor,
+) -> Tensor:
+    """What the prover itself makes of it; 0 but for the rows (B,) that are asked for.
+
+    So a weak prover is measured by what it does itself. That is the baseline of arXiv 2410.08146,
+    though not its credit, which pays every step of every response. The responses of a group share
+    the empty canvas, and so their mean.
     """
-    p, value = nr.prospects(state, task, b, rows, c)
-    progress = torch.zeros_like(value)
+    found = torch.zeros_like(reward)
     if rows.any():
         part = b.select(rows)
         start = torch.zeros_like(part.group)
@@ -193,52 +185,45 @@ def against_empty(
         more = nr.PROVERS[c.prover](state, part, start, c, generator)
         state.samples += len(more.mask)
         empty = nr.grades(task, more).view(len(start), -1).mean(1)
-        empty = empty - nr.group_advantage(empty, part.group, "mean")
-        progress[rows] = value[rows] - empty
-    return p, value, progress
+        found[rows] = empty - nr.group_advantage(empty, part.group, "mean")
+    return found
 
 
-def in_place_of_progress(
-    change: Callable[[Tensor, nr.DenoiseConfig, Any], Tensor], measured: Callable = progress_of
-) -> Credit:
-    """(7) with change(D, c, state) in the place of D, for the responses that beat their group."""
+# What stands in the place of V: (V of the responses that beat their group, c, state) -> as many.
+Change = Callable[[Tensor, nr.DenoiseConfig, Any], Tensor]
+
+
+def unchanged(value: Tensor, c: nr.DenoiseConfig, state: nr.PPOState) -> Tensor:
+    """What the prover says of each."""
+    return value
+
+
+def constant(value: Tensor, c: nr.DenoiseConfig, state: nr.PPOState) -> Tensor:
+    """A control: the mean of V to all of them."""
+    return value.mean().expand_as(value)
+
+
+def shuffled(value: Tensor, c: nr.DenoiseConfig, state: nr.PPOState) -> Tensor:
+    """A control: the same numbers, each to another response."""
+    generator = nr.rng(c.seed, "shuffle", state.update)
+    return value[torch.randperm(len(value), generator=generator)]
+
+
+def changed_process(change: Change, start: Start = policys_start) -> Credit:
+    """(7) with D = change(V(x_t)) - V(x_T), for the responses that beat their group."""
 
     def credit(
         state: nr.PPOState, task: nr.Task, b: nr.Rollout, reward: Tensor, c: nr.DenoiseConfig
     ) -> Tensor:
         adv = nr.group_advantage(reward, b.group, "mean")
         better = adv > 0
-        _, _, progress = measured(state, task, b, reward, c, better)
+        _, value = nr.prospects(state, task, b, better, c)
         if better.any():
-            progress[better] = change(progress[better], c, state)
+            value[better] = change(value[better], c, state)
+        progress = (value - start(state, task, b, reward, c, better)).nan_to_num()
         return (adv + c.process_weight * progress)[:, None] * b.mask
 
     return credit
-
-
-def unchanged(progress: Tensor, c: nr.DenoiseConfig, state: nr.PPOState) -> Tensor:
-    """What a prover says of each, as it is."""
-    return progress
-
-
-def constant(progress: Tensor, c: nr.DenoiseConfig, state: nr.PPOState) -> Tensor:
-    """A control: the mean of D to all of them. Right answers weigh as much, and nothing is told."""
-    return progress.mean().expand_as(progress)
-
-
-def shuffled(progress: Tensor, c: nr.DenoiseConfig, state: nr.PPOState) -> Tensor:
-    """A control: the same numbers, each to another response."""
-    generator = nr.rng(c.seed, "shuffle", state.update)
-    return progress[torch.randperm(len(progress), generator=generator)]
-
-
-def centred(progress: Tensor, c: nr.DenoiseConfig, state: nr.PPOState) -> Tensor:
-    """D against the mean of D: what a prover tells, without the weight that it gives right answers.
-
-    The prospects of a short tail are far below the accuracy of the policy, so that D is negative
-    for nearly all right answers, and (7) takes away most of their advantage.
-    """
-    return progress - progress.mean()
 
 
 def best_of_four(
@@ -252,8 +237,8 @@ def best_of_four(
     return torch.where(better, adv + c.process_weight * progress, adv)[:, None] * b.mask
 
 
-def in_place_of_prospects(change: Callable[[Tensor, nr.DenoiseConfig, Any], Tensor]) -> Credit:
-    """r (1 + weight V) against the mean of the group, with change(V, c, state) in the place of V.
+def paid_by_prospects(change: Change) -> Credit:
+    """r (1 + weight change(V)) against the mean of the group.
 
     Other than in (7) the prospects can only add to what a right answer earns.
     """
@@ -299,8 +284,10 @@ def no_indicator(
     state: nr.PPOState, task: nr.Task, b: nr.Rollout, reward: Tensor, c: nr.DenoiseConfig
 ) -> Tensor:
     """A + D for all: E[D] = 0 then, and on the tokens after t it only adds variance."""
-    _, _, progress = progress_of(state, task, b, reward, c)
+    every = torch.ones_like(b.group, dtype=torch.bool)
+    _, value = nr.prospects(state, task, b, every, c)
     adv = nr.group_advantage(reward, b.group, "mean")
+    progress = value - accuracy_of(reward, b.group)
     return (adv + c.process_weight * progress)[:, None] * b.mask
 
 
@@ -308,7 +295,9 @@ def segments(
     state: nr.PPOState, task: nr.Task, b: nr.Rollout, reward: Tensor, c: nr.DenoiseConfig
 ) -> Tensor:
     """To each token what its own stretch achieved: before t V(x_t) - V(x_T), then r - V(x_t)."""
-    p, value, before = progress_of(state, task, b, reward, c)
+    every = torch.ones_like(b.group, dtype=torch.bool)
+    p, value = nr.prospects(state, task, b, every, c)
+    before = value - accuracy_of(reward, b.group)
     after = reward - value
     return torch.where(b.order < p[:, None], before[:, None], after[:, None]) * b.mask
 
@@ -351,14 +340,13 @@ def read_along(
 
 
 nr.DENOISE_ARMS |= {
-    "constant": in_place_of_progress(constant),
-    "shuffled": in_place_of_progress(shuffled),
-    "centred": in_place_of_progress(centred),
+    "constant": changed_process(constant),
+    "shuffled": changed_process(shuffled),
+    "own": changed_process(unchanged, own_start),
+    "own_shuffled": changed_process(shuffled, own_start),
     "best_of_four": best_of_four,
-    "own": in_place_of_progress(unchanged, against_empty),
-    "own_shuffled": in_place_of_progress(shuffled, against_empty),
-    "paid": in_place_of_prospects(unchanged),
-    "paid_shuffled": in_place_of_prospects(shuffled),
+    "paid": paid_by_prospects(unchanged),
+    "paid_shuffled": paid_by_prospects(shuffled),
     "short": short,
     "right_more": right_more,
     "right_only": right_only,
@@ -426,16 +414,6 @@ def coupled(model: nr.Transformer, b: nr.Rollout, c: nr.Config) -> tuple[Tensor,
     return (logp + partly) / 2, hidden
 
 
-def block_by_block(
-    model: nr.Transformer, b: nr.Rollout, c: nr.DenoiseConfig
-) -> tuple[Tensor, None]:
-    """Each block as if it were written in one pass: those before it are seen, none of its own."""
-    first = (torch.arange(b.response.shape[1]) // c.block * c.block_passes).expand_as(b.order)
-    # Canvases before the first pass of a block: what NO_RIVAL leaves out is left out here too.
-    at_once = replace(b, order=torch.where(b.order < 0, b.order, first))
-    return nr.estimate_diffusion(model, at_once, c)
-
-
 def with_place(model: nr.Transformer, b: nr.Rollout, c: nr.DenoiseConfig) -> tuple[Tensor, None]:
     """What the sampler did in each pass, whole: which token it wrote, and that it wrote it there.
 
@@ -480,7 +458,6 @@ def with_place(model: nr.Transformer, b: nr.Rollout, c: nr.DenoiseConfig) -> tup
 ESTIMATES = {
     "mean_field": mean_field,
     "coupled": coupled,
-    "block_by_block": block_by_block,
     "with_place": with_place,
     "mu8": mean_field,
 }
@@ -568,8 +545,8 @@ def about_prospects(value: Tensor, tries: int, reward: Tensor, b: nr.Rollout) ->
     """Whether V (B,) can tell the responses of a problem apart, and what (6) makes of it.
 
     spread: the deviation of V within a problem, without the part that is the noise of so many
-    tries. with A: the correlation of V and reward there. A and D: of the responses that beat their
-    group, which (7) adds.
+    tries. with A: the correlation of that with the reward. A and D: of the responses that beat
+    their group, which (7) adds.
     """
     adv = nr.group_advantage(reward, b.group, "mean")
     inside = nr.group_advantage(value, b.group, "mean")
@@ -577,18 +554,25 @@ def about_prospects(value: Tensor, tries: int, reward: Tensor, b: nr.Rollout) ->
     variance = float((inside**2).sum()) / degrees
     if tries > 1:
         variance -= float((value * (1 - value)).mean()) / (tries - 1)
+    spread = max(variance, 0.0) ** 0.5
+    spread_of_reward = (float((adv**2).sum()) / degrees) ** 0.5
+    covariance = float((inside * adv).sum()) / degrees
     progress = value - accuracy_of(reward, b.group)
     return {
         "V": float(value.mean()),
-        "spread": max(variance, 0.0) ** 0.5,
-        "with A": float(F.cosine_similarity(inside, adv, dim=0)),
+        "spread": spread,
+        "with A": covariance / (spread * spread_of_reward),
         "A": float(adv[adv > 0].mean()),
         "D": float(progress[adv > 0].mean()),
     }
 
 
 def measure_provers(arm: str, seed: int, threads: int, cache: Path, /) -> dict:
-    """What the provers say of the base's own canvases, 64 problems x 8 responses."""
+    """What the provers say of the base's own canvases, 64 problems x 8 responses.
+
+    The responses of a problem are looked at after the same share of their passes, so that what
+    tells them apart is not how much of each is written.
+    """
     began = time.time()
     c, task, policy = begin(arm, seed, threads, cache, SIZES)
     state = nr.start_ppo(policy, c)
@@ -596,11 +580,14 @@ def measure_provers(arm: str, seed: int, threads: int, cache: Path, /) -> dict:
     generator = nr.rng(seed, "provers", 1)
     b = nr.sample(policy, prompt, c, group=group, generator=generator)
     right = nr.grades(task, b)
+    last = (b.order * b.mask).amax(1)
+    share = torch.rand(64, generator=generator)[group]
+    p = 1 + (share * (last + 1)).long()
     found = {}
-    rows = torch.ones_like(group, dtype=torch.bool)
     for prover, tries in ASKED.items():
-        asked = replace(c, prover=prover, branches=tries)
-        _, value = nr.prospects(state, task, b, rows, asked)
+        asked = replace(c, branches=tries)
+        more = nr.PROVERS[prover](state, b, p, asked, generator)
+        value = nr.grades(task, more).view(len(p), tries).mean(1)
         found[prover] = about_prospects(value, tries, right, b)
     return {"arm": arm, "seed": seed, "seconds": round(time.time() - began, 1), "found": found}
 
