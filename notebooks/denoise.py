@@ -857,9 +857,9 @@ def on_the_way_table(kept: dict, task: str) -> list[str]:
 
 def tables(kept: dict) -> str:
     """The README's tables, as Markdown: mean and 95 % interval over seeds."""
-    lines = likelihood_table(kept) + provers_table(kept) + final_table(kept, "")
-    if COUNTDOWN + "outcome" in kept:
-        lines += final_table(kept, COUNTDOWN) + on_the_way_table(kept, COUNTDOWN)
+    lines = likelihood_table(kept) + provers_table(kept)
+    for task in (task for task in ("", COUNTDOWN) if task + "outcome" in kept):
+        lines += final_table(kept, task) + on_the_way_table(kept, task)
     return "\n".join(lines).strip()
 
 
