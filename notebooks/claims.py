@@ -340,7 +340,7 @@ class Claim:
     equal      reproduced if it lies within +-`least`, not reproduced if outside
     Everything else is undecided.
 
-    A claim is judged by runs of its own at the sizes of SMALL, or, at_laptop_size, by those that
+    A claim is judged by runs of its own at the sizes of SMALL, or, with laptop_runs, by those that
     notebooks/denoise.py has made; its arms have the prefix `d_` here.
     """
 
@@ -353,7 +353,7 @@ class Claim:
     effect: Callable[..., float]
     least: float = 0.02
     rule: str = "above"
-    at_laptop_size: bool = False
+    laptop_runs: bool = False
 
     def verdict(self, low: float, high: float) -> str:
         """By the rule."""
@@ -1117,7 +1117,7 @@ CLAIMS = [
         effect=greedy,
         least=0.03,
         rule="equal",
-        at_laptop_size=True,
+        laptop_runs=True,
     ),
     Claim(
         id="C3.1",
@@ -1127,7 +1127,7 @@ CLAIMS = [
         metric="greedy",
         arms=("d_tail", "d_outcome"),
         effect=greedy,
-        at_laptop_size=True,
+        laptop_runs=True,
     ),
     Claim(
         id="C3.1f",
@@ -1137,7 +1137,7 @@ CLAIMS = [
         metric="greedy: (7) minus (7) with V shuffled",
         arms=("d_tail", "d_tail_shuffled"),
         effect=greedy,
-        at_laptop_size=True,
+        laptop_runs=True,
     ),
     Claim(
         id="C3.1w",
@@ -1147,7 +1147,7 @@ CLAIMS = [
         metric="greedy: V - V(empty canvas) minus V - accuracy",
         arms=("d_own_tail", "d_tail"),
         effect=greedy,
-        at_laptop_size=True,
+        laptop_runs=True,
     ),
     Claim(
         id="C3.1x",
@@ -1157,7 +1157,7 @@ CLAIMS = [
         metric="greedy",
         arms=("d_own_tail", "d_outcome"),
         effect=greedy,
-        at_laptop_size=True,
+        laptop_runs=True,
     ),
     Claim(
         id="C2.1",
@@ -1194,7 +1194,7 @@ CLAIMS = [
         metric="greedy",
         arms=("d_outcome", "d_mean_field"),
         effect=greedy,
-        at_laptop_size=True,
+        laptop_runs=True,
     ),
     Claim(
         id="C2.3",
@@ -1378,7 +1378,7 @@ def judge(claim: Claim, found: dict[str, dict[int, dict]]) -> dict | None:
     seeds = " ".join(str(seed) for seed in said["seeds"])
     threads = runs[0]["threads"]
     script = f"claims.py {claim.id}"
-    if claim.at_laptop_size:
+    if claim.laptop_runs:
         script = " ".join(["denoise.py", *(arm.removeprefix("d_") for arm in claim.arms)])
     return {
         "id": claim.id,
@@ -1428,10 +1428,10 @@ def collect() -> list[dict]:
     lines = []
     large = at_laptop_size()
     for claim in CLAIMS:
-        line = judge(claim, large if claim.at_laptop_size else found) or before.get(claim.id)
+        line = judge(claim, large if claim.laptop_runs else found) or before.get(claim.id)
         if line:
             try:
-                again = None if claim.at_laptop_size else weigh(claim, effects(claim, large))
+                again = None if claim.laptop_runs else weigh(claim, effects(claim, large))
             except KeyError:  # what was not kept there
                 again = None
             line["laptop"] = again
@@ -1464,7 +1464,7 @@ def table(lines: list[dict]) -> str:
 
 def main() -> None:
     """Run what is not there yet, then judge all there is."""
-    own = {claim.id: claim.arms for claim in CLAIMS if not claim.at_laptop_size}
+    own = {claim.id: claim.arms for claim in CLAIMS if not claim.laptop_runs}
     run(__doc__, ARMS, JOBS, measure, own)
     print(table(collect()))
 

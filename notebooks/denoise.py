@@ -45,6 +45,7 @@ JOBS = ROOT / "runs" / "denoise"
 OUT = ROOT / "notebooks" / "results" / "denoise.json"
 # An arm with this prefix trains on countdown, the others on arithmetic.
 COUNTDOWN = "countdown_"
+TASKS = {"": "arithmetic", COUNTDOWN: "countdown"}
 # Every arm has so many updates, and `outcome_more` so many times as many: about as many samples as
 # the process reward draws with its branches.
 UPDATES = 25
@@ -130,7 +131,7 @@ CONTROLS = {
 }
 CONTROLS |= dict.fromkeys(("canvas", "base", "once", "best_of_4"), OF_ALL)
 CONTROLS |= dict.fromkeys(("no_indicator", "segments", "read_along"), OF_ALL)
-EVERY = tuple(task + arm for task in ("", COUNTDOWN) for arm in ("provers", *ARMS))
+EVERY = tuple(task + arm for task in TASKS for arm in ("provers", *ARMS))
 
 
 # ---- credits that only stand here ---------------------------------------------------------------
@@ -144,40 +145,16 @@ def accuracy_of(reward: Tensor, group: Tensor) -> Tensor:
     return right - nr.group_advantage(right, group, "mean")
 
 
-# V(x_T), the prospects of the empty canvas (B,), which D is measured against.
-Start = Callable[
-    [nr.PPOState, nr.Task, nr.Rollout, Tensor, nr.DenoiseConfig, Tensor],
-    Tensor,
-]
-
-
-def policys_start(
-    state: nr.PPOState,
-    task: nr.Task,
-    b: nr.Rollout,
-    reward: Tensor,
-    c: nr.DenoiseConfig,
-    rows: Tensor,
-) -> Tensor:
-    """As in (6): what the policy has made of it."""
-    return accuracy_of(reward, b.group)
-
-
 def own_start(
-    state: nr.PPOState,
-    task: nr.Task,
-    b: nr.Rollout,
-    reward: Tensor,
-    c: nr.DenoiseConfig,
-    rows: Tensor,
+    state: nr.PPOState, task: nr.Task, b: nr.Rollout, rows: Tensor, c: nr.DenoiseConfig
 ) -> Tensor:
-    """What the prover itself makes of it; 0 but for the rows (B,) that are asked for.
+    """What the prover itself makes of the empty canvas (B,), 0 but for the rows asked for.
 
     So a weak prover is measured by what it does itself. That is the baseline of arXiv 2410.08146,
     though not its credit, which pays every step of every response. The responses of a group share
     the empty canvas, and so their mean.
     """
-    found = torch.zeros_like(reward)
+    found = torch.zeros(rows.shape)
     if rows.any():
         part = b.select(rows)
         start = torch.zeros_like(part.group)
@@ -209,8 +186,11 @@ def shuffled(value: Tensor, c: nr.DenoiseConfig, state: nr.PPOState) -> Tensor:
     return value[torch.randperm(len(value), generator=generator)]
 
 
-def changed_process(change: Change, start: Start = policys_start) -> Credit:
-    """(7) with D = change(V(x_t)) - V(x_T), for the responses that beat their group."""
+def changed_process(change: Change, own: bool = False) -> Credit:
+    """(7) with D = change(V(x_t)) - V(x_T), for the responses that beat their group.
+
+    V(x_T) is the accuracy of the group, as in (6), or the prover's own.
+    """
 
     def credit(
         state: nr.PPOState, task: nr.Task, b: nr.Rollout, reward: Tensor, c: nr.DenoiseConfig
@@ -220,7 +200,8 @@ def changed_process(change: Change, start: Start = policys_start) -> Credit:
         _, value = nr.prospects(state, task, b, better, c)
         if better.any():
             value[better] = change(value[better], c, state)
-        progress = (value - start(state, task, b, reward, c, better)).nan_to_num()
+        start = own_start(state, task, b, better, c) if own else accuracy_of(reward, b.group)
+        progress = (value - start).nan_to_num()
         return (adv + c.process_weight * progress)[:, None] * b.mask
 
     return credit
@@ -342,8 +323,8 @@ def read_along(
 nr.DENOISE_ARMS |= {
     "constant": changed_process(constant),
     "shuffled": changed_process(shuffled),
-    "own": changed_process(unchanged, own_start),
-    "own_shuffled": changed_process(shuffled, own_start),
+    "own": changed_process(unchanged, own=True),
+    "own_shuffled": changed_process(shuffled, own=True),
     "best_of_four": best_of_four,
     "paid": paid_by_prospects(unchanged),
     "paid_shuffled": paid_by_prospects(shuffled),
@@ -375,7 +356,7 @@ def at_once(
     b: nr.Rollout,
     p: Tensor,
     c: nr.DenoiseConfig,
-    generator: torch.Generator,
+    generator: torch.Generator | None = None,
 ) -> nr.Rollout:
     """The likeliest token in every open place, all in one pass: nothing is drawn."""
     canvas = nr.canvas_before(b.response, b.order, p, c)
@@ -541,23 +522,23 @@ def begin(
 ASKED = {"same_canvas": 8, "short_tail": 8, "at_once": 1}
 
 
-def about_prospects(value: Tensor, tries: int, reward: Tensor, b: nr.Rollout) -> dict[str, float]:
+def about_prospects(value: Tensor, tries: int, reward: Tensor, group: Tensor) -> dict[str, float]:
     """Whether V (B,) can tell the responses of a problem apart, and what (6) makes of it.
 
     spread: the deviation of V within a problem, without the part that is the noise of so many
     tries. with A: the correlation of that with the reward. A and D: of the responses that beat
     their group, which (7) adds.
     """
-    adv = nr.group_advantage(reward, b.group, "mean")
-    inside = nr.group_advantage(value, b.group, "mean")
-    degrees = len(value) - len(b.group.unique())
+    adv = nr.group_advantage(reward, group, "mean")
+    inside = nr.group_advantage(value, group, "mean")
+    degrees = len(value) - len(group.unique())
     variance = float((inside**2).sum()) / degrees
     if tries > 1:
         variance -= float((value * (1 - value)).mean()) / (tries - 1)
     spread = max(variance, 0.0) ** 0.5
     spread_of_reward = (float((adv**2).sum()) / degrees) ** 0.5
     covariance = float((inside * adv).sum()) / degrees
-    progress = value - accuracy_of(reward, b.group)
+    progress = value - accuracy_of(reward, group)
     return {
         "V": float(value.mean()),
         "spread": spread,
@@ -588,7 +569,7 @@ def measure_provers(arm: str, seed: int, threads: int, cache: Path, /) -> dict:
         asked = replace(c, branches=tries)
         more = nr.PROVERS[prover](state, b, p, asked, generator)
         value = nr.grades(task, more).view(len(p), tries).mean(1)
-        found[prover] = about_prospects(value, tries, right, b)
+        found[prover] = about_prospects(value, tries, right, group)
     return {"arm": arm, "seed": seed, "seconds": round(time.time() - began, 1), "found": found}
 
 
@@ -608,7 +589,7 @@ def fewer(c: nr.DenoiseConfig) -> dict[str, nr.DenoiseConfig]:
 
 
 def answers_at_once(
-    policy: nr.Transformer, task: nr.Task, test: list[str], b: nr.Rollout, c: nr.DenoiseConfig
+    state: nr.PPOState, task: nr.Task, b: nr.Rollout, c: nr.DenoiseConfig
 ) -> dict[str, dict[str, float]]:
     """Accuracy of what the model would write at once after a share of the passes.
 
@@ -623,10 +604,7 @@ def answers_at_once(
         found[key] = {}
         for share in (0.25, 0.375, 0.5, 0.625, 0.75):
             p = (share * passes).round().long()
-            canvas = nr.canvas_before(b.response, b.order, p, c)
-            said = nr.fill_at_once(policy, b.prompt, canvas, c).tolist()
-            right = [task.grade(x, task.decode(y)) for x, y in zip(test, said, strict=True)]
-            found[key][str(share)] = mean(right)
+            found[key][str(share)] = mean(nr.grades(task, at_once(state, b, p, c)).tolist())
     return found
 
 
@@ -722,10 +700,11 @@ def measure(
     found["greedy"] = by_passes["1"]
     found["sampled"] = nr.accuracy(policy, task, test, c, 1.0)
     b = nr.sample(policy, nr.encode_prompts(task, test, c), replace(c, temperature=0.0))
-    found |= answers_at_once(policy, task, test, b, c)
+    found |= answers_at_once(state, task, b, c)
     found["tokens"] = float(b.mask.sum(1).mean())
     found |= steps_and_answers(task, test, b)
-    found["transcripts"] = transcripts(state, task, test[:12], b, c)
+    if arm == "outcome":  # collect keeps those of its first seed
+        found["transcripts"] = transcripts(state, task, test[:12], b, c)
     return {"arm": arm, "seed": seed, "seconds": round(time.time() - began, 1), "found": found}
 
 
@@ -757,6 +736,11 @@ def numbers(kept: dict, arm: str, *path: str) -> dict[int, Any]:
     return found
 
 
+def cell(kept: dict, arm: str, *path: str) -> str:
+    """One number of an arm, over its seeds."""
+    return front.interval(list(numbers(kept, arm, *path).values()))
+
+
 def minus(kept: dict, arm: str, other: str, *path: str) -> list[float]:
     """The difference of two arms for every seed that has both."""
     one = numbers(kept, arm, *path)
@@ -778,10 +762,9 @@ def likelihood_table(kept: dict) -> list[str]:
     for arm in (arm for arm in LIKELIHOODS if arm in kept):
         title = "each token on the sampler's own canvas" if arm == "outcome" else TITLES[arm]
         gap = minus(kept, arm, "mean_field", "greedy")
-        cells = [front.interval(list(numbers(kept, arm, "greedy").values()))]
-        cells.append(front.interval(gap) if arm != "mean_field" else "")
+        cells = [cell(kept, arm, "greedy"), front.interval(gap) if arm != "mean_field" else ""]
         for key in ("sampled", "own samples agree", "nats above the base"):
-            cells.append(front.interval(list(numbers(kept, arm, key).values())))
+            cells.append(cell(kept, arm, key))
         seconds = mean(numbers(kept, arm, "seconds of training").values())
         lines.append(row(title, *cells, f"{seconds:.0f}"))
     return lines
@@ -791,26 +774,22 @@ def provers_table(kept: dict) -> list[str]:
     """What the provers say of the base's canvases."""
     titles = ["mean V", "spread in a problem", "correlation with A", "A where A > 0", "D there"]
     lines = head("prover", *titles)
-    tasks = [task for task in ("", COUNTDOWN) if task + "provers" in kept]
-    for task in tasks:
+    for task in (task for task in TASKS if task + "provers" in kept):
         for prover in ASKED:
-            cells = []
-            for key in ("V", "spread", "with A", "A", "D"):
-                by_seed = numbers(kept, task + "provers", prover, key)
-                cells.append(front.interval(list(by_seed.values())))
-            lines.append(row(f"{task[:-1] or 'arithmetic'}, {prover}", *cells))
+            keys = ("V", "spread", "with A", "A", "D")
+            cells = [cell(kept, task + "provers", prover, key) for key in keys]
+            lines.append(row(f"{TASKS[task]}, {prover}", *cells))
     return lines
 
 
 def credits_of(kept: dict, task: str) -> list[str]:
     """The arms of a task that the tables of credits show, without the task's prefix."""
-    others = set(LIKELIHOODS) - {"outcome"} | {"mu8"}
-    return [arm for arm in ARMS if arm not in others and task + arm in kept]
+    return [arm for arm in ARMS if arm not in ESTIMATES and task + arm in kept]
 
 
 def compared(kept: dict, task: str, arm: str, *path: str) -> list[str]:
     """Three cells: a number of an arm, minus the outcome's, minus that of its best control."""
-    cells = [front.interval(list(numbers(kept, task + arm, *path).values()))]
+    cells = [cell(kept, task + arm, *path)]
     gap = minus(kept, task + arm, task + "outcome", *path)
     cells.append(front.interval(gap) if arm != "outcome" else "")
     control = best_control(kept, task, arm, *path)
@@ -821,13 +800,13 @@ def compared(kept: dict, task: str, arm: str, *path: str) -> list[str]:
 def final_table(kept: dict, task: str) -> list[str]:
     """What each credit ends with."""
     titles = ["greedy", "minus outcome", "minus best control", "sampled", "worst seed", "samples"]
-    lines = head(task[:-1] or "arithmetic", *titles)
-    base = [list(numbers(kept, task + "outcome", key).values()) for key in ("base", "base sampled")]
-    greedy, sampled = map(front.interval, base)
-    lines.append(row("the base", greedy, "", "", sampled, f"{min(base[0]):.3f}", ""))
+    lines = head(TASKS[task], *titles)
+    greedy, sampled = (cell(kept, task + "outcome", key) for key in ("base", "base sampled"))
+    worst = min(numbers(kept, task + "outcome", "base").values())
+    lines.append(row("the base", greedy, "", "", sampled, f"{worst:.3f}", ""))
     for arm in credits_of(kept, task):
         cells = compared(kept, task, arm, "greedy")
-        cells.append(front.interval(list(numbers(kept, task + arm, "sampled").values())))
+        cells.append(cell(kept, task + arm, "sampled"))
         cells.append(f"{min(numbers(kept, task + arm, 'greedy').values()):.3f}")
         drawn = mean(numbers(kept, task + arm, "samples").values())
         lines.append(row(TITLES[arm], *cells, f"{drawn:,.0f}"))
@@ -836,21 +815,16 @@ def final_table(kept: dict, task: str) -> list[str]:
 
 def on_the_way_table(kept: dict, task: str) -> list[str]:
     """What each credit does to the answer at once, and to what the responses look like."""
-    name = task[:-1] or "arithmetic"
     titles = ["at once after 50 %", "after 62 %", "minus outcome", "minus best control"]
     titles += ["after 75 %", "after 62 % of its own", "half the passes", "tokens"]
     titles.append("right with right steps")
-    lines = head(name, *titles)
+    lines = head(TASKS[task], *titles)
+    more = [("answer after", "0.75"), ("answer after, own passes", "0.625")]
+    more += [("greedy, passes", "1/2"), ("tokens",), ("right answers with right steps",)]
     for arm in credits_of(kept, task):
-
-        def cell(*path: str, arm: str = arm) -> str:
-            return front.interval(list(numbers(kept, task + arm, *path).values()))
-
-        cells = [cell("answer after", "0.5")]
+        cells = [cell(kept, task + arm, "answer after", "0.5")]
         cells += compared(kept, task, arm, "answer after", "0.625")
-        cells += [cell("answer after", "0.75"), cell("answer after, own passes", "0.625")]
-        cells += [cell("greedy, passes", "1/2"), cell("tokens")]
-        cells.append(cell("right answers with right steps"))
+        cells += [cell(kept, task + arm, *path) for path in more]
         lines.append(row(TITLES[arm], *cells))
     return lines
 
@@ -858,7 +832,7 @@ def on_the_way_table(kept: dict, task: str) -> list[str]:
 def tables(kept: dict) -> str:
     """The README's tables, as Markdown: mean and 95 % interval over seeds."""
     lines = likelihood_table(kept) + provers_table(kept)
-    for task in (task for task in ("", COUNTDOWN) if task + "outcome" in kept):
+    for task in (task for task in TASKS if task + "outcome" in kept):
         lines += final_table(kept, task) + on_the_way_table(kept, task)
     return "\n".join(lines).strip()
 
@@ -874,9 +848,7 @@ def draw_gains(kept: dict, task: str, axes: Any) -> None:
     names = [TITLES[arm] for arm in reversed(shown)]
     axes.set_yticks(range(len(shown)), names, fontsize=7)
     axes.axvline(0, color="0.4", lw=1)
-    axes.set_title(
-        f"{task[:-1] or 'arithmetic'}: greedy minus the outcome's, five seeds", fontsize=10
-    )
+    axes.set_title(f"{TASKS[task]}: greedy minus the outcome's, five seeds", fontsize=10)
 
 
 def draw_early(kept: dict, task: str, axes: Any) -> None:
@@ -888,7 +860,7 @@ def draw_early(kept: dict, task: str, axes: Any) -> None:
         seeds = list(numbers(kept, task + arm, "answer after").values())
         shares = [float(share) for share in seeds[0]]
         band(axes, shares, [list(s.values()) for s in seeds], f"C{i}", TITLES[arm], marker="o")
-    axes.set_title(f"{task[:-1]}: the answer at once, 95 % over seeds", fontsize=10)
+    axes.set_title(f"{TASKS[task]}: the answer at once, 95 % over seeds", fontsize=10)
     axes.set(xlabel="share of the passes taken", ylabel="right, test", xticks=shares)
     axes.legend(frameon=False, fontsize=7)
 
@@ -928,7 +900,7 @@ def picture(kept: dict) -> None:
     """A row for each task: gains beside controls; how a response was written, or early answers."""
     from matplotlib.figure import Figure
 
-    tasks = [task for task in ("", COUNTDOWN) if task + "outcome" in kept]
+    tasks = [task for task in TASKS if task + "outcome" in kept]
     figure = Figure(figsize=(12, 4.6 * len(tasks)), layout="constrained")
     parts = figure.subfigures(len(tasks), 2, squeeze=False)
     for task, (left, right) in zip(tasks, parts, strict=True):

@@ -656,9 +656,7 @@ def test_what_is_said_of_prospects_is_without_the_noise_of_tries():
     prospects = 0.2 + 0.6 * (torch.rand(80_000, generator=generator) < 0.5).float()
     reward = torch.bernoulli(prospects, generator=generator)
     value = torch.bernoulli(prospects[:, None].expand(-1, 8), generator=generator).mean(1)
-    nothing = torch.zeros(80_000, 1)
-    b = nr.Rollout(nothing, nothing, nothing, nothing, group)
-    found = denoise.about_prospects(value, 8, reward, b)
+    found = denoise.about_prospects(value, 8, reward, group)
     assert found["V"] == pytest.approx(0.5, abs=0.01)
     assert found["spread"] == pytest.approx(0.3, abs=0.005)
     # covariance 0.09, deviations 0.3 and 0.5
@@ -666,7 +664,7 @@ def test_what_is_said_of_prospects_is_without_the_noise_of_tries():
     assert found["A"] == pytest.approx(1 - (1 + 7 * 0.5) / 8, abs=0.01)
     # V of a right one is 0.68; of its group it is one of eight, the others are right in 0.5
     assert found["D"] == pytest.approx(0.68 - (1 + 7 * 0.5) / 8, abs=0.01)
-    assert denoise.about_prospects(prospects, 1, reward, b)["spread"] == pytest.approx(
+    assert denoise.about_prospects(prospects, 1, reward, group)["spread"] == pytest.approx(
         0.3, abs=5e-3
     )
 
@@ -684,7 +682,7 @@ def test_answers_at_once_open_what_is_written_late_by_either_clock(monkeypatch):
 
     monkeypatch.setattr(nr, "fill_at_once", at_once)
     config = nr.replace(FULL, block=4, block_passes=4)
-    found = denoise.answers_at_once(None, Odd(1, 1), ["", ""], b, config)
+    found = denoise.answers_at_once(started(config), Odd(1, 1), b, config)
     assert still_open[:5] == [[9, 9], [8, 8], [6, 6], [4, 4], [3, 3]]
     assert still_open[5:] == [[9, 11], [8, 10], [6, 10], [4, 10], [3, 9]]
     assert set(found) == {"answer after", "answer after, own passes"}
