@@ -1558,7 +1558,9 @@ T95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]
 
 
 def half_width(values: list[float]) -> float:
-    """Half of the 95 % interval of a mean over seeds; at least two values."""
+    """Half of the 95 % interval of a mean over seeds; of one value it is not known, nan."""
+    if len(values) == 1:
+        return math.nan
     return T95[len(values) - 2] * stdev(values) / len(values) ** 0.5
 
 

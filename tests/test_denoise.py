@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nanoreward as nr
+import train_small as front
 from data.arithmetic import Arithmetic
 from notebooks import denoise
 from tests.conftest import rough, tiny
@@ -647,6 +648,19 @@ def test_read_at_once_reads_every_canvas_of_a_response():
             said = torch.where(canvas == FULL.mask_id, likeliest, canvas).tolist()
             assert found[i, p] == Odd(1, 1).grade("", TASK.decode(said))
         assert (found[i, last + 1 :] == nr.grades(Odd(1, 1), b)[i]).all()
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_tables_and_picture_of_a_few_seeds(seeds, tmp_path, monkeypatch):
+    """What a reader has who runs some arms with `--seeds 0`."""
+    monkeypatch.setattr(denoise, "OUT", tmp_path / "denoise.json")
+    kept = denoise.read_arms(denoise.ROOT / "notebooks" / "results" / "denoise.json")
+    few = {arm: told | {"seeds": told["seeds"][:seeds]} for arm, told in kept.items()}
+    greedy = denoise.numbers(few, "tail", "greedy")
+    assert len(greedy) == seeds and front.interval(list(greedy.values())) in denoise.tables(few)
+    pytest.importorskip("matplotlib")
+    denoise.picture(few)
+    assert (tmp_path / "denoise.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_what_is_said_of_prospects_is_without_the_noise_of_tries():

@@ -13,7 +13,7 @@ from collections import Counter
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
-from math import log
+from math import isnan, log
 from statistics import fmean, pstdev, stdev
 from types import SimpleNamespace
 
@@ -1290,7 +1290,7 @@ def test_the_intervals_are_students():
     low, high = stats.t.interval(0.95, 3, fmean(values), stats.sem(values))
     assert front.half_width(values) == pytest.approx((high - low) / 2, abs=1e-4)
     assert front.interval(values) == f"{fmean(values):.3f} ± {(high - low) / 2:.3f}"
-    assert front.interval([0.25]) == "0.250"
+    assert front.interval([0.25]) == "0.250" and isnan(front.half_width([0.25]))
 
 
 def result(loop, seed, base, final, to_80, **more):
