@@ -43,13 +43,19 @@ from notebooks.preferences import band  # noqa: E402
 
 JOBS = ROOT / "runs" / "denoise"
 OUT = ROOT / "notebooks" / "results" / "denoise.json"
-# An arm with this prefix trains on countdown, the others on arithmetic.
-COUNTDOWN = "countdown_"
-TASKS = {"": "arithmetic", COUNTDOWN: "countdown"}
-# Every arm has so many updates, and `outcome_more` so many times as many: about as many samples as
-# the process reward draws with its branches.
+# Every arm has so many updates; those that start with "long_" have so many times as many, and
+# `outcome_more` twice as many: about as many samples as the process reward draws with its branches.
 UPDATES = 25
 MORE = 2
+LONGER = 4
+# What an arm trains on, by the start of its name.
+LONG = "long_"
+COUNTDOWN = "countdown_"
+TASKS = {
+    "": "arithmetic",
+    COUNTDOWN: "countdown",
+    LONG + COUNTDOWN: f"countdown, {LONGER * UPDATES} updates",
+}
 SIZES = LAPTOP | {"denoise": {"updates": UPDATES}}
 PROCESS = {"arm": "process"}
 CANVAS = {"prover": "same_canvas"}
@@ -131,7 +137,8 @@ CONTROLS = {
 }
 CONTROLS |= dict.fromkeys(("canvas", "base", "once", "best_of_4"), OF_ALL)
 CONTROLS |= dict.fromkeys(("no_indicator", "segments", "read_along"), OF_ALL)
-EVERY = tuple(task + arm for task in TASKS for arm in ("provers", *ARMS))
+EVERY = tuple(task + arm for task in ("", COUNTDOWN) for arm in ("provers", *ARMS))
+EVERY += tuple(LONG + COUNTDOWN + arm for arm in ("outcome", "own_once"))
 
 
 # ---- credits that only stand here ---------------------------------------------------------------
@@ -507,7 +514,7 @@ def begin(
     arm: str, seed: int, threads: int, cache: Path, sizes: dict[str, dict], /, **numbers: Any
 ) -> tuple[nr.DenoiseConfig, nr.Task, nr.Transformer]:
     """The config of an arm, its task, and the trained diffusion LM."""
-    if arm.startswith(COUNTDOWN):
+    if COUNTDOWN in arm:
         preset = front.PRESETS["countdown"]
         numbers = preset["all"] | preset["denoise"] | numbers
     c = config("denoise", seed, threads, sizes, **numbers)
@@ -667,9 +674,11 @@ def measure(
     **more: Any,
 ) -> dict:
     """One arm with one seed. masked: the share of the prompt that the mean field may not see."""
-    name = arm.removeprefix(COUNTDOWN)
+    name = arm.removeprefix(LONG).removeprefix(COUNTDOWN)
     if name == "provers":
         return measure_provers(arm, seed, threads, cache)
+    if arm.startswith(LONG):
+        more["updates"] = LONGER * UPDATES
     c, task, policy = begin(arm, seed, threads, cache, sizes, **ARMS[name] | more)
     dev, test = (task.prompts(c.eval_problems, nr.rng(0, s), s) for s in ("dev", "test"))
     began = time.time()
@@ -905,7 +914,7 @@ def picture(kept: dict) -> None:
     parts = figure.subfigures(len(tasks), 2, squeeze=False)
     for task, (left, right) in zip(tasks, parts, strict=True):
         draw_gains(kept, task, left.subplots())
-        if task == COUNTDOWN:
+        if COUNTDOWN in task:
             draw_early(kept, task, right.subplots())
     top, low = parts[0, 1].subplots(2)
     # The response whose prospects change most.

@@ -82,7 +82,8 @@ def run(
 
 def read_jobs(folder: Path, arm: str) -> list[dict]:
     """What was measured of an arm, by seed."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob(f"{arm}-?.json"))]
+    jobs = [json.loads(path.read_text()) for path in folder.glob(f"{arm}-*.json")]
+    return sorted(jobs, key=lambda job: job["seed"])
 
 
 def about_arm(script: str, arm: str, jobs: list[dict]) -> dict[str, Any]:
