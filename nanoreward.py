@@ -1681,7 +1681,7 @@ def annotate(state: PPOState, b: Rollout, c: Config, estimate: Callable = estima
     in_order = alike(state.policy, b).argsort(stable=True)
     for rows in own_rows(in_order).split(c.micro):
         part = b.select(rows)
-        if b.logp is None or state.policy.config.causal:
+        if b.logp is None:
             logp, hidden = estimate(state.policy, part, c)
         else:  # a diffusion LM knows them since it wrote
             logp, hidden = part.logp, None
@@ -3173,8 +3173,9 @@ class DenoiseConfig(Config):
     t_min: float = 0.05
 
     def responses_at_once(self) -> int:
-        """The branches of all responses, at most."""
-        return self.prompts * self.samples * self.branches
+        """The responses of an update, or the branches of all of them if that many are asked for."""
+        branches = self.branches if self.arm == "process" else 1
+        return self.prompts * self.samples * branches
 
     def rules(self) -> list[tuple[bool, str]]:
         """What the numbers have to keep to."""
@@ -3304,6 +3305,20 @@ def diffusion_base(
 # ---- its sampler
 
 
+def read_once(
+    model: Transformer, prompt: Tensor, canvas: Tensor, micro: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The canvases (B, R) beside their prompts, equal ones only once, micro of them at a time.
+
+    Returns the vectors (n, R, C) of the n different ones, and which of these each row has (B,).
+    """
+    both = torch.cat([prompt, canvas], dim=1)
+    unique, which = both.unique(dim=0, return_inverse=True)
+    parts = unique.split(micro or len(unique))
+    hidden = torch.cat([model.hidden(part) for part in parts])
+    return response_part(hidden, prompt.shape[1]), which
+
+
 def open_places(block: int, passes: int) -> list[int]:
     """The ladder of a block: how many places are open before each of its passes, and at the end.
 
@@ -3321,11 +3336,11 @@ def unmask(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The diffusion LM writes: blocks from left to right, in each the surest places first (LLaDA).
 
-    canvas (B, R), MASK is open -> responses, order and the log-probs of what was written, each
-    (B, R). It stops where nothing is open before the end of a response; places behind it become
-    PAD. A block that is partly written is treated as if the earlier passes had been made already:
-    the number of its open places tells which pass comes next, and the passes that are left share
-    these places.
+    canvas (B, R), MASK is open -> responses, order and the log-probs of what was written (at
+    temperature 1 where it is 0), each (B, R). It stops where nothing is open before the end of a
+    response; places behind it become PAD. A block that is partly written is treated as if the
+    earlier passes had been made already: the number of its open places tells which pass comes next,
+    and the passes that are left share these places.
 
     An example: blocks of 4 places in 4 passes, so that the ladder is [4, 3, 2, 1, 0], and the
     canvas
@@ -3363,11 +3378,8 @@ def unmask(
         this_pass = first // block * passes + passes - passes_left  # (n, 1)
         stay_open = (ladder * below).amax(1, keepdim=True)  # (n, 1) the next rung
 
-        # Equal rows are read once: at first all samples of a prompt are equal.
-        both = torch.cat([prompt[rows], left], dim=1)
-        unique, which = both.unique(dim=0, return_inverse=True)
-        hidden = torch.cat([model.hidden(part) for part in unique.split(c.micro)])
-        hidden = response_part(hidden, prompt.shape[1])
+        # At first all samples of a prompt are equal.
+        hidden, which = read_once(model, prompt[rows], left, c.micro)
         logits = model.lm_head(hidden[which[:, None], place])  # (n, block, V)
         token = draw(logits, uniform[rows, this_pass[:, 0]], c)
 
@@ -3422,17 +3434,17 @@ def estimate_diffusion(model: Transformer, b: Rollout, c: Config) -> tuple[Tenso
     place is not counted; with it, it is 81 %.
     """
     is_read = (b.mask > 0) & (b.order >= 0)
-    logp = torch.zeros_like(b.mask) if b.logp is None else b.logp
-    if b.logp is not None:
+    if b.logp is None:
+        logp = torch.zeros_like(b.mask)
+    else:
+        logp = b.logp
         is_read &= logp < log(NO_RIVAL)
         if b.adv is not None and c.beta == 0:
             is_read &= b.adv != 0
         is_read[0, 0] = True  # so that there is always something to take a gradient of
     row, place = is_read.nonzero(as_tuple=True)  # (n,) the tokens that are read
     canvas = canvas_before(b.response[row], b.order[row], b.order[row, place], c)  # (n, R)
-    both = torch.cat([b.prompt[row], canvas], dim=1)
-    unique, which = both.unique(dim=0, return_inverse=True)
-    hidden = response_part(model.hidden(unique), b.prompt.shape[1])
+    hidden, which = read_once(model, b.prompt[row], canvas)
     token = b.response[row, place, None]
     found = log_softmax(model.lm_head(hidden[which, place]), c.temperature, model.config)
     return logp.index_put((row, place), found.gather(-1, token)[:, 0]), None
@@ -3472,7 +3484,8 @@ def short_tail(
 ) -> Rollout:
     """The paper's prover: what is written moves together, and the policy has `tail` places to end.
 
-    So a canvas has good prospects if little is missing. An example with a tail of 4 places:
+    So a canvas has good prospects if little is missing. One that holds its end already is only
+    moved together: what is drawn behind an end never counts. An example with a tail of 4 places:
 
         canvas    3 7 + 5 = M 2 M | M M M M | M M M M
         is read   3 7 + 5 = 2 | M M M M
@@ -3517,6 +3530,12 @@ def prospects(
     return p, found
 
 
+def group_accuracy(reward: Tensor, group: Tensor) -> Tensor:
+    """The share of right answers in the group of each response (B,), as (6) asks for it."""
+    right = reward.clamp(min=0)  # without the penalty of a response that does not end
+    return right - group_advantage(right, group, "mean")
+
+
 def denoise_advantage(
     reward: Tensor, branch_reward: Tensor, group: Tensor, weight: float
 ) -> Tensor:
@@ -3530,9 +3549,7 @@ def denoise_advantage(
     # (6) progress = prospects of the canvas before pass p - accuracy of the group
     # (7) adv + weight progress where adv > 0, else adv
     adv = group_advantage(reward, group, "mean")
-    right = reward.clamp(min=0)  # without the penalty of a response that does not end
-    accuracy = right - group_advantage(right, group, "mean")
-    progress = branch_reward - accuracy
+    progress = branch_reward - group_accuracy(reward, group)
     return torch.where(adv > 0, adv + weight * progress, adv)
 
 
@@ -3568,11 +3585,11 @@ def denoise(
     state: PPOState,
     task: Task,
     c: DenoiseConfig,
-    estimate: Callable | None = None,
+    estimate: Callable = estimate_diffusion,
 ) -> Iterator[Metrics]:
     """Denoising process reward, arXiv 2510.01544: policy gradient with the credit (7).
 
-    estimate: other log-probs than those of the sampler, for experiments.
+    estimate: other log-probs than those that the sampler knows, for experiments.
     """
     device = state.policy.device
     while state.update < c.updates:
@@ -3582,9 +3599,9 @@ def denoise(
         texts = task.prompts(c.prompts, rng(c.seed, "prompts", u))
         prompt, group = in_groups(task, texts, c, device)
         b = sample(state.policy, prompt, c, group=group, generator=rng(c.seed, "sample", u))
-        if estimate is not None:
+        if estimate is not estimate_diffusion:
             b.logp = None
-        b = annotate(state, b, c, estimate or estimate_diffusion)
+        b = annotate(state, b, c, estimate)
 
         # 2. score
         truth = grades(task, b)
@@ -3594,7 +3611,7 @@ def denoise(
         b.adv = DENOISE_ARMS[c.arm](state, task, b, reward.sum(1), c)
 
         # 4. update
-        metrics = policy_update(state, b, PPO_ARMS["grpo"], c, estimate or estimate_diffusion)
+        metrics = policy_update(state, b, PPO_ARMS["grpo"], c, estimate)
         state.update += 1
         state.samples += len(prompt)
         yield metrics | rollout_metrics(b, reward, truth, c) | {"samples": state.samples}
@@ -3605,7 +3622,8 @@ def explain_denoising(state: PPOState, task: Task, b: Rollout, c: DenoiseConfig)
     """How each response was written, pass by pass. The problems are answered again, greedily.
 
     order (R): in which pass each token was written; sure (R): its probability then; said: what the
-    model would have written at once before each pass; value: the prospects of each canvas.
+    model would have written at once before each pass; value: how often the policy ends each canvas
+    well if it goes on there.
     """
     policy = state.policy
     b = sample(policy, b.prompt, replace(c, temperature=0.0))

@@ -1558,17 +1558,19 @@ T95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]
 
 
 def half_width(values: list[float]) -> float:
-    """Half of the 95 % interval of a mean over seeds; of one value it is not known, nan."""
-    if len(values) == 1:
+    """Half of the 95 % interval of a mean over seeds; nan of fewer than two values."""
+    if len(values) < 2:
         return math.nan
     return T95[len(values) - 2] * stdev(values) / len(values) ** 0.5
 
 
-def interval(values: list[float]) -> str:
-    """Mean and 95 % interval over seeds; with one seed the number alone."""
+def interval(values: list[float], places: int = 3) -> str:
+    """Mean and 95 % interval over seeds; with one seed the number alone. places: after the dot."""
+    if not values:
+        return ""
     if len(values) == 1:
-        return f"{values[0]:.3f}"
-    return f"{mean(values):.3f} ± {half_width(values):.3f}"
+        return f"{values[0]:.{places}f}"
+    return f"{mean(values):.{places}f} ± {half_width(values):.{places}f}"
 
 
 def table(results: list[dict[str, Any]]) -> str:

@@ -5,7 +5,8 @@ rule for the verdict that was written before the run (one whose id ends in w: af
 number had not held). An arm is a method with a few numbers changed, by the functions of the loops
 and of the other experiments in this folder, at the sizes of SMALL (about 20 s, bases and reward
 models apart). Arms are shared between claims; each run is kept in runs/claims/ARM-SEED.json and not
-run again; all together make notebooks/results/claims.json. Needs the extra `notebooks`.
+run again; all together make notebooks/results/claims.json. C2.5 and C3 are judged by the runs of
+notebooks/denoise.py, which makes them. Needs the extra `notebooks`.
 """
 
 import json
@@ -1369,6 +1370,11 @@ def weigh(claim: Claim, told: dict[int, float]) -> dict | None:
     }
 
 
+def why(claim: Claim, verdict: str) -> str:
+    """What is said of a claim that does not hold, or not yet."""
+    return "" if verdict == "reproduced" else WHY.get(claim.id, "")
+
+
 def judge(claim: Claim, found: dict[str, dict[int, dict]]) -> dict | None:
     """A line of claims.json; None while fewer than three seeds have all arms."""
     said = weigh(claim, effects(claim, found))
@@ -1388,7 +1394,7 @@ def judge(claim: Claim, found: dict[str, dict[int, dict]]) -> dict | None:
         "metric": claim.metric,
         "rule": RULES[claim.rule].format(claim.least),
         **said,
-        "why": "" if said["verdict"] == "reproduced" else WHY.get(claim.id, ""),
+        "why": why(claim, said["verdict"]),
         "command": f"python notebooks/{script} --seeds {seeds} --threads {threads}",
         "commit": " ".join(sorted({run["commit"] for run in runs})),
         "machine": runs[0]["machine"],
@@ -1428,7 +1434,10 @@ def collect() -> list[dict]:
     lines = []
     large = at_laptop_size()
     for claim in CLAIMS:
-        line = judge(claim, large if claim.laptop_runs else found) or before.get(claim.id)
+        line = judge(claim, large if claim.laptop_runs else found)
+        if line is None and claim.id in before:
+            line = before[claim.id]
+            line["why"] = why(claim, line["verdict"])
         if line:
             try:
                 again = None if claim.laptop_runs else weigh(claim, effects(claim, large))

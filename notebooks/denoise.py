@@ -10,11 +10,11 @@ passes. Each run is kept in runs/denoise/ARM-SEED.json and not run again; all to
 notebooks/results/denoise.json and denoise.png. Needs the extra `notebooks`.
 """
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from math import ceil
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -137,19 +137,14 @@ CONTROLS = {
 }
 CONTROLS |= dict.fromkeys(("canvas", "base", "once", "best_of_4"), OF_ALL)
 CONTROLS |= dict.fromkeys(("no_indicator", "segments", "read_along"), OF_ALL)
-EVERY = tuple(task + arm for task in ("", COUNTDOWN) for arm in ("provers", *ARMS))
+EVERY = ("provers", *(arm for arm in ARMS if arm != "mu8"))
+EVERY += tuple(COUNTDOWN + arm for arm in EVERY if arm == "outcome" or arm not in LIKELIHOODS)
 EVERY += tuple(LONG + COUNTDOWN + arm for arm in ("outcome", "own_once"))
 
 
 # ---- credits that only stand here ---------------------------------------------------------------
 
 Credit = Callable[[nr.PPOState, nr.Task, nr.Rollout, Tensor, nr.DenoiseConfig], Tensor]
-
-
-def accuracy_of(reward: Tensor, group: Tensor) -> Tensor:
-    """The share of right answers in the group of each response (B,), as in (6)."""
-    right = reward.clamp(min=0)  # without the penalty of a response that does not end
-    return right - nr.group_advantage(right, group, "mean")
 
 
 def own_start(
@@ -207,7 +202,7 @@ def changed_process(change: Change, own: bool = False) -> Credit:
         _, value = nr.prospects(state, task, b, better, c)
         if better.any():
             value[better] = change(value[better], c, state)
-        start = own_start(state, task, b, better, c) if own else accuracy_of(reward, b.group)
+        start = own_start(state, task, b, better, c) if own else nr.group_accuracy(reward, b.group)
         progress = (value - start).nan_to_num()
         return (adv + c.process_weight * progress)[:, None] * b.mask
 
@@ -221,7 +216,7 @@ def best_of_four(
     adv = nr.group_advantage(reward, b.group, "mean")
     better = adv > 0
     _, value = nr.prospects(state, task, b, better, c)
-    progress = (1 - accuracy_of(reward, b.group)) ** 4 - (1 - value) ** 4
+    progress = (1 - nr.group_accuracy(reward, b.group)) ** 4 - (1 - value) ** 4
     return torch.where(better, adv + c.process_weight * progress, adv)[:, None] * b.mask
 
 
@@ -275,7 +270,7 @@ def no_indicator(
     every = torch.ones_like(b.group, dtype=torch.bool)
     _, value = nr.prospects(state, task, b, every, c)
     adv = nr.group_advantage(reward, b.group, "mean")
-    progress = value - accuracy_of(reward, b.group)
+    progress = value - nr.group_accuracy(reward, b.group)
     return (adv + c.process_weight * progress)[:, None] * b.mask
 
 
@@ -285,25 +280,23 @@ def segments(
     """To each token what its own stretch achieved: before t V(x_t) - V(x_T), then r - V(x_t)."""
     every = torch.ones_like(b.group, dtype=torch.bool)
     p, value = nr.prospects(state, task, b, every, c)
-    before = value - accuracy_of(reward, b.group)
+    before = value - nr.group_accuracy(reward, b.group)
     after = reward - value
     return torch.where(b.order < p[:, None], before[:, None], after[:, None]) * b.mask
 
 
 def read_at_once(policy: nr.Transformer, task: nr.Task, b: nr.Rollout, c: nr.Config) -> Tensor:
-    """(B, passes + 1): whether what would be written at once before each pass is right.
+    """(B, canvases) whether what would be written at once on each of its canvases is right.
 
-    Behind the last pass that counts it is the response itself.
+    They are those before each pass. Behind the last pass that counts it is the response itself.
     """
     B = len(b.order)
     last = (b.order * b.mask).amax(1).long()
-    passes = int(last.max()) + 2
-    row = torch.arange(B).repeat_interleave(passes)
-    p = torch.minimum(torch.arange(passes).repeat(B), last[row] + 1)
-    pairs, which_pair = torch.stack([row, p], 1).unique(dim=0, return_inverse=True)
-    row, p = pairs.T
-    canvas = nr.canvas_before(b.response[row], b.order[row], p, c)
-    both = torch.cat([b.prompt[row], canvas], dim=1)
+    canvases = int(last.max()) + 2
+    which_row = torch.arange(B).repeat_interleave(canvases)
+    p = torch.minimum(torch.arange(canvases).repeat(B), last[which_row] + 1)
+    canvas = nr.canvas_before(b.response[which_row], b.order[which_row], p, c)
+    both = torch.cat([b.prompt[which_row], canvas], dim=1)
     unique, which = both.unique(dim=0, return_inverse=True)
     right = []
     for part in unique.split(c.micro):
@@ -311,7 +304,7 @@ def read_at_once(policy: nr.Transformer, task: nr.Task, b: nr.Rollout, c: nr.Con
         said = nr.fill_at_once(policy, prompt, canvas, c)
         for x, y in zip(prompt.tolist(), said.tolist(), strict=True):
             right.append(task.grade(task.decode(x), task.decode(y)))
-    return torch.tensor(right)[which][which_pair].view(B, passes)
+    return torch.tensor(right)[which].view(B, canvases)
 
 
 def read_along(
@@ -413,23 +406,22 @@ def with_place(model: nr.Transformer, b: nr.Rollout, c: nr.DenoiseConfig) -> tup
     R = b.response.shape[1]
     block = min(c.block, R)
     counts = (b.mask > 0) & (b.order >= 0)
-    pairs = torch.stack([*counts.nonzero(as_tuple=True)], 1)
+    pairs = counts.nonzero()
     pairs[:, 1] = b.order[counts]
-    row, p = pairs.unique(dim=0).T
-    canvas = nr.canvas_before(b.response[row], b.order[row], p, c)
-    written = b.order[row] == p[:, None]
+    which_row, p = pairs.unique(dim=0).T
+    response, order = b.response[which_row], b.order[which_row]
+    canvas = nr.canvas_before(response, order, p, c)
+    written = order == p[:, None]
     begin = written.int().argmax(1, keepdim=True) // block * block
     place = begin.clamp(max=R - block) + torch.arange(block)
-    both = torch.cat([b.prompt[row], canvas], dim=1)
-    unique, which = both.unique(dim=0, return_inverse=True)
-    hidden = nr.response_part(model.hidden(unique), b.prompt.shape[1])
+    hidden, which = nr.read_once(model, b.prompt[which_row], canvas)
     logits = model.lm_head(hidden[which[:, None], place])
     logp = nr.log_softmax(logits, c.temperature, model.config)
     sure = nr.log_softmax(logits, 1.0, model.config).detach()
 
     here = written.gather(1, place)
     open_still = (canvas.gather(1, place) == c.mask_id) & ~here
-    token = b.response[row].gather(1, place).masked_fill(~here, 0)[..., None]
+    token = response.gather(1, place).masked_fill(~here, 0)[..., None]
     mine = logp.gather(-1, token)[..., 0].masked_fill(~here, 0.0)
     least, who = sure.gather(-1, token)[..., 0].masked_fill(~here, torch.inf).min(1)
     # Of equally sure tokens the sampler keeps the first.
@@ -439,7 +431,7 @@ def with_place(model: nr.Transformer, b: nr.Rollout, c: nr.DenoiseConfig) -> tup
     others = less_sure.clamp(min=1e-9).log().masked_fill(~open_still, 0.0).sum(1)
     mine = mine + F.one_hot(who, block) * others[:, None]
     found = torch.zeros_like(b.mask)
-    at = (row[:, None].expand_as(place)[here], place[here])
+    at = (which_row[:, None].expand_as(place)[here], place[here])
     return found.index_put(at, mine[here]) * b.mask, None
 
 
@@ -507,7 +499,7 @@ def loop_of(
     """The loop that an arm trains with; share: of the prompt, masked in the mean field."""
     if share > 0:
         return denoise_masked(state, task, c, share)
-    return nr.denoise(state, task, c, estimate=ESTIMATES.get(arm))
+    return nr.denoise(state, task, c, estimate=ESTIMATES.get(arm, nr.estimate_diffusion))
 
 
 def begin(
@@ -533,8 +525,8 @@ def about_prospects(value: Tensor, tries: int, reward: Tensor, group: Tensor) ->
     """Whether V (B,) can tell the responses of a problem apart, and what (6) makes of it.
 
     spread: the deviation of V within a problem, without the part that is the noise of so many
-    tries. with A: the correlation of that with the reward. A and D: of the responses that beat
-    their group, which (7) adds.
+    tries. with A: the correlation of that with the reward, 0 if there is no spread. A and D: of the
+    responses that beat their group, which (7) adds.
     """
     adv = nr.group_advantage(reward, group, "mean")
     inside = nr.group_advantage(value, group, "mean")
@@ -545,11 +537,11 @@ def about_prospects(value: Tensor, tries: int, reward: Tensor, group: Tensor) ->
     spread = max(variance, 0.0) ** 0.5
     spread_of_reward = (float((adv**2).sum()) / degrees) ** 0.5
     covariance = float((inside * adv).sum()) / degrees
-    progress = value - accuracy_of(reward, group)
+    progress = value - nr.group_accuracy(reward, group)
     return {
         "V": float(value.mean()),
         "spread": spread,
-        "with A": covariance / (spread * spread_of_reward),
+        "with A": covariance / (spread * spread_of_reward) if spread * spread_of_reward else 0.0,
         "A": float(adv[adv > 0].mean()),
         "D": float(progress[adv > 0].mean()),
     }
@@ -567,7 +559,7 @@ def measure_provers(arm: str, seed: int, threads: int, cache: Path, /) -> dict:
     prompt, group = nr.in_groups(task, task.prompts(64, nr.rng(seed, "provers")), c)
     generator = nr.rng(seed, "provers", 1)
     b = nr.sample(policy, prompt, c, group=group, generator=generator)
-    right = nr.grades(task, b)
+    reward = nr.verifier(state, task, b, nr.grades(task, b), c).sum(1)
     last = (b.order * b.mask).amax(1)
     share = torch.rand(64, generator=generator)[group]
     p = 1 + (share * (last + 1)).long()
@@ -576,7 +568,7 @@ def measure_provers(arm: str, seed: int, threads: int, cache: Path, /) -> dict:
         asked = replace(c, branches=tries)
         more = nr.PROVERS[prover](state, b, p, asked, generator)
         value = nr.grades(task, more).view(len(p), tries).mean(1)
-        found[prover] = about_prospects(value, tries, right, group)
+        found[prover] = about_prospects(value, tries, reward, group)
     return {"arm": arm, "seed": seed, "seconds": round(time.time() - began, 1), "found": found}
 
 
@@ -584,15 +576,11 @@ def measure_provers(arm: str, seed: int, threads: int, cache: Path, /) -> dict:
 
 
 def fewer(c: nr.DenoiseConfig) -> dict[str, nr.DenoiseConfig]:
-    """The same sampler with a half, a quarter and an eighth of the passes."""
-
-    def share(n: int) -> nr.DenoiseConfig:
-        return replace(c, block_passes=max(1, ceil(c.block_passes / n)))
-
+    """The same sampler, by how many passes it makes for as many places as a block has now."""
+    found = {str(n): replace(c, block_passes=n) for n in (c.block_passes, 2, 1)}
     # Blocks of one pass each can only become longer.
-    longer = replace(c, block=2 * c.block, block_passes=1)
-    eighth = share(8) if c.block == c.response else longer
-    return {"1": c, "1/2": share(2), "1/4": share(4), "1/8": eighth}
+    found["1/2"] = replace(c, block=2 * c.block, block_passes=1)
+    return found
 
 
 def answers_at_once(
@@ -603,7 +591,7 @@ def answers_at_once(
     after: of all passes of the canvas, the paper's measure, where a short answer is early. own
     passes: of those that the response itself needed, where its length does not count.
     """
-    every = ceil(c.response / min(c.block, c.response)) * c.block_passes
+    every = math.ceil(c.response / min(c.block, c.response)) * c.block_passes
     needed = {"answer after": torch.full_like(b.group, every)}
     needed["answer after, own passes"] = 1 + (b.order * b.mask).amax(1).long()
     found: dict[str, dict[str, float]] = {}
@@ -639,7 +627,7 @@ def direction_of_own(arm: str, policy: nr.Transformer, task: nr.Task, c: nr.Deno
 
 
 def steps_and_answers(task: nr.Task, test: list[str], b: nr.Rollout) -> dict[str, float]:
-    """Of right answers, how many have only right steps, all of them; of wrong answers the same."""
+    """Of right answers, how many have steps that hold a whole right way; of wrong ones the same."""
     found: dict[bool, list[bool]] = {True: [], False: []}
     for x, y in zip(test, b.response.tolist(), strict=True):
         text = task.decode(y)
@@ -647,8 +635,8 @@ def steps_and_answers(task: nr.Task, test: list[str], b: nr.Rollout) -> dict[str
         whole = sum(task.step_ok(x, steps)) == len(task.truth(x))  # aimless ones may stand between
         found[task.grade(x, text) == 1].append(whole)
     return {
-        "right answers with right steps": mean(found[True] or [0]),
-        "wrong answers with right steps": mean(found[False] or [0]),
+        "right answers with right steps": mean(found[True] or [math.nan]),
+        "wrong answers with right steps": mean(found[False] or [math.nan]),
     }
 
 
@@ -687,26 +675,26 @@ def measure(
         "base sampled": nr.accuracy(policy, task, test, c, 1.0),
     }
 
-    if name in LIKELIHOODS:
+    if arm in LIKELIHOODS:
         found["own samples agree"] = direction_of_own(name, policy, task, c)
 
+    training = time.time()
     state = nr.start_ppo(policy, c)
     curve = []
     for m in loop_of(name, state, task, c, masked):
         look = state.update % c.eval_every == 0
         looked = nr.accuracy(policy, task, dev, c) if look else None
         curve.append([state.samples, round(m["truth"], 4), looked])
-    if "kl" in m:
-        found["nats above the base"] = m["kl"]
+    found["nats above the base"] = m["kl"]
     seen = [x[2] for x in curve if x[2] is not None]
-    found["seconds of training"] = round(time.time() - began, 1)
+    found["seconds of training"] = round(time.time() - training, 1)
     found["samples"] = state.samples
     found["curve"] = curve
     found["largest drop"] = max(max(seen[: i + 1]) - x for i, x in enumerate(seen))
 
     by_passes = {k: nr.accuracy(policy, task, test, each) for k, each in fewer(c).items()}
-    found["greedy, passes"] = by_passes
-    found["greedy"] = by_passes["1"]
+    found["greedy, passes a block"] = by_passes
+    found["greedy"] = by_passes[str(c.block_passes)]
     found["sampled"] = nr.accuracy(policy, task, test, c, 1.0)
     b = nr.sample(policy, nr.encode_prompts(task, test, c), replace(c, temperature=0.0))
     found |= answers_at_once(state, task, b, c)
@@ -737,9 +725,10 @@ def collect() -> dict:
     return kept
 
 
-def numbers(kept: dict, arm: str, *path: str) -> dict[int, Any]:
-    """One number of every seed."""
-    found = {job["seed"]: job["found"] for job in kept[arm]["seeds"]}
+def by_seed(kept: dict, arm: str, *path: str) -> dict[int, Any]:
+    """One number of every seed; none of an arm that was not run."""
+    jobs = kept[arm]["seeds"] if arm in kept else []
+    found = {job["seed"]: job["found"] for job in jobs}
     for key in path:
         found = {seed: x[key] for seed, x in found.items()}
     return found
@@ -747,20 +736,20 @@ def numbers(kept: dict, arm: str, *path: str) -> dict[int, Any]:
 
 def cell(kept: dict, arm: str, *path: str) -> str:
     """One number of an arm, over its seeds."""
-    return front.interval(list(numbers(kept, arm, *path).values()))
+    return front.interval(list(by_seed(kept, arm, *path).values()))
 
 
 def minus(kept: dict, arm: str, other: str, *path: str) -> list[float]:
     """The difference of two arms for every seed that has both."""
-    one = numbers(kept, arm, *path)
-    two = numbers(kept, other, *path)
+    one = by_seed(kept, arm, *path)
+    two = by_seed(kept, other, *path)
     return [x - two[seed] for seed, x in one.items() if seed in two]
 
 
 def best_control(kept: dict, task: str, arm: str, *path: str) -> str | None:
     """Of the controls of an arm that were run, the one that is best on average."""
     there = [task + x for x in CONTROLS.get(arm, ()) if task + x in kept]
-    means = {x: mean(numbers(kept, x, *path).values()) for x in there}
+    means = {x: mean(by_seed(kept, x, *path).values()) for x in there}
     return max(means, key=means.__getitem__, default=None)
 
 
@@ -770,11 +759,11 @@ def likelihood_table(kept: dict) -> list[str]:
     lines = head("log-prob of a token", *titles)
     for arm in (arm for arm in LIKELIHOODS if arm in kept):
         title = "each token on the sampler's own canvas" if arm == "outcome" else TITLES[arm]
-        gap = minus(kept, arm, "mean_field", "greedy")
-        cells = [cell(kept, arm, "greedy"), front.interval(gap) if arm != "mean_field" else ""]
+        gap = minus(kept, arm, "mean_field", "greedy") if arm != "mean_field" else []
+        cells = [cell(kept, arm, "greedy"), front.interval(gap)]
         for key in ("sampled", "own samples agree", "nats above the base"):
             cells.append(cell(kept, arm, key))
-        seconds = mean(numbers(kept, arm, "seconds of training").values())
+        seconds = mean(by_seed(kept, arm, "seconds of training").values())
         lines.append(row(title, *cells, f"{seconds:.0f}"))
     return lines
 
@@ -796,13 +785,12 @@ def credits_of(kept: dict, task: str) -> list[str]:
     return [arm for arm in ARMS if arm not in ESTIMATES and task + arm in kept]
 
 
-def compared(kept: dict, task: str, arm: str, *path: str) -> list[str]:
+def beside_others(kept: dict, task: str, arm: str, *path: str) -> list[str]:
     """Three cells: a number of an arm, minus the outcome's, minus that of its best control."""
     cells = [cell(kept, task + arm, *path)]
-    gap = minus(kept, task + arm, task + "outcome", *path)
-    cells.append(front.interval(gap) if arm != "outcome" else "")
-    control = best_control(kept, task, arm, *path)
-    cells.append(front.interval(minus(kept, task + arm, control, *path)) if control else "")
+    for other in (task + "outcome", best_control(kept, task, arm, *path)):
+        gap = [] if other in (None, task + arm) else minus(kept, task + arm, other, *path)
+        cells.append(front.interval(gap))
     return cells
 
 
@@ -811,13 +799,13 @@ def final_table(kept: dict, task: str) -> list[str]:
     titles = ["greedy", "minus outcome", "minus best control", "sampled", "worst seed", "samples"]
     lines = head(TASKS[task], *titles)
     greedy, sampled = (cell(kept, task + "outcome", key) for key in ("base", "base sampled"))
-    worst = min(numbers(kept, task + "outcome", "base").values())
+    worst = min(by_seed(kept, task + "outcome", "base").values())
     lines.append(row("the base", greedy, "", "", sampled, f"{worst:.3f}", ""))
     for arm in credits_of(kept, task):
-        cells = compared(kept, task, arm, "greedy")
+        cells = beside_others(kept, task, arm, "greedy")
         cells.append(cell(kept, task + arm, "sampled"))
-        cells.append(f"{min(numbers(kept, task + arm, 'greedy').values()):.3f}")
-        drawn = mean(numbers(kept, task + arm, "samples").values())
+        cells.append(f"{min(by_seed(kept, task + arm, 'greedy').values()):.3f}")
+        drawn = mean(by_seed(kept, task + arm, "samples").values())
         lines.append(row(TITLES[arm], *cells, f"{drawn:,.0f}"))
     return lines
 
@@ -825,15 +813,17 @@ def final_table(kept: dict, task: str) -> list[str]:
 def on_the_way_table(kept: dict, task: str) -> list[str]:
     """What each credit does to the answer at once, and to what the responses look like."""
     titles = ["at once after 50 %", "after 62 %", "minus outcome", "minus best control"]
-    titles += ["after 75 %", "after 62 % of its own", "half the passes", "tokens"]
-    titles.append("right with right steps")
+    titles += ["after 75 %", "after 62 % of its own", "two passes a block"]
+    titles += ["right with right steps", "tokens"]
     lines = head(TASKS[task], *titles)
     more = [("answer after", "0.75"), ("answer after, own passes", "0.625")]
-    more += [("greedy, passes", "1/2"), ("tokens",), ("right answers with right steps",)]
+    more += [("greedy, passes a block", "2"), ("right answers with right steps",)]
     for arm in credits_of(kept, task):
         cells = [cell(kept, task + arm, "answer after", "0.5")]
-        cells += compared(kept, task, arm, "answer after", "0.625")
+        cells += beside_others(kept, task, arm, "answer after", "0.625")
         cells += [cell(kept, task + arm, *path) for path in more]
+        tokens = by_seed(kept, task + arm, "tokens")
+        cells.append(front.interval(list(tokens.values()), places=1))
         lines.append(row(TITLES[arm], *cells))
     return lines
 
@@ -848,16 +838,18 @@ def tables(kept: dict) -> str:
 
 def draw_gains(kept: dict, task: str, axes: Any) -> None:
     """Greedy accuracy of each arm minus that of the outcome alone; controls in grey."""
-    shown = [arm for arm in credits_of(kept, task) if arm != "outcome"]
+    every = [arm for arm in credits_of(kept, task) if arm != "outcome"]
+    gaps = {arm: minus(kept, task + arm, task + "outcome", "greedy") for arm in reversed(every)}
+    shown = [arm for arm, gap in gaps.items() if gap]
     controls = {control for names in CONTROLS.values() for control in names}
-    for y, arm in enumerate(reversed(shown)):
-        gap = minus(kept, task + arm, task + "outcome", "greedy")
+    for y, arm in enumerate(shown):
+        gap = gaps[arm]
         color = "0.6" if arm in controls else "C0"
         axes.errorbar(mean(gap), y, xerr=front.half_width(gap), fmt="o", ms=4, color=color)
-    names = [TITLES[arm] for arm in reversed(shown)]
+    names = [TITLES[arm] for arm in shown]
     axes.set_yticks(range(len(shown)), names, fontsize=7)
     axes.axvline(0, color="0.4", lw=1)
-    axes.set_title(f"{TASKS[task]}: greedy minus the outcome's, five seeds", fontsize=10)
+    axes.set_title(f"{TASKS[task]}: greedy minus the outcome's", fontsize=10)
 
 
 def draw_early(kept: dict, task: str, axes: Any) -> None:
@@ -866,7 +858,7 @@ def draw_early(kept: dict, task: str, axes: Any) -> None:
         arm for arm in ("outcome", "tail", "own_tail", "paid_once", "short") if task + arm in kept
     ]
     for i, arm in enumerate(main):
-        seeds = list(numbers(kept, task + arm, "answer after").values())
+        seeds = list(by_seed(kept, task + arm, "answer after").values())
         shares = [float(share) for share in seeds[0]]
         band(axes, shares, [list(s.values()) for s in seeds], f"C{i}", TITLES[arm], marker="o")
     axes.set_title(f"{TASKS[task]}: the answer at once, 95 % over seeds", fontsize=10)

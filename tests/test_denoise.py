@@ -650,14 +650,20 @@ def test_read_at_once_reads_every_canvas_of_a_response():
         assert (found[i, last + 1 :] == nr.grades(Odd(1, 1), b)[i]).all()
 
 
-@pytest.mark.parametrize("seeds", [1, 2])
+@pytest.mark.parametrize("seeds", [[0], [0, 1], [3]])
 def test_tables_and_picture_of_a_few_seeds(seeds, tmp_path, monkeypatch):
-    """What a reader has who runs some arms with `--seeds 0`."""
+    """What a reader has who runs some arms with some seeds, `tail` with others than the rest."""
     monkeypatch.setattr(denoise, "OUT", tmp_path / "denoise.json")
-    kept = denoise.read_arms(denoise.ROOT / "notebooks" / "results" / "denoise.json")
-    few = {arm: told | {"seeds": told["seeds"][:seeds]} for arm, told in kept.items()}
-    greedy = denoise.numbers(few, "tail", "greedy")
-    assert len(greedy) == seeds and front.interval(list(greedy.values())) in denoise.tables(few)
+    few = denoise.read_arms(denoise.ROOT / "notebooks" / "results" / "denoise.json")
+    del few["mean_field"]
+    for arm, told in few.items():
+        chosen = seeds if arm == "tail" else [0, 1]
+        told["seeds"] = [job for job in told["seeds"] if job["seed"] in chosen]
+    greedy = list(denoise.by_seed(few, "tail", "greedy").values())
+    assert len(greedy) == len(seeds)
+    shown = next(x for x in denoise.tables(few).split("\n") if denoise.TITLES["tail"] in x)
+    assert f"| {front.interval(greedy)} |" in shown
+    assert ("|  |" in shown) == (seeds == [3])  # there the outcome has no such seed
     pytest.importorskip("matplotlib")
     denoise.picture(few)
     assert (tmp_path / "denoise.png").read_bytes()[:4] == b"\x89PNG"
@@ -681,6 +687,39 @@ def test_what_is_said_of_prospects_is_without_the_noise_of_tries():
     assert denoise.about_prospects(prospects, 1, reward, group)["spread"] == pytest.approx(
         0.3, abs=5e-3
     )
+
+
+def test_prospects_that_are_alike_have_no_spread_and_no_correlation():
+    reward, group = torch.tensor([1.0, 0.0, 1.0, 0.0]), torch.zeros(4, dtype=torch.long)
+    found = denoise.about_prospects(torch.full((4,), 0.5), 8, reward, group)
+    assert found == {"V": 0.5, "spread": 0.0, "with A": 0.0, "A": 0.5, "D": 0.0}
+
+
+def test_fewer_passes_are_told_by_how_many_a_block_has():
+    config = nr.replace(FULL, block=3, block_passes=3)
+    found = {k: (x.block, x.block_passes) for k, x in denoise.fewer(config).items()}
+    assert found == {"3": (3, 3), "2": (3, 2), "1": (3, 1), "1/2": (6, 1)}
+
+
+def test_only_the_process_reward_makes_room_for_branches():
+    config = nr.DenoiseConfig(prompts=2, samples=3, branches=5)
+    assert config.responses_at_once() == 6
+    assert nr.replace(config, arm="process").responses_at_once() == 30
+
+
+def test_equal_canvases_are_read_once_and_in_parts(monkeypatch):
+    model = started().policy
+    seen = []
+    hidden = model.hidden
+    monkeypatch.setattr(model, "hidden", lambda ids: seen.append(len(ids)) or hidden(ids))
+    prompt = torch.tensor([[5], [6], [5], [7], [6]])
+    canvas = torch.tensor([[8, 9], [8, 9], [8, 9], [8, 9], [9, 9]])
+    found, which = nr.read_once(model, prompt, canvas, 3)
+    assert seen == [3, 1] and found.shape[:2] == (4, 2) and which[0] == which[2]
+    whole = nr.response_part(hidden(torch.cat([prompt, canvas], dim=1)), 1)
+    assert torch.allclose(found[which], whole, atol=1e-5)
+    nr.read_once(model, prompt, canvas)
+    assert seen == [3, 1, 4]
 
 
 def test_answers_at_once_open_what_is_written_late_by_either_clock(monkeypatch):

@@ -1291,6 +1291,7 @@ def test_the_intervals_are_students():
     assert front.half_width(values) == pytest.approx((high - low) / 2, abs=1e-4)
     assert front.interval(values) == f"{fmean(values):.3f} ± {(high - low) / 2:.3f}"
     assert front.interval([0.25]) == "0.250" and isnan(front.half_width([0.25]))
+    assert front.interval([]) == "" and front.interval([1.0, 2.0], places=1) == "1.5 ± 6.4"
 
 
 def result(loop, seed, base, final, to_80, **more):
