@@ -1681,7 +1681,7 @@ def annotate(state: PPOState, b: Rollout, c: Config, estimate: Callable = estima
     in_order = alike(state.policy, b).argsort(stable=True)
     for rows in own_rows(in_order).split(c.micro):
         part = b.select(rows)
-        if b.logp is None:
+        if b.logp is None or state.policy.config.causal:
             logp, hidden = estimate(state.policy, part, c)
         else:  # a diffusion LM knows them since it wrote
             logp, hidden = part.logp, None

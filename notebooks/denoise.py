@@ -855,14 +855,16 @@ def draw_gains(kept: dict, task: str, axes: Any) -> None:
 def draw_early(kept: dict, task: str, axes: Any) -> None:
     """What is right if the rest is written at once."""
     main = [
-        arm for arm in ("outcome", "tail", "own_tail", "paid_once", "short") if task + arm in kept
+        arm for arm in ("outcome", "tail", "own_once", "paid_once", "short") if task + arm in kept
     ]
     for i, arm in enumerate(main):
         seeds = list(by_seed(kept, task + arm, "answer after").values())
         shares = [float(share) for share in seeds[0]]
         band(axes, shares, [list(s.values()) for s in seeds], f"C{i}", TITLES[arm], marker="o")
     axes.set_title(f"{TASKS[task]}: the answer at once, 95 % over seeds", fontsize=10)
-    axes.set(xlabel="share of the passes taken", ylabel="right, test", xticks=shares)
+    axes.set(
+        xlabel="share of the passes taken", ylabel="right, test", xticks=shares, ylim=(0, None)
+    )
     axes.legend(frameon=False, fontsize=7)
 
 
@@ -901,12 +903,12 @@ def picture(kept: dict) -> None:
     """A row for each task: gains beside controls; how a response was written, or early answers."""
     from matplotlib.figure import Figure
 
-    tasks = [task for task in TASKS if task + "outcome" in kept]
+    tasks = [task for task in ("", COUNTDOWN) if task + "outcome" in kept]
     figure = Figure(figsize=(12, 4.6 * len(tasks)), layout="constrained")
     parts = figure.subfigures(len(tasks), 2, squeeze=False)
     for task, (left, right) in zip(tasks, parts, strict=True):
         draw_gains(kept, task, left.subplots())
-        if COUNTDOWN in task:
+        if task == COUNTDOWN:
             draw_early(kept, task, right.subplots())
     top, low = parts[0, 1].subplots(2)
     # The response whose prospects change most.
