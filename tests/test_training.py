@@ -532,6 +532,8 @@ def test_ratio_is_one_before_the_first_update_and_every_weight_gets_a_gradient(a
     group = torch.arange(6) // 3
     rollout = nr.sample(policy, prompt, config, group=group, generator=nr.rng(0, "s"))
     rollout = nr.annotate(state, rollout, config)
+    # A GPT reads them again if it is asked again, since the values come from the same vectors.
+    assert torch.equal(nr.annotate(state, rollout, config).value, rollout.value)
     hidden = nr.predictive_hidden(policy, rollout.prompt, rollout.response)
     logp = nr.gather_logprobs(policy, hidden, rollout.response, 0.7)
     assert torch.equal(logp.detach(), rollout.logp) and torch.equal(rollout.logp, rollout.ref_logp)
