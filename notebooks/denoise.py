@@ -865,7 +865,7 @@ def draw_early(kept: dict, task: str, axes: Any) -> None:
     axes.set(
         xlabel="share of the passes taken", ylabel="right, test", xticks=shares, ylim=(0, None)
     )
-    axes.legend(frameon=False, fontsize=7)
+    axes.legend(frameon=False, fontsize=7, loc="upper left")
 
 
 def draw_response(shown: dict, top: Any, low: Any) -> Any:
