@@ -467,7 +467,7 @@ def policy(reward: str, key: str, other: str) -> Callable[[dict], float]:
 
 
 def lost(a: dict) -> float:
-    """What two passes a block cost, as a gain of greedy accuracy."""
+    """The greedy accuracy that is lost with two passes a block."""
     return a["found"]["greedy"] - a["found"]["greedy, passes a block"]["2"]
 
 
@@ -1245,7 +1245,7 @@ CLAIMS = [
         paper=SAPO,
         claim="right answers have right steps more often",
         paper_numbers="Countdown 56.8 against 51.2 (judged)",
-        metric="right answers with only right steps, countdown: process minus outcome",
+        metric="right answers whose steps hold a right way, countdown: process minus outcome",
         arms=("d_countdown_tail", "d_countdown_outcome"),
         effect=lambda a, b: (
             a["found"]["right answers with right steps"]

@@ -734,9 +734,9 @@ def by_seed(kept: dict, arm: str, *path: str) -> dict[int, Any]:
     return found
 
 
-def cell(kept: dict, arm: str, *path: str) -> str:
+def cell(kept: dict, arm: str, *path: str, places: int = 3) -> str:
     """One number of an arm, over its seeds."""
-    return front.interval(list(by_seed(kept, arm, *path).values()))
+    return front.interval(list(by_seed(kept, arm, *path).values()), places)
 
 
 def minus(kept: dict, arm: str, other: str, *path: str) -> list[float]:
@@ -822,8 +822,7 @@ def on_the_way_table(kept: dict, task: str) -> list[str]:
         cells = [cell(kept, task + arm, "answer after", "0.5")]
         cells += beside_others(kept, task, arm, "answer after", "0.625")
         cells += [cell(kept, task + arm, *path) for path in more]
-        tokens = by_seed(kept, task + arm, "tokens")
-        cells.append(front.interval(list(tokens.values()), places=1))
+        cells.append(cell(kept, task + arm, "tokens", places=1))
         lines.append(row(TITLES[arm], *cells))
     return lines
 
@@ -838,16 +837,16 @@ def tables(kept: dict) -> str:
 
 def draw_gains(kept: dict, task: str, axes: Any) -> None:
     """Greedy accuracy of each arm minus that of the outcome alone; controls in grey."""
-    every = [arm for arm in credits_of(kept, task) if arm != "outcome"]
-    gaps = {arm: minus(kept, task + arm, task + "outcome", "greedy") for arm in reversed(every)}
-    shown = [arm for arm, gap in gaps.items() if gap]
+    gaps = {}
+    for arm in reversed(credits_of(kept, task)):
+        gap = minus(kept, task + arm, task + "outcome", "greedy")
+        if gap and arm != "outcome":
+            gaps[arm] = gap
     controls = {control for names in CONTROLS.values() for control in names}
-    for y, arm in enumerate(shown):
-        gap = gaps[arm]
+    for y, (arm, gap) in enumerate(gaps.items()):
         color = "0.6" if arm in controls else "C0"
         axes.errorbar(mean(gap), y, xerr=front.half_width(gap), fmt="o", ms=4, color=color)
-    names = [TITLES[arm] for arm in shown]
-    axes.set_yticks(range(len(shown)), names, fontsize=7)
+    axes.set_yticks(range(len(gaps)), [TITLES[arm] for arm in gaps], fontsize=7)
     axes.axvline(0, color="0.4", lw=1)
     axes.set_title(f"{TASKS[task]}: greedy minus the outcome's", fontsize=10)
 

@@ -67,6 +67,9 @@ def run(
     a = parser.parse_args()
     if unknown := [name for name in a.names if name not in named]:
         parser.error(f"{unknown[0]} is not one of {', '.join(named)}")
+    # As many as an interval is known for; a job's file has one digit for its seed.
+    if not all(0 <= seed <= len(front.T95) for seed in a.seeds):
+        parser.error(f"--seeds must lie in 0..{len(front.T95)}")
     torch.set_num_threads(a.threads)
     folder.mkdir(parents=True, exist_ok=True)
     chosen = dict.fromkeys(arm for name in a.names or named for arm in named[name])
@@ -82,8 +85,7 @@ def run(
 
 def read_jobs(folder: Path, arm: str) -> list[dict]:
     """What was measured of an arm, by seed."""
-    jobs = [json.loads(path.read_text()) for path in folder.glob(f"{arm}-*.json")]
-    return sorted(jobs, key=lambda job: job["seed"])
+    return [json.loads(path.read_text()) for path in sorted(folder.glob(f"{arm}-?.json"))]
 
 
 def about_arm(script: str, arm: str, jobs: list[dict]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import sys
 
 import nbformat
 import pytest
@@ -10,7 +11,7 @@ from nbclient import NotebookClient
 
 import nanoreward as nr
 import train_small
-from notebooks import claims
+from notebooks import claims, jobs
 from tests.conftest import ROOT
 
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -148,11 +149,33 @@ def test_every_claim_compares_arms_that_there_are_by_a_rule_of_its_own():
 def test_the_claims_at_laptop_size_are_those_of_the_committed_runs():
     large = claims.at_laptop_size()
     assert set(large["gae"]) == set(large["grpo"]) == set(large["rloo"]) == set(range(5))
-    kept = {x["id"]: x["laptop"] for x in json.loads(claims.OUT.read_text())}
-    compared = [claim for claim in claims.CLAIMS if kept[claim.id]]
-    assert len(compared) >= 46
+    lines = {x["id"]: x for x in json.loads(claims.OUT.read_text())}
+    compared = [c for c in claims.CLAIMS if c.laptop_runs or lines[c.id]["laptop"]]
+    assert len(compared) >= 59
     for claim in compared:
-        assert kept[claim.id] == claims.weigh(claim, claims.effects(claim, large)), claim.id
+        x = lines[claim.id]
+        told = claims.weigh(claim, claims.effects(claim, large))
+        kept = {key: x[key] for key in told} if claim.laptop_runs else x["laptop"]
+        assert kept == told, claim.id
+
+
+@pytest.mark.parametrize("seed", ["-1", "10"])
+def test_a_seed_that_no_file_and_no_interval_has_is_refused(seed, tmp_path, monkeypatch, capsys):
+    measured = []
+
+    def measure(arm, seed, threads, cache):
+        measured.append((arm, seed))
+        return {"arm": arm, "seed": seed, "seconds": 0.0}
+
+    command = ["x.py", "one", "--cache", str(tmp_path), "--seeds", "9"]
+    monkeypatch.setattr(sys, "argv", command)
+    jobs.run("", ["one"], tmp_path, measure)
+    assert [job["seed"] for job in jobs.read_jobs(tmp_path, "one")] == [9]
+    monkeypatch.setattr(sys, "argv", [*command, seed])
+    with pytest.raises(SystemExit) as stop:
+        jobs.run("", ["one"], tmp_path, measure)
+    assert stop.value.code == 2 and "--seeds must lie in 0..9" in capsys.readouterr().err
+    assert measured == [("one", 9)]
 
 
 def test_the_committed_verdicts_are_those_of_the_rule():
@@ -170,3 +193,4 @@ def test_the_committed_verdicts_are_those_of_the_rule():
         )
         assert (x["claim"], x["paper"], x["metric"]) == (claim.claim, claim.paper, claim.metric)
         assert x["verdict"] == "reproduced" or x["why"], claim.id
+        assert x["why"] == claims.why(claim, x["verdict"])
