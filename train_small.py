@@ -177,7 +177,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "start_lr": 1e-5,
             "start_muon_lr": 0.0,
         },
-        "refine": {"prompts": 512, "minibatch": 256, "lr": 1e-5, "start_lr": 1e-6},
+        "refine": {"prompts": 512, "minibatch": 128, "lr": 1e-5, "start_lr": 1e-6},
         "denoise": {"start_lr": 1e-4, "start_muon_lr": 0.0, "micro": 1},
     },
     # A model folder on sums in words, on a CPU. With two solved problems in front and its chat

@@ -40,7 +40,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "seq2seq": {"prompts": 32, "updates": 20, "reward_data": 2000, "reward_updates": 100},
     "iterative_dpo": {"rounds": 2, "prompts": 256, "updates": 20},
     "self_rewarding": {"prompts": 256, "updates": 20},
-    "refine": {"prompts": 1536, "minibatch": 128, "updates": 80},
+    "refine": {"prompts": 1536, "updates": 80},
     "denoise": {"prompts": 16, "updates": 12},
 }
 

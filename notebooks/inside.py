@@ -1,6 +1,12 @@
 """Rewards that look inside: python notebooks/inside.py [ARM ...] [--seeds 0 1 2 3 4] [--threads 1]
 
-`refine`: ORM and SORM against the truth of every step, their labels, and what the refiners mend.
+`refine`: ORM and SORM against the truth of every step, their labels, and what the refiners mend,
+beside solvers that learn from the same traces and never see a draft. `hidden`: the same with heads
+that read hidden vectors alone. `converged`: a student that has learned as much as its refiners.
+What must hold, written before the runs, each by an interval above zero: the ORM's choice beats the
+draft, the best of three drafts and the better refiner; the best of three beats the draft; the SORM
+beats the ORM at steps; a head with log-probs beats one without. Reading a draft helps if a refiner
+beats the solver that has learned its traces.
 `none`, `round`, `long`, `refusal`: the seq2seq reward and a Bradley-Terry model on the same
 preferences, with that weakness of the labeller, and `ppo` paid by each. `short`: the same without a
 weakness, where preferences and `ppo` see chains of one and two operations only, and the base knows
@@ -47,8 +53,17 @@ from notebooks.preferences import band  # noqa: E402
 JOBS = ROOT / "runs" / "inside"
 OUT = ROOT / "notebooks" / "results" / "inside.json"
 PLANTED = ("none", "round", "long", "refusal")
-ARMS = ("refine", *PLANTED, "short")
-SEQ, SCALAR, LEVEL = "ppo, seq2seq", "ppo, scalar", "ppo, scalar, at the same KL"
+# The arms of refine, and the numbers that are changed.
+REFINE: dict[str, dict[str, Any]] = {
+    "refine": {},
+    "hidden": {"logp_weight": 0.0},
+    "converged": {"start_data": 2048, "start_updates": 100},
+}
+ARMS = (*REFINE, *PLANTED, "short")
+# ppo paid by the rewriter, and by a scalar model: of hidden vectors alone, as in the paper, or of
+# log-probs too. The scalar ones are also measured at the KL that the first one ends with.
+SEQ, SCALAR, LIKELY = "ppo, seq2seq", "ppo, scalar", "ppo, scalar with log-probs"
+LEVEL, LIKELY_LEVEL = SCALAR + ", at the same KL", LIKELY + ", at the same KL"
 
 
 def share(x: Tensor) -> float | None:
@@ -159,7 +174,7 @@ def head_quality(
     value[which[:, 0], which[:, 1]] = success.float().mean(1)
 
     score = all_scores(state.scorer, prompt, b.response, ends)
-    plain = all_scores(unbalanced_scorer(state, student, c), prompt, b.response, ends)
+    other = all_scores(unbalanced_scorer(state, student, c), prompt, b.response, ends)
     position = torch.arange(ends.shape[1]).expand_as(ends)
     whole = torch.arange(len(ends)), ends.argmax(1)
     found: dict[str, dict] = {}
@@ -179,19 +194,47 @@ def head_quality(
             "calibration": [[share(p[rows]), share(good[rows])] for rows in at.values()],
             "against V^pi": [[share(p[rows]), share(value[rows])] for rows in known.values()],
         }
-    for name, s in (("balanced", score[1]), ("not balanced", plain[1])):
+    for name, s in (("balanced", score[1]), ("not balanced", other[1])):
         both = torch.stack([s.sigmoid()[step], position[step].float()])
         found[name] = {
             "correlation with position": round(float(both.corrcoef()[0, 1]), 4),
             "step accuracy": share((s > 0)[step] == good[step]),
         }
-    found["labels"] = label_quality(c, task, first_rows(b, 400), student)
     return found
 
 
 def picked(score: Tensor, each: Tensor) -> Tensor:
     """Of several candidates (n, B) the number of the one with the highest score (n, B), (B,)."""
     return each.gather(0, score.argmax(0, keepdim=True))[0]
+
+
+def without_draft(task: nr.Task, demos: list[nr.Demo]) -> list[nr.Demo]:
+    """A refiner's demonstrations for a solver: problem -> right response.
+
+    What stands before a mark `<bad>` is kept: problem, right steps -> right rest. All else of the
+    draft is left out.
+    """
+    separator, mark = task.encode(["<sep>", "<bad>"])
+    found = []
+    for asked, trace in demos:
+        begin = asked.index(separator[0])
+        end = asked.index(mark[0]) if mark[0] in asked else begin
+        found.append((asked[:begin] + asked[begin + 1 : end], trace))
+    return found
+
+
+def solvers(state: nr.RefineState, task: nr.Task, c: nr.RefineConfig) -> dict[str, nr.Transformer]:
+    """The controls: copies of the student, taught the traces of a refiner without its drafts."""
+    found = {}
+    for name in ("global", "local"):
+        model = deepcopy(state.policy)
+        demos = without_draft(task, state.demos[name])
+        batches = nr.gpt_batches(model, demos, c, size=c.minibatch // 2)
+        learning = nr.Fit([model], nr.optimizers([model], c.lr, c.muon_lr))
+        for _ in nr.fit(learning, batches, c.updates, c):
+            pass
+        found[name] = model
+    return found
 
 
 @torch.no_grad()
@@ -201,6 +244,8 @@ def refiner_quality(
     """What the refiners make of greedy drafts, who chooses, and where the local one begins."""
     greedy = replace(c, temperature=0.0)
     made = nr.refinements(state, task, test, greedy)
+    with torch.enable_grad():
+        solver = solvers(state, task, c)
 
     def grade(ids: Tensor) -> Tensor:
         both = zip(test, ids.tolist(), strict=True)
@@ -215,14 +260,18 @@ def refiner_quality(
         generator = nr.rng(c.seed, "best of 3", i)
         three.append(nr.sample(state.policy, prompt, c, generator=generator).response)
     score = torch.stack([state.scorer.whole(prompt, y) for y in three])
-    best = picked(score, torch.stack([grade(y) for y in three]))
+    graded = torch.stack([grade(y) for y in three])
+    best = picked(score, graded)
+    control = grade(nr.sample(solver["global"], prompt, greedy).response)
     mended = {
+        "control": share(control[wrong]),
         "global": share(whole[wrong]),
         "local": share(rest[wrong]),
         "chosen": share(chosen[wrong]),
         "either": share(torch.maximum(whole, rest)[wrong]),
     }
     broken = {
+        "control": share(1 - control[~wrong]),
         "global": share(1 - whole[~wrong]),
         "local": share(1 - rest[~wrong]),
         "chosen": share(1 - chosen[~wrong]),
@@ -248,19 +297,26 @@ def refiner_quality(
         for y, n, tail in zip(b.response.tolist(), cut, tails, strict=True):
             glued.append((y[:n] + tail)[: c.response])
         mended[f"local, place by {name}"] = share(grade(torch.tensor(glued))[wrong])
+        place = torch.arange(c.response)
+        kept = b.response.masked_fill(place >= torch.tensor(cut)[:, None], c.pad_id)
+        anew = nr.sample(solver["local"], prompt, greedy, kept).response
+        mended[f"control, place by {name}"] = share(grade(anew)[wrong])
     return {
         "greedy": share(draft),
         "best of 3": share(best),
+        "best of 3 by the truth": share(graded.amax(0)),
+        "control": share(control),
         "global + local + ORM": share(chosen),
         "global alone": share(whole),
         "local alone": share(rest),
+        "better refiner": max(share(whole), share(rest)),
         "mended": mended,
         "broken": broken,
     }
 
 
-def measure_refine(c: nr.RefineConfig, cache: Path) -> dict[str, Any]:
-    """One seed of refine: labels, heads, refiners, choice."""
+def measure_refine(c: nr.RefineConfig, cache: Path, labels: bool) -> dict[str, Any]:
+    """One seed of refine: heads, refiners, choice, and if asked for the labels."""
     task = front.make_task(c)
     train = front.CachedTrainer(cache)
     test = task.prompts(c.eval_problems, nr.rng(0, "test"), "test")
@@ -272,6 +328,10 @@ def measure_refine(c: nr.RefineConfig, cache: Path) -> dict[str, Any]:
     found = {"seconds": round(time.time() - began, 1)}
     found["base"] = nr.accuracy(nr.gpt_base(task, c, train), task, test, c)
     found |= head_quality(c, task, test, state)
+    if labels:
+        prompt = nr.encode_prompts(task, test[:400], c)
+        drafts = nr.sample(student, prompt, c, generator=nr.rng(c.seed, "labelled drafts"))
+        found["labels"] = label_quality(c, task, drafts, student)
     return found | refiner_quality(c, task, test, state)
 
 
@@ -325,8 +385,7 @@ def disagreements(
 @torch.no_grad()
 def falls(scorer: nr.PreferenceScorer, b: nr.Rollout) -> dict[str, Tensor]:
     """The tokens at which a scalar model's score falls, (B, R), and where it falls most."""
-    hidden = scorer.trunk.hidden(torch.cat([b.prompt, b.response], 1))
-    rise = scorer.head(hidden[:, b.prompt.shape[1] - 1 :]).diff(dim=1)
+    rise = nr.prefix_scores(scorer.trunk, [scorer.head], b.prompt, b.response)[0].diff(dim=1)
     rise = rise.masked_fill(b.mask == 0, torch.inf)
     largest = torch.zeros_like(b.mask).scatter(1, rise.argmin(1, keepdim=True), 1) > 0
     return {"scalar": rise < 0, "scalar, largest fall": largest}
@@ -452,29 +511,30 @@ def paid_by_each(
     scalar: nr.PPOConfig,
     task: nr.Task,
     test: list[str],
-    models: dict[str, torch.nn.Module],
+    models: dict[str, dict[str, torch.nn.Module]],
     fresh: Callable[[], nr.Transformer],
 ) -> dict[str, Any]:
     """What `ppo` makes of each reward.
 
-    The scalar one is also measured with the weights whose KL is nearest when it first reaches the
+    The scalar ones are also measured with the weights whose KL is nearest when they first reach the
     KL that the other one ends with.
     """
     found: dict[str, Any] = {}
-    loops = {SEQ: (nr.seq2seq, c), SCALAR: (nr.ppo, scalar)}
-    for name, (loop, each) in loops.items():
+    for name in (SEQ, SCALAR, LIKELY):
+        loop, each = (nr.seq2seq, c) if name == SEQ else (nr.ppo, scalar)
+        level = f"{name}, at the same KL"
         state = nr.start_ppo(fresh(), each)
-        state.models = models
+        state.models = models[name]
         curve = []
         before = (-1.0, None)
         weights = deepcopy(state.policy)
         for m in loop(state, task, each):
             curve.append([round(m[k], 4) for k in ("kl", "truth", "reward", "length")])
             now = (m["kl"], weights)  # an update's KL is that of the weights before it
-            if name == SCALAR and LEVEL not in found and m["kl"] >= found[SEQ]["kl"]:
+            if name != SEQ and level not in found and m["kl"] >= found[SEQ]["kl"]:
                 gaps = [abs(kl - found[SEQ]["kl"]) for kl, _ in (now, before)]
                 kl, near = now if gaps[0] <= gaps[1] else before
-                found[LEVEL] = outcome(near, task, test, each) | {"kl": kl}
+                found[level] = outcome(near, task, test, each) | {"kl": kl}
             before = now
             weights = deepcopy(state.policy)
         found[name] = outcome(state.policy, task, test, each)
@@ -500,16 +560,23 @@ def measure_seq2seq(
     test = task.prompts(c.eval_problems, nr.rng(0, "test"), "test")
     if base != c:  # the cache would take these models for those of a base that knows as little
         train = nr.train_now
-    models = nr.rewriter_models(fresh(), task, c, train)
-    models |= nr.scorer_models(fresh(), task, scalar, train)
+    hidden = replace(scalar, logp_weight=0.0)
+    models = {
+        SEQ: nr.rewriter_models(fresh(), task, c, train),
+        SCALAR: nr.scorer_models(fresh(), task, hidden, train),
+        LIKELY: nr.scorer_models(fresh(), task, scalar, train),
+    }
+    rewriter = models[SEQ]["rewriter"]
     found: dict[str, Any] = {"base": outcome(fresh(), task, test, c)}
     pairs = nr.labelled_pairs(task, c)
     found["preferred right"] = mean(task.grade(x, y) for x, y, _ in pairs)
     errors = Injected(task, test, c)
-    found |= errors.quality(partial(disagreements, models["rewriter"], task, c=c))
-    found |= errors.quality(partial(falls, models["scorer"]))
+    found |= errors.quality(partial(disagreements, rewriter, task, c=c))
+    found |= errors.quality(partial(falls, models[SCALAR]["scorer"]))
+    likely = errors.quality(partial(falls, models[LIKELY]["scorer"]))
+    found |= {f"{name}, with log-probs": x for name, x in likely.items()}
     if c.planted == "round":
-        found |= controls(c, dpo, task, test, models["rewriter"], errors, fresh)
+        found |= controls(c, dpo, task, test, rewriter, errors, fresh)
     return found | paid_by_each(c, scalar, task, test, models, fresh)
 
 
@@ -524,8 +591,9 @@ def measure(
 ) -> dict:
     """One arm with one seed. `more` goes to every method of the arm that has such a number."""
     began = time.time()
-    if arm == "refine":
-        found = measure_refine(config("refine", seed, threads, sizes, **more), cache)
+    if arm in REFINE:
+        c = config("refine", seed, threads, sizes, **REFINE[arm] | more)
+        found = measure_refine(c, cache, labels=arm == "refine")
     else:
         planted = "none" if arm == "short" else arm
         more |= {"planted": planted, "response": 52 if arm == "long" else 28}
@@ -550,7 +618,7 @@ def collect() -> dict:
     for arm in ARMS:
         if jobs := read_jobs(JOBS, arm):
             about = about_arm("inside", arm, jobs)
-            for name in (SEQ, SCALAR):
+            for name in (SEQ, SCALAR, LIKELY):
                 if name in jobs[0]["found"]:
                     curves = zip(*(job["found"][name].pop("curve") for job in jobs), strict=True)
                     about[name] = [
@@ -581,15 +649,19 @@ def cell(kept: dict, arm: str, path: tuple[str, ...], minus: tuple[str, ...] = (
         return ""
 
 
-def by(whom: str) -> tuple[str, str]:
-    """Where the local refiner's result stands whose place somebody chose."""
-    return ("mended", f"local, place by {whom}")
+def at(whom: str, who: str = "local") -> tuple[str, str]:
+    """Where the result stands of one who goes on from a place that somebody chose."""
+    return ("mended", f"{who}, place by {whom}")
 
 
 def refine_tables(kept: dict) -> list[str]:
     """Heads, refiners and labels."""
-    refine = partial(cell, kept, "refine")
-    lines = head("on held-out drafts of the student", "ORM", "SORM", "SORM minus ORM")
+    there = [arm for arm in REFINE if arm in kept]
+    titles = {"refine": "", "hidden": "hidden vectors alone: ", "converged": "converged student: "}
+    heads = ("ORM", "SORM", "SORM minus ORM")
+    lines = head(
+        "on held-out drafts of the student", *(titles[a] + h for a in there for h in heads)
+    )
     for title, key in (
         ("a step is right or wrong", "step accuracy"),
         ("first error of wrong drafts", "first error"),
@@ -598,22 +670,39 @@ def refine_tables(kept: dict) -> list[str]:
         ("right steps called wrong, the student mostly gets there", "missed, V^pi above 1/2"),
         ("right steps called wrong, it mostly does not", "missed, V^pi below 1/2"),
     ):
-        gap = refine(("SORM", key), ("ORM", key))
-        lines.append(row(title, refine(("ORM", key)), refine(("SORM", key)), gap))
+        cells = []
+        for arm in there:
+            orm, sorm = ("ORM", key), ("SORM", key)
+            cells += [cell(kept, arm, orm), cell(kept, arm, sorm), cell(kept, arm, sorm, orm)]
+        lines.append(row(title, *cells))
 
-    titles = ("right", "wrong drafts mended", "right drafts broken")
-    lines += head("greedy, test problems", *titles)
-    lines.append(row("the student's draft", refine(("greedy",)), "", ""))
-    lines.append(row("best of 3 drafts by ORM", refine(("best of 3",)), "", ""))
-    for title, key, of in (
-        ("local refiner on every draft", "local alone", "local"),
-        ("global refiner on every draft", "global alone", "global"),
-        ("ORM chooses between the three", "global + local + ORM", "chosen"),
+    names = ("with log-probs", "hidden vectors alone", "converged student")
+    lines += head("right, greedy, test problems", *names[: len(there)])
+    for title, key in (
+        ("the student's draft", "greedy"),
+        ("best of 3 drafts by ORM", "best of 3"),
+        ("best of 3 drafts by the truth", "best of 3 by the truth"),
+        ("local refiner on every draft", "local alone"),
+        ("global refiner on every draft", "global alone"),
+        ("solver taught the global refiner's traces, no draft", "control"),
+        ("**ORM chooses between draft, global and local**", "global + local + ORM"),
     ):
-        lines.append(row(title, refine((key,)), refine(("mended", of)), refine(("broken", of))))
-    lines.append(row("the truth chooses", "", refine(("mended", "either")), ""))
+        lines.append(row(title, *(cell(kept, arm, (key,)) for arm in there)))
+
+    refine = partial(cell, kept, "refine")
+    lines += head("of the first column", "wrong drafts mended", "right drafts broken")
+    for title, of in (
+        ("local refiner", "local"),
+        ("global refiner", "global"),
+        ("solver, no draft", "control"),
+        ("ORM chooses", "chosen"),
+    ):
+        lines.append(row(title, refine(("mended", of)), refine(("broken", of))))
+    lines.append(row("local or global, the truth chooses", refine(("mended", "either")), ""))
+
+    lines += head("mended from a place chosen by", "local refiner", "solver, reads no further")
     for whom in ("the truth", "SORM", "ORM", "chance"):
-        lines.append(row(f"local refiner, place by {whom}", "", refine(by(whom)), ""))
+        lines.append(row(whom, refine(at(whom)), refine(at(whom, "control"))))
 
     lines += head("step labels", "precision", "recall")
     for name in kept["refine"]["seeds"][0]["found"]["labels"]:
@@ -631,6 +720,9 @@ def error_table(kept: dict) -> list[str]:
         ("rewriter, two likeliest", "top 2"),
         ("rewriter, probability 0.1", "probability 0.1"),
         ("scalar model, score falls", "scalar"),
+        ("the same with log-probs", "scalar, with log-probs"),
+        ("scalar model, score falls most", "scalar, largest fall"),
+        ("the same with log-probs", "scalar, largest fall, with log-probs"),
         ("trained on corrections only", "correction only"),
         ("trained on identity only", "identity only"),
     ):
@@ -648,6 +740,8 @@ def labeller_table(kept: dict) -> list[str]:
         "`seq2seq`": SEQ,
         "scalar, same KL": LEVEL,
         "scalar, 40 updates": SCALAR,
+        "with log-probs, same KL": LIKELY_LEVEL,
+        "with log-probs, 40 updates": LIKELY,
     }
     extra = {
         "long": ("tokens", "length"),
@@ -668,12 +762,27 @@ def differences(kept: dict) -> list[str]:
     chosen = ("global + local + ORM",)
     position = "correlation with position"
     asked = [
-        ("right: ORM's choice minus the draft", "refine", chosen, ("greedy",)),
-        ("right: ORM's choice minus best of 3", "refine", chosen, ("best of 3",)),
-        ("right: ORM's choice minus the global refiner alone", "refine", chosen, ("global alone",)),
-        ("mended: place by the truth minus by SORM", "refine", by("the truth"), by("SORM")),
-        ("mended: place by SORM minus by ORM", "refine", by("SORM"), by("ORM")),
-        ("mended: place by SORM minus by chance", "refine", by("SORM"), by("chance")),
+        (f"{arm}, right: {title}", arm, a, b)
+        for arm in REFINE
+        for title, a, b in (
+            ("ORM's choice minus the draft", chosen, ("greedy",)),
+            ("ORM's choice minus the better refiner", chosen, ("better refiner",)),
+            ("ORM's choice minus best of 3", chosen, ("best of 3",)),
+            ("best of 3 minus the draft", ("best of 3",), ("greedy",)),
+            ("global refiner minus solver without draft", ("global alone",), ("control",)),
+            ("ORM's choice minus solver without draft", chosen, ("control",)),
+        )
+    ]
+    asked += [
+        ("mended: place by the truth minus by SORM", "refine", at("the truth"), at("SORM")),
+        ("mended: place by SORM minus by ORM", "refine", at("SORM"), at("ORM")),
+        ("mended: place by SORM minus by chance", "refine", at("SORM"), at("chance")),
+        (
+            "mended: refiner minus solver, true place",
+            "refine",
+            at("the truth"),
+            at("the truth", "control"),
+        ),
         ("SORM's score with position, balanced", "refine", ("balanced", position), ()),
         ("the same, not balanced", "refine", ("not balanced", position), ()),
     ]
@@ -681,6 +790,7 @@ def differences(kept: dict) -> list[str]:
     title = "round: SFT on the preferred minus `seq2seq`"
     asked.append((title, "round", preferred, (SEQ, "greedy")))
     others = {"base": "base", "scalar at the same KL": LEVEL}
+    others["scalar with log-probs at the same KL"] = LIKELY_LEVEL
     for arm in (*PLANTED, "short"):
         for than, other in others.items():
             title = f"{arm}: `seq2seq` minus {than}"
@@ -710,6 +820,7 @@ def picture(kept: dict) -> None:
         "best\nof 3": "best of 3",
         "local": "local alone",
         "global": "global alone",
+        "no\ndraft": "control",
         "ORM\nchooses": "global + local + ORM",
     }
     height = []
@@ -719,7 +830,7 @@ def picture(kept: dict) -> None:
         height.append(mean(values))
         shown = front.interval(values) + " ± 0"  # one seed has no interval
         half.append(float(shown.split("±")[1]))
-    colors = ["0.75", "0.75", "C4", "C4", "C1"]
+    colors = ["0.75", "0.75", "C4", "C4", "0.5", "C1"]
     left.bar(range(len(bars)), height, yerr=half, color=colors, ecolor="0.2", capsize=3)
     left.axhline(height[0], color="0.4", ls="--", lw=1)
     left.set(title="refine", ylabel="greedy accuracy, test", ylim=(0, 1))
@@ -734,7 +845,7 @@ def picture(kept: dict) -> None:
     middle.set(title="right up to this step?", xlabel="step of the draft", xticks=(1, 2, 3))
     middle.set(ylabel="probability or share", ylim=(0, 1))
 
-    for name, color in ((SEQ, "C0"), (SCALAR, "C3")):
+    for name, color in ((SEQ, "C0"), (SCALAR, "C3"), (LIKELY, "C2")):
         for arm, style, labeller in (
             ("none", "-", "labeller without a weakness"),
             ("round", "--", "labeller likes round answers"),

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 import nanoreward as nr
 from data.arithmetic import Arithmetic
+from notebooks import inside
 from tests.conftest import rough, tiny
 
 TASK = Arithmetic(1, 3)
@@ -170,6 +171,18 @@ def test_labels_of_steps_are_the_outcome_for_the_orm_and_the_rollouts_for_the_so
         assert kept.sum() * 2 == len(kept)
 
 
+def test_the_solvers_beside_the_refiners_learn_the_same_traces_and_see_no_draft():
+    drafts = labelled()
+    whole = nr.global_demos(TASK, drafts, WIDE)
+    rest = nr.local_demos(TASK, drafts, WIDE)
+    problem = [WIDE.bos_id, *TASK.encode(["37+5*3="])[0]]
+    draft = TASK.encode(["37+5=42;42*3=22;#22"])[0]
+    step = TASK.encode(["37+5=42;"])[0]
+    assert draft[len(step) :] == whole[0][0][len(problem) + 1 + len(step) : -1]
+    assert inside.without_draft(TASK, whole) == [(problem, whole[0][1])]
+    assert inside.without_draft(TASK, rest) == [(problem + step, rest[0][1])]
+
+
 def test_refiners_learn_from_right_traces_and_the_local_one_only_what_follows_the_mark():
     drafts = labelled()
     whole = nr.global_demos(TASK, drafts, WIDE)
@@ -216,7 +229,7 @@ def test_drafts_are_drawn_continued_and_labelled_in_one_go():
 def heads():
     state = nr.start_refine(rough(WIDE), WIDE)
     for name in ("orm", "sorm"):
-        weight = getattr(state.scorer, name).linear.weight
+        weight = getattr(state.scorer, name).head.linear.weight
         torch.nn.init.normal_(weight, generator=nr.rng(1, name))
     return state
 
@@ -235,9 +248,11 @@ def test_step_scores_read_the_prefix_unshifted_and_nothing_behind_it(heads):
     assert (a[:, 0, 2:] - b[:, 0, 2:]).abs().min() > 1e-4
     prompt = nr.encode_prompts(TASK, ["37+5*3="], WIDE)
     step = torch.tensor(TASK.encode(["37+5=42;"]))
-    hidden = heads.scorer.trunk.hidden(torch.cat([prompt, step], 1))
+    trunk = heads.scorer.trunk
+    hidden = trunk.hidden(torch.cat([prompt, step], 1))
+    logp = nr.token_logprobs(trunk, prompt, step, 1.0).sum(1)
     # the very token that ends the step
-    assert torch.allclose(heads.scorer.sorm(hidden[:, -1]), a[1, :, 1], atol=1e-5)
+    assert torch.allclose(heads.scorer.sorm(hidden[:, -1], logp), a[1, :, 1], atol=1e-4)
     assert not torch.allclose(a[0], a[1])
 
 

@@ -35,8 +35,8 @@ class Blind(Arithmetic):
 @pytest.fixture
 def state():
     """A step scorer whose SORM says something else of every prefix."""
-    scorer = nr.StepScorer(rough(WIDE), seed=0)
-    torch.nn.init.normal_(scorer.sorm.linear.weight, generator=nr.rng(1, "sorm"))
+    scorer = nr.StepScorer(rough(WIDE), seed=0, logp_weight=0.05)
+    torch.nn.init.normal_(scorer.sorm.head.linear.weight, generator=nr.rng(1, "sorm"))
     return SimpleNamespace(models={"scorer": scorer})
 
 
@@ -49,9 +49,11 @@ def paid(state, rows=range(5), truth=torch.nan, task=TASK, **numbers):
 @torch.no_grad()
 def believed(state, prompt, response):
     """The SORM's probability of a prefix that is read alone, without PAD on either side."""
-    ids = torch.cat([prompt[prompt != WIDE.pad_id], response])[None]
+    prompt = prompt[prompt != WIDE.pad_id][None]
     scorer = state.models["scorer"]
-    return float(scorer.sorm(scorer.trunk.hidden(ids)[:, -1]).sigmoid())
+    hidden = scorer.trunk.hidden(torch.cat([prompt, response[None]], 1))[:, -1]
+    logp = nr.token_logprobs(scorer.trunk, prompt, response[None], 1.0).sum(1)
+    return float(scorer.sorm(hidden, logp).sigmoid())
 
 
 def test_a_reward_stands_where_a_step_ends_and_is_the_change_that_the_step_made(state):
@@ -141,8 +143,9 @@ def test_a_step_that_is_clearly_bad_costs_exactly_at_its_end(state):
         at = (b.prompt.shape[1] + ends - 1)[..., None].expand(-1, -1, WIDE.width)
         known = hidden.gather(1, at).flatten(0, 1).double()
         weight = torch.linalg.pinv(known, rtol=1e-6) @ logit.flatten().double()
-        scorer.sorm.linear.weight.copy_(weight[None])
-        scorer.sorm.linear.bias.zero_()
+        scorer.sorm.logp_weight.zero_()
+        scorer.sorm.head.linear.weight.copy_(weight[None])
+        scorer.sorm.head.linear.bias.zero_()
     reward = nr.step_progress(state, TASK, b, torch.zeros(4), WIDE)
     expected = torch.zeros_like(reward)
     for row in (1, 2, 3):

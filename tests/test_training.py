@@ -7,6 +7,7 @@ from itertools import islice
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import nanoreward as nr
 from data.arithmetic import Arithmetic, CharacterTask
@@ -361,20 +362,58 @@ def test_grades_are_the_tasks():
     assert nr.grades(TASK, rollout).tolist() == [1, 0, 0]
 
 
-def test_response_score_reads_the_last_real_token_whatever_the_padding(model):
-    head = nr.Head(TINY, 0.3, nr.rng(0, "h"))
-    rollout = rollout_of(["#42<eos>", "37+5=42;#42<eos>"])
-    score = nr.response_score(model, head, rollout.prompt, rollout.response)
+def scored(model, seed=0, logp_weight=0.7):
+    """A scorer whose log-probs count."""
+    return nr.PreferenceScorer(model, nr.ScoreHead(model.config, logp_weight, nr.rng(seed, "head")))
+
+
+@torch.no_grad()
+def score_by_hand(trunk, head, prompt, response, k):
+    """The formula for the first k tokens, each read alone: no PAD, no batch, no cumsum."""
+    score = float(head.head(trunk.hidden(torch.cat([prompt, response[:k]])[None]))[0, -1])
+    never = [TINY.pad_id, TINY.bos_id, TINY.mask_id]
+    for i in range(k):
+        logits = trunk(torch.cat([prompt, response[:i]])[None])[0, -1].double()
+        logits[never] = -math.inf
+        score += head.logp_weight.item() * float(logits.log_softmax(0)[response[i]])
+    return score
+
+
+@pytest.mark.parametrize("weight", [0.7, -0.2, 0.0])
+def test_the_score_of_every_prefix_is_its_formula_whatever_the_padding(model, weight):
+    head = nr.ScoreHead(TINY, weight, nr.rng(0, "head"))
+    b = rollout_of(["#42<eos>", "37+5=42;#42<eos>"])
+    with torch.no_grad():
+        both = nr.prefix_scores(model, [head, head], b.prompt, b.response)
+    score = both[0]
+    assert score.shape == (2, 1 + b.response.shape[1]) and torch.equal(*both)
     for i, length in enumerate([4, 12]):
-        ids = torch.cat([rollout.prompt[i], rollout.response[i, :length]])[None]
-        expected = float(head(model.hidden(ids))[0, -1].detach())
-        assert float(score[i].detach()) == pytest.approx(expected, abs=1e-5)
-    wide = torch.nn.functional.pad(rollout.response, (0, 4))
-    assert torch.allclose(nr.response_score(model, head, rollout.prompt, wide), score, atol=1e-5)
+        for k in range(length + 1):
+            expected = score_by_hand(model, head, b.prompt[i], b.response[i], k)
+            assert float(score[i, k]) == pytest.approx(expected, abs=1e-4)
+    # PAD on either side, and other rows in the batch
+    prompt = F.pad(b.prompt.flip(0), (3, 0))
+    wide = F.pad(b.response.flip(0), (0, 4))
+    with torch.no_grad():
+        padded = nr.prefix_scores(model, [head], prompt, wide)[0].flip(0)
+        whole = nr.PreferenceScorer(model, head)(prompt, wide).flip(0)
+    for i, length in enumerate([4, 12]):
+        assert torch.allclose(padded[i, : length + 1], score[i, : length + 1], atol=1e-5)
+        assert float(whole[i]) == pytest.approx(float(score[i, length]), abs=1e-5)
+
+
+def test_a_score_of_hidden_vectors_alone_never_learns_a_weight_for_log_probs(model):
+    pairs = [("3+4=", "#7<eos>", "#8<eos>"), ("5+4=", "#9<eos>", "#8<eos>")]
+    for weight, moves in ((0.0, False), (0.5, True)):
+        scorer = scored(rough(TINY), logp_weight=weight)
+        state = nr.Fit([scorer], nr.optimizers([scorer], 1e-2))
+        logs = list(nr.fit(state, nr.preference_batches(scorer, pairs, TASK, TINY), 5, TINY))
+        assert logs[0]["grad_norm"] > 0
+        assert (scorer.head.logp_weight.item() != weight) == moves
 
 
 def test_normalized_scores_have_mean_zero_and_variance_one(model):
-    scorer = nr.PreferenceScorer(model, nr.Head(TINY, 0.3, nr.rng(0, "h")))
+    scorer = scored(model)
     rollout = nr.sample(model, random_batch(TINY, B=40)[0], TINY, generator=nr.rng(0, "s"))
     before = scorer(rollout.prompt, rollout.response)
     scorer.normalize(rollout)
@@ -389,22 +428,21 @@ def test_heads_of_reward_models_start_at_one_over_the_root_of_the_width_and_one(
     seen = []
 
     def train(name, modules, *numbers, **more):
-        seen.append(modules[0].head.linear.weight.detach().clone())
+        seen.append(modules[0].head.head.linear.weight.detach().clone())
 
     for seed in range(20):
         each = nr.replace(c, seed=seed)
         nr.scorer_models(rough(each), TASK, each, train)
-        scorer = nr.StepScorer(rough(each), seed)
-        seen += [scorer.orm.linear.weight.detach(), scorer.sorm.linear.weight.detach()]
-    assert torch.cat(seen).std() == pytest.approx(33**-0.5, rel=0.1)
+        scorer = nr.StepScorer(rough(each), seed, 0.5)
+        seen += [scorer.orm.head.linear.weight, scorer.sorm.head.linear.weight]
+    assert torch.cat(seen).detach().std() == pytest.approx(33**-0.5, rel=0.1)
     assert len({float(x[0, 0]) for x in seen}) == 60
 
 
 def test_bradley_terry_learns_what_the_pairs_say():
     """Preferred always ends in 0, the other never does: nothing else tells them apart."""
     config = nr.replace(TINY, base_batch=32)
-    head = nr.Head(config, 0.1, nr.rng(0, "h"))
-    scorer = nr.PreferenceScorer(nr.Transformer(config, nr.rng(0, "init")), head)
+    scorer = scored(nr.Transformer(config, nr.rng(0, "init")))
     prompts = TASK.prompts(200, nr.rng(0, "p"))
     pairs = [
         (p, f"#{i % 9 + 1}0<eos>", f"#{i % 9 + 1}{i % 7 + 1}<eos>") for i, p in enumerate(prompts)
@@ -419,7 +457,7 @@ def test_bradley_terry_learns_what_the_pairs_say():
 def test_the_learned_signal_never_looks_at_the_truth(model):
     rollout = rollout_of(["#42<eos>", "#41<eos>"])
     state = nr.start_ppo(rough(TINY, 1), TINY)
-    state.models = {"scorer": nr.PreferenceScorer(model, nr.Head(TINY, 0.3, nr.rng(0, "h")))}
+    state.models = {"scorer": scored(model)}
     a = nr.learned(state, TASK, rollout, torch.tensor([1.0, 0.0]), TINY)
     assert torch.equal(a, nr.learned(state, TASK, rollout, torch.tensor([torch.nan, 5.0]), TINY))
     assert not a.requires_grad
@@ -711,9 +749,7 @@ def test_clipfrac_counts_what_the_clip_stops_and_nothing_else():
 def test_learned_reward_and_truth_are_logged_apart(model):
     config = nr.replace(TINY, reward="learned", updates=2)
     state = nr.start_ppo(model, config)
-    state.models = {
-        "scorer": nr.PreferenceScorer(rough(TINY, 1), nr.Head(TINY, 0.3, nr.rng(0, "h")))
-    }
+    state.models = {"scorer": scored(rough(TINY, 1))}
     logs = list(nr.ppo(state, TASK, config))
     assert all(m["reward"] != m["truth"] and m["truth"] <= 1 for m in logs)
 
