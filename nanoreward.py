@@ -42,6 +42,7 @@ import hashlib
 import os
 import re
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -1983,6 +1984,24 @@ def verified(
     return truth, {"truth": float(truth.mean())}
 
 
+def no_more_pairs(
+    state: RoundsState, task: Task, c: DPOConfig
+) -> tuple[list[dict[str, Tensor]], Metrics]:
+    """Responses to the round's problems are all that is compared."""
+    return [], {}
+
+
+def pairs_together(sets: list[dict[str, Tensor]], pad: int) -> dict[str, Tensor]:
+    """Several sets of pairs as one: prompt (n, P) with the widest P, response (n, 2, R)."""
+    P = max(pairs["prompt"].shape[1] for pairs in sets)
+    prompts = []
+    for pairs in sets:
+        missing = P - pairs["prompt"].shape[1]
+        prompts.append(F.pad(pairs["prompt"], (missing, 0), value=pad))
+    response = torch.cat([pairs["response"] for pairs in sets])
+    return {"prompt": torch.cat(prompts), "response": response}
+
+
 def new_round(
     state: RoundsState,
     task: Task,
@@ -1990,6 +2009,7 @@ def new_round(
     pose: Callable,
     judge: Callable,
     pair: Callable,
+    more_pairs: Callable,
 ) -> None:
     """Draw the responses of a round and keep its pairs in the state."""
     u = state.update
@@ -2008,15 +2028,18 @@ def new_round(
     # 3. credit
     rows = pair(score, group, c)
     pairs = {"prompt": prompt[rows[:, 0]], "response": b.response[rows]}
-    if len(rows):
+    more, about_more = more_pairs(state, task, c)
+    pairs = pairs_together([pairs, *more], c.pad_id)
+    n = len(pairs["prompt"])
+    if n > 0:
         with torch.no_grad():  # the reference is the model that this round starts from
-            parts = torch.arange(len(rows)).split(c.micro)
+            parts = torch.arange(n).split(c.micro)
             pairs["ref"] = torch.cat([pair_logprobs(policy, pairs, part) for part in parts])
     state.pairs = pairs
     state.samples += len(prompt)
     about_round = {"pairs": len(rows), "round": u // c.updates}
     about_round["length"] = float(b.mask.sum(1).mean())
-    state.round_metrics = about_round | about_problems | about_scores
+    state.round_metrics = about_round | about_problems | about_scores | about_more
 
 
 def iterative_dpo(
@@ -2026,19 +2049,21 @@ def iterative_dpo(
     pose: Callable = new_problems,
     judge: Callable = verified,
     pair: Callable = pair_up,
+    more_pairs: Callable = no_more_pairs,
 ) -> Iterator[Metrics]:
     """Iterative reasoning preference optimization, arXiv 2404.19733v3.
 
     pose: (state, task, c, u) -> the round's problems, and what there is to log of them
     judge: (state, task, b, c, u) -> the score of each response (B,), and what there is to log
     pair: (score, group, c) -> rows (n, 2) of the better and the worse response
+    more_pairs: (state, task, c) -> further sets of pairs, and what there is to log
     """
     while state.update < c.total_updates():
         if state.update % c.updates == 0:
-            new_round(state, task, c, pose, judge, pair)
+            new_round(state, task, c, pose, judge, pair, more_pairs)
 
         # 4. update; a round without pairs teaches nothing and is over at once
-        if state.round_metrics["pairs"] > 0:
+        if len(state.pairs["prompt"]) > 0:
             metrics = pair_update(state, c)
             state.update += 1
         else:
@@ -2061,6 +2086,10 @@ METHODS["iterative_dpo"] = Method(
 # The same weights pose the problems, solve them and judge the solutions. A round is one of
 # iterative_dpo; only its problems, its scores and its pairs are the model's own. M1 is the model at
 # the start, M2 the one after the first round.
+#
+# Pairs of solutions make a better solver, and leave the judge where it was. So judgements are
+# paired too: of several judgements of one solution, the one that was written most often is better
+# than another one. Nobody has to know which is true.
 
 
 @dataclass(frozen=True)
@@ -2069,9 +2098,13 @@ class SelfRewardingConfig(DPOConfig):
 
     # Two rounds make three models: M1, M2 and M3.
     rounds: int = 2
+    # The pairs of a round are several hundred of solutions, and twice as many of judgements.
+    updates: int = 120
     samples: int = 4
     # Judgements of each response, J; their mean is its score.
-    judgements: int = 3
+    judgements: int = 8
+    # What is paired: both, or solutions alone as in the paper.
+    paired: str = "both"
     # own: the policy judges, and its judging changes with it. frozen: M1 judges in all rounds.
     judge: str = "own"
     # Demonstrations that turn the base model into M1: judging, posing problems, solving.
@@ -2158,9 +2191,12 @@ def parse_score(text: str) -> float | None:
 
 @dataclass(kw_only=True)
 class SelfRewardingState(RoundsState):
-    """Who judges, and which problems the model has already posed."""
+    """Who judges, what it has written in this round, and which problems were posed so far."""
 
     judge: Transformer
+    # prompt (B, P), response (B, J, R), score (B, J): all judgements of each solution. The score is
+    # -1 where it cannot be read.
+    judgements: dict[str, Tensor] = field(default_factory=dict)
     posed: dict[str, None] = field(default_factory=dict)
 
 
@@ -2214,14 +2250,22 @@ def judged(
     for prompt, response in zip(b.prompt.tolist(), b.response.tolist(), strict=True):
         asked.append([c.bos_id, *task.judge_prompt(prompt, response)])
 
+    question = left_pad(asked, c.pad_id).to(device)
+    responses = []
     scores = []
-    for part in left_pad(asked, c.pad_id).to(device).split(SAMPLED_AT_ONCE):
+    for part in question.split(SAMPLED_AT_ONCE):
         prompt = part.repeat_interleave(c.judgements, 0)
         written = sample(state.judge, prompt, c, generator=generator)
+        responses.append(written.response)
         scores += [parse_score(text) for text in texts_of(task, written.response, written.mask)]
     state.samples += len(scores)
     scores = [torch.nan if x is None else x for x in scores]
     score = torch.tensor(scores, device=device)
+    state.judgements = {
+        "prompt": question,
+        "response": torch.cat(responses).view(len(question), c.judgements, -1),
+        "score": score.nan_to_num(-1.0).view(-1, c.judgements),
+    }
 
     mean = float(score.nanmean())
     quoted = [parse_score(text) is not None for text in texts_of(task, b.response, b.mask)]
@@ -2248,14 +2292,56 @@ def best_and_worst(score: Tensor, group: Tensor, c: DPOConfig) -> Tensor:
     return torch.tensor(pairs, dtype=torch.long).view(-1, 2)
 
 
+def agreed(judgements: list[list[int]]) -> tuple[int, int] | None:
+    """Of the judgements of one solution one that was written most often, and one that differs.
+
+    Returns their places, or None if no two are the same, or all. Of `!4`, `!5`, `!4` it is (0, 1).
+    """
+    kinds = [tuple(ids) for ids in judgements]
+    [(most, times)] = Counter(kinds).most_common(1)
+    if times == 1 or times == len(kinds):
+        return None
+    other = next(k for k, kind in enumerate(kinds) if kind != most)
+    return kinds.index(most), other
+
+
+def judgement_pairs(
+    state: SelfRewardingState, task: Task, c: SelfRewardingConfig
+) -> tuple[list[dict[str, Tensor]], Metrics]:
+    """Pairs of judgements of one solution: the one that was written most often is the better one.
+
+    Agreement in place of truth: self-consistency preference optimization, arXiv 2411.04109. Pairs
+    of judgements: meta-rewarding, arXiv 2407.19594, where the model itself compares them. A
+    judgement that cannot be read is never the better one.
+    """
+    rows = []
+    pairs = []
+    score = state.judgements["score"].tolist()
+    for row, judgements in enumerate(state.judgements["response"].tolist()):
+        pair = agreed(judgements)
+        if pair and score[row][pair[0]] >= 0:
+            rows.append(row)
+            pairs.append(pair)
+    prompt = state.judgements["prompt"][rows]
+    row = torch.tensor(rows, dtype=torch.long, device=prompt.device)[:, None]
+    column = torch.tensor(pairs, dtype=torch.long, device=prompt.device).view(-1, 2)
+    response = state.judgements["response"][row, column]
+    return [{"prompt": prompt, "response": response}], {"judgement_pairs": len(rows)}
+
+
+# What is paired -> the pairs beside those of solutions.
+PAIRED = {"solutions": no_more_pairs, "both": judgement_pairs}
+
+
 def self_rewarding(
     state: SelfRewardingState, task: Task, c: SelfRewardingConfig
 ) -> Iterator[Metrics]:
     """Self-rewarding language models, arXiv 2401.10020: `iterative_dpo` on its own scores.
 
     DEVIATION: the loss is DPO + NLL (9). The paper's is --alpha 0, which loses accuracy here.
+    DEVIATION: judgements are paired too. The paper's loop is --paired solutions.
     """
-    return iterative_dpo(state, task, c, pose_problems, judged, best_and_worst)
+    return iterative_dpo(state, task, c, pose_problems, judged, best_and_worst, PAIRED[c.paired])
 
 
 METHODS["self_rewarding"] = Method(
@@ -2263,7 +2349,7 @@ METHODS["self_rewarding"] = Method(
     start=start_self_rewarding,
     loop=self_rewarding,
     starts_from=m1,
-    choices={"arm": DPO_ARMS, "judge": ("own", "frozen")},
+    choices={"arm": DPO_ARMS, "judge": ("own", "frozen"), "paired": PAIRED},
     only_with=METHODS["iterative_dpo"].only_with,
     needs="judge_prompt judge_demo problem propose_demo",
 )

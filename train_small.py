@@ -97,7 +97,12 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "ppo": {"epochs": 2},
         "seq2seq": {"epochs": 2},
         "iterative_dpo": {"rounds": 3, "updates": 2},
-        "self_rewarding": {"updates": 2, "start_data": 200, "start_updates": 20},
+        "self_rewarding": {
+            "updates": 2,
+            "judgements": 3,
+            "start_data": 200,
+            "start_updates": 20,
+        },
         "refine": {"prompts": 40, "start_data": 16},
         "denoise": {"start_updates": 40},
     },
@@ -172,6 +177,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "iterative_dpo": {"prompts": 64, "lr": 1e-6, "alpha": 1.0},
         "self_rewarding": {
             "prompts": 64,
+            "updates": 60,
+            "judgements": 3,
             "lr": 1e-6,
             "alpha": 1.0,
             "start_lr": 1e-5,
@@ -205,6 +212,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "self_rewarding": {
             "rounds": 6,
             "updates": 10,
+            "judgements": 3,
             "alpha": 1.0,
             "start_data": 500,
             "start_updates": 30,

@@ -5,8 +5,15 @@ After every round the policy, and for self_rewarding the judge, is measured on t
 the true grader is used here only. Each run is kept in runs/preferences/ARM-SEED.json and not run
 again; all of them together make notebooks/results/preferences.json and preferences.png. Needs the
 extra `notebooks`.
+
+The judge's rule, written before the runs: it gets better if the pairs that M3 puts in order are
+more than those of M1, it is worth something if M3 with its own judge is right more often than with
+M1 as a judge, and pairs of judgements teach what is true if they beat pairs drawn at random from
+the same judgements; each by an interval above zero.
 """
 
+import random
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +33,7 @@ sys.path.insert(0, str(ROOT))
 
 import nanoreward as nr  # noqa: E402
 import train_small as front  # noqa: E402
+from data.arithmetic import Arithmetic  # noqa: E402
 from notebooks.jobs import (  # noqa: E402
     LAPTOP,
     about_arm,
@@ -81,6 +89,132 @@ def task_problems(
     return nr.iterative_dpo(state, task, c, nr.new_problems, nr.judged, nr.best_and_worst)
 
 
+def any_judgements(
+    state: nr.SelfRewardingState, task: nr.Task, c: nr.SelfRewardingConfig
+) -> tuple[list[dict[str, torch.Tensor]], dict[str, Any]]:
+    """The pairs of `nr.judgement_pairs` without what they say: a coin tells which is the better."""
+    [pairs], metrics = nr.judgement_pairs(state, task, c)
+    heads = torch.rand(len(pairs["prompt"]), generator=nr.rng(c.seed, "coin", state.update)) < 0.5
+    pairs["response"][heads] = pairs["response"][heads].flip(1)
+    return [pairs], metrics
+
+
+def other_problem(problem: str, draw: random.Random) -> str | None:
+    """The problem with another operand behind one of its + and -; None if it has none."""
+    places = [match.start() for match in re.finditer("(?<=[+-])[1-9]", problem)]
+    if not places:
+        return None
+    at = draw.choice(places)
+    return problem[:at] + draw.choice("123456789".replace(problem[at], "")) + problem[at + 1 :]
+
+
+def altered_problems(
+    state: nr.SelfRewardingState, task: nr.Task, c: nr.SelfRewardingConfig
+) -> tuple[list[dict[str, torch.Tensor]], dict[str, Any]]:
+    """Self-Taught Evaluators, arXiv 2408.02666: a response to another problem is known to be worse.
+
+    The response of each problem that has the highest score, from 4.5 on, is judged once more beside
+    a problem with another operand. Of these judgements the lowest score is the better one, of those
+    of the response itself the highest. The latter are repeated until they are as many.
+    """
+    u = state.update
+    draw = random.Random(f"{c.seed} altered {u}")
+    kept = state.judgements
+    mean_score = kept["score"].mean(1)
+    b = state.judged
+    rows, problems = [], []
+    for group in b.group.unique().tolist():
+        at = (b.group == group).nonzero()[:, 0]
+        best = int(at[mean_score[at].argmax()])
+        problem = other_problem(task.decode(b.prompt[best].tolist()), draw)
+        if mean_score[best] >= 4.5 and problem:
+            rows.append(best)
+            problems.append(problem)
+    prompt = nr.encode_prompts(task, problems, c)
+    worse = nr.Rollout(prompt, b.response[rows], b.mask[rows], b.order[rows], b.group[rows])
+    nr.judged(state, task, worse, c, u + 1_000_000)
+    asked_again, state.judgements = state.judgements, kept
+    itself = {name: x[rows] for name, x in kept.items()}
+    low = by_score(asked_again, lowest=True)
+    high = by_score(itself, lowest=False)
+    times = -(-len(low["prompt"]) // max(1, len(high["prompt"])))
+    high = {name: x.repeat(times, *[1] * (x.dim() - 1)) for name, x in high.items()}
+    high = {name: x[: len(low["prompt"])] for name, x in high.items()}
+    return [low, high], {"judgement_pairs": len(low["prompt"]) + len(high["prompt"])}
+
+
+def by_score(judgements: dict[str, Tensor], lowest: bool) -> dict[str, Tensor]:
+    """Pairs of judgements of one response: the lowest score against the highest, or vice versa."""
+    score = judgements["score"]
+    low, high = score.argmin(1), score.argmax(1)
+    differ = score.amin(1) < score.amax(1)
+    row = torch.arange(len(score))[:, None]
+    order = torch.stack([low, high] if lowest else [high, low], 1)
+    return {
+        "prompt": judgements["prompt"][differ],
+        "response": judgements["response"][row, order][differ],
+    }
+
+
+nr.PAIRED |= {"any": any_judgements, "altered": altered_problems}
+
+
+def watching(
+    state: nr.SelfRewardingState, task: nr.Task, c: nr.SelfRewardingConfig
+) -> Iterator[dict[str, Any]]:
+    """`self_rewarding`, whose state also knows what was judged."""
+
+    def judge(state: Any, task: nr.Task, b: nr.Rollout, c: Any, u: int) -> tuple:
+        state.judged = b
+        return nr.judged(state, task, b, c, u)
+
+    more_pairs = nr.PAIRED[c.paired]
+    return nr.iterative_dpo(state, task, c, nr.pose_problems, judge, nr.best_and_worst, more_pairs)
+
+
+def first_rejects(
+    state: nr.SelfRewardingState, task: nr.Task, c: nr.SelfRewardingConfig
+) -> Iterator[dict[str, Any]]:
+    """Temporal self-rewarding, arXiv 2508.06026: the worse response is M1's.
+
+    The second half of each group is drawn from M1, and the first half holds the better response.
+    """
+    first = nr.frozen_copy(state.policy)
+    half = c.samples // 2
+
+    def judge(state: Any, task: nr.Task, b: nr.Rollout, c: Any, u: int) -> tuple:
+        old = torch.arange(len(b.group)) % c.samples >= half
+        drawn = nr.sample(first, b.prompt[old], c, generator=nr.rng(c.seed, "of M1", u))
+        b.response[old] = drawn.response
+        b.mask[old] = drawn.mask
+        return nr.judged(state, task, b, c, u)
+
+    def pair(score: Tensor, group: Tensor, c: nr.DPOConfig) -> Tensor:
+        pairs = []
+        for rows in torch.arange(len(group)).split(c.samples):
+            new = rows[:half][~score[rows[:half]].isnan()]
+            old = rows[half:][~score[rows[half:]].isnan()]
+            if len(new) and len(old):
+                best, worst = new[score[new].argmax()], old[score[old].argmin()]
+                if score[best] > score[worst]:
+                    pairs.append((int(best), int(worst)))
+        return torch.tensor(pairs, dtype=torch.long).view(-1, 2)
+
+    more_pairs = nr.PAIRED[c.paired]
+    return nr.iterative_dpo(state, task, c, nr.pose_problems, judge, pair, more_pairs)
+
+
+@dataclass(frozen=True)
+class SolvesFirst(Arithmetic):
+    """Arithmetic whose judge writes its own solution in front of its judgement."""
+
+    def judgement(self, prompt: str, response: str) -> str:
+        """What a judge should write: `37+5=42;42*3=26;#26` and behind it what it writes anyway."""
+        careful = replace(self, careful=True, planted="none")
+        solution = Arithmetic.respond(careful, prompt, nr.rng(0, "careful"))
+        return solution.removesuffix("<eos>") + super().judgement(prompt, response)
+
+
 # ---- arms ---------------------------------------------------------------------------------------
 
 
@@ -91,11 +225,15 @@ class Arm:
     method: str
     numbers: dict[str, Any] = field(default_factory=dict)
     loop: Callable | None = None
+    # What is changed of the task.
+    task: Callable[[Any], nr.Task] = front.make_task
 
 
 SFT = {"arm": "sft_chosen"}
 # Right by luck in one case of four.
 LUCKY = {"answers": 4}
+# The paper's loop: pairs of solutions alone, three judgements of each.
+PLAIN = {"paired": "solutions", "judgements": 3, "updates": 30}
 ARMS = {
     "dpo_nll": Arm("iterative_dpo"),
     "dpo": Arm("iterative_dpo", {"alpha": 0.0}),
@@ -108,14 +246,35 @@ ARMS = {
     "lucky_sft": Arm("iterative_dpo", LUCKY | SFT),
     "self_rewarding": Arm("self_rewarding"),
     "frozen_judge": Arm("self_rewarding", {"judge": "frozen"}),
-    "no_eft": Arm("self_rewarding", {"judging": 0.0}),
-    "one_judgement": Arm("self_rewarding", {"judgements": 1}),
-    "top_sft": Arm("self_rewarding", SFT),
-    "own_dpo": Arm("self_rewarding", {"alpha": 0.0}),
-    "task_problems": Arm("self_rewarding", {}, task_problems),
+    "any_judgements": Arm("self_rewarding", {"paired": "any"}),
+    "solutions": Arm("self_rewarding", {"paired": "solutions"}),
+    "solutions_frozen": Arm("self_rewarding", {"paired": "solutions", "judge": "frozen"}),
+    "altered": Arm("self_rewarding", {"paired": "altered"}, watching),
+    "first_rejects": Arm("self_rewarding", {}, first_rejects),
+    "solves_first": Arm(
+        "self_rewarding", {"response": 44}, task=lambda c: SolvesFirst(**vars(front.make_task(c)))
+    ),
+    "plain": Arm("self_rewarding", PLAIN),
+    "plain_frozen": Arm("self_rewarding", PLAIN | {"judge": "frozen"}),
+    "no_eft": Arm("self_rewarding", PLAIN | {"judging": 0.0}),
+    "one_judgement": Arm("self_rewarding", PLAIN | {"judgements": 1}),
+    "top_sft": Arm("self_rewarding", PLAIN | SFT),
+    "own_dpo": Arm("self_rewarding", PLAIN | {"alpha": 0.0}),
+    "task_problems": Arm("self_rewarding", PLAIN, task_problems),
 }
 # What is kept of a round, and of an update.
-DRAWN = ("truth", "score", "spread", "unread", "quoted", "valid", "proposed", "pairs", "length")
+DRAWN = (
+    "truth",
+    "score",
+    "spread",
+    "unread",
+    "quoted",
+    "valid",
+    "proposed",
+    "pairs",
+    "judgement_pairs",
+    "length",
+)
 WATCHED = (
     "chosen",
     "rejected",
@@ -172,29 +331,62 @@ def judge_statistics(score: list[list[float]], truth: list[list[float]]) -> dict
     return {name: round(mean(map(float, x)), 4) if x else None for name, x in named.items()}
 
 
-def by_four(flat: list[Any]) -> list[list[Any]]:
-    """The four responses of each problem, one problem a row."""
-    return [flat[i : i + 4] for i in range(0, len(flat), 4)]
+def in_true_order(score: Tensor, truth: Tensor) -> float:
+    """Scores and true scores (problems, responses) -> the share of `pair_order`, for many pairs."""
+    i, j = torch.triu_indices(*[truth.shape[1]] * 2, offset=1)
+    true = (truth[:, i] - truth[:, j]).sign()
+    said = (score[:, i] - score[:, j]).sign()
+    return float((0.5 + 0.5 * true * said)[true != 0].mean())
 
 
 class Judged:
-    """What the judges of all rounds read: four responses of M1 to each of 200 problems."""
+    """What the judges of all rounds read: eight responses of M1 to each test problem.
+
+    One look is noisy: with four responses to each of 200 problems, which are 370 to 410 pairs, five
+    looks at one judge differed by 0.010 to 0.019 (standard deviation, two seeds of dev). With eight
+    responses to each of 800 problems, which are 7,500 pairs, it was 0.003.
+    """
+
+    EACH = 8
+    JUDGEMENTS = 8
 
     def __init__(self, first: nr.Transformer, task: nr.Task, test: list[str], c: nr.Config):
-        problems = [x for x in test[:200] for _ in range(4)]
+        problems = [x for x in test for _ in range(self.EACH)]
         prompt = nr.encode_prompts(task, problems, c)
-        group = torch.arange(len(problems)) // 4
+        group = torch.arange(len(problems)) // self.EACH
         generator = nr.rng(c.seed, "judged responses")
         self.b = nr.sample(first, prompt, c, group=group, generator=generator)
         both = zip(problems, self.b.response.tolist(), strict=True)
-        self.truth = by_four([task.rubric(x, task.decode(y)) for x, y in both])
+        truth = [task.rubric(x, task.decode(y)) for x, y in both]
+        self.truth = torch.tensor(truth).view(len(test), self.EACH).float()
 
     def statistics(
         self, state: nr.SelfRewardingState, task: nr.Task, c: nr.SelfRewardingConfig
-    ) -> dict[str, float]:
-        """How well the policy judges them as it is now."""
-        score, _ = nr.judged(replace(state, judge=state.policy), task, self.b, c, 0)
-        return judge_statistics(by_four(score.nan_to_num(0.0).tolist()), self.truth)
+    ) -> dict[str, Any]:
+        """How well the policy judges them as it is now, with each number of judgements.
+
+        Several disjoint sets of so many judgements are asked, and their shares averaged. The other
+        statistics are those of the first c.judgements, for four responses to each of 200 problems.
+        """
+        look = replace(state, judge=state.policy)
+        nr.judged(look, task, self.b, replace(c, judgements=self.JUDGEMENTS), 0)
+        score = look.judgements["score"]  # (responses, 8)
+        score = score.masked_fill(score < 0, torch.nan)
+        found: dict[str, Any] = {"pairs": int(self.count()), "in order": {}}
+        for J in (1, 3, 8):
+            looks = []
+            for part in score.split(J, dim=1):
+                if part.shape[1] == J:
+                    mean_score = part.nanmean(1).nan_to_num(0.0).view_as(self.truth)
+                    looks.append(in_true_order(mean_score, self.truth))
+            found["in order"][str(J)] = round(mean(looks), 4)
+        few = score[:, : c.judgements].nanmean(1).nan_to_num(0.0).view_as(self.truth)[:200, :4]
+        return found | judge_statistics(few.tolist(), self.truth[:200, :4].tolist())
+
+    def count(self) -> Tensor:
+        """How many pairs have a true order."""
+        i, j = torch.triu_indices(self.EACH, self.EACH, offset=1)
+        return (self.truth[:, i] != self.truth[:, j]).sum()
 
 
 def rightly_right(task: nr.Task, problem: str, response: str, ids: list[int]) -> bool:
@@ -221,7 +413,7 @@ def measure(
     method = nr.METHODS[ARMS[arm].method]
     changed = ARMS[arm].numbers | more
     c = config(ARMS[arm].method, seed, threads, sizes, **changed)
-    task = front.make_task(c)
+    task = ARMS[arm].task(c)
     began = time.time()
     test = task.prompts(c.eval_problems, nr.rng(0, "test"), "test")
     train = front.CachedTrainer(cache)

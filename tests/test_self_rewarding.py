@@ -237,6 +237,94 @@ def test_problems_may_come_from_the_task_instead(m1, monkeypatch):
     assert "valid" not in next(task_problems(start(m1, config), TASK, config))
 
 
+# ---- pairs of judgements -----------------------------------------------------------------------
+
+
+@given(st.lists(st.lists(st.integers(3, 5), min_size=1, max_size=2), min_size=1, max_size=8))
+def test_the_better_judgement_is_one_that_no_other_kind_outnumbers(judgements):
+    pair = nr.agreed(judgements)
+    times = [judgements.count(ids) for ids in judgements]
+    if max(times) in (1, len(times)):
+        assert pair is None
+        return
+    chosen, rejected = pair
+    assert times[chosen] == max(times) and judgements[chosen] != judgements[rejected]
+    # both are the first of their kind
+    assert judgements.index(judgements[chosen]) == chosen
+    assert all(ids == judgements[chosen] for ids in judgements[:rejected])
+
+
+def test_pairs_of_judgements_by_hand(m1):
+    state = start(m1)
+    texts = [
+        ["!4", "!5", "!4"],  # the first and the second
+        ["!2", "!2", "!2"],  # nobody disagrees
+        ["!1", "!2", "!3"],  # nobody agrees
+        ["?", "?", "!3"],  # what most say cannot be read
+        ["!1", "!3", "!3"],  # the second and the first
+    ]
+    ids = [[nr.right_pad(TASK.encode([f"{t}<eos>"]), 0, 12)[0] for t in row] for row in texts]
+    scores = [[nr.parse_score(t) for t in row] for row in texts]
+    state.judgements = {
+        "prompt": torch.arange(10).view(5, 2),
+        "response": torch.stack([torch.stack(row) for row in ids]),
+        "score": torch.tensor([[-1 if s is None else s for s in row] for row in scores]),
+    }
+    [pairs], metrics = nr.judgement_pairs(state, TASK, SMALL)
+    assert metrics == {"judgement_pairs": 2}
+    assert pairs["prompt"].tolist() == [[0, 1], [8, 9]]
+    said = [[TASK.decode(y) for y in both] for both in pairs["response"].tolist()]
+    assert said == [["!4<eos>", "!5<eos>"], ["!3<eos>", "!1<eos>"]]
+    state.judgements = {name: x[1:3] for name, x in state.judgements.items()}
+    [pairs], metrics = nr.judgement_pairs(state, TASK, SMALL)
+    assert metrics == {"judgement_pairs": 0} and pairs["response"].shape == (0, 2, 12)
+
+
+def test_sets_of_pairs_come_together_without_a_change_of_any_log_prob(m1):
+    policy = start(m1).policy
+    sets = []
+    for prompts, answer in (
+        (["3+4=", "9*2="], "#7<eos>"),
+        (["12+5=<sep>12+5=17;#17<sep>?"], "!5<eos>"),
+    ):
+        response = nr.right_pad(TASK.encode([answer, "#1<eos>"] * len(prompts)), 0, 12)
+        prompt = nr.encode_prompts(TASK, prompts, SMALL)
+        sets.append({"prompt": prompt, "response": response.view(len(prompts), 2, 12)})
+    together = nr.pairs_together(sets, SMALL.pad_id)
+    assert together["prompt"].shape[1] == sets[1]["prompt"].shape[1] > sets[0]["prompt"].shape[1]
+    with torch.no_grad():
+        each = [nr.pair_logprobs(policy, x, torch.arange(len(x["prompt"]))) for x in sets]
+        assert torch.allclose(
+            nr.pair_logprobs(policy, together, torch.arange(3)), torch.cat(each), atol=1e-4
+        )
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_probe_the_judge_learns_what_most_of_its_judgements_say(seed):
+    """Taught to say 4 in two cases of three and else 2, it says 4 nearly always in the end."""
+    config = nr.replace(SMALL, updates=15, judgements=8, alpha=1.0, lr=2e-3, seed=seed)
+    policy = rough(config, seed)
+    demos = []
+    for i, x in enumerate(TASK.prompts(90, nr.rng(seed, "shown"))):
+        answer = f"#{i % 10}<eos>"
+        asked = TASK.judge_prompt(*TASK.encode([x, answer]))
+        demos += [(x, answer), (TASK.decode(asked), f"!{2 if i % 3 == 0 else 4}<eos>")]
+    taught(policy, nr.encode_demos(TASK, demos, config), 100)
+    state = nr.start_self_rewarding(policy, config)
+    problems = TASK.prompts(100, nr.rng(seed, "judged"))
+    b = nr.sample(policy, nr.encode_prompts(TASK, problems, config), config)
+
+    def fours():
+        nr.judged(state, TASK, b, config, 99)
+        return float((state.judgements["score"] == 4).float().mean())
+
+    assert 0.5 < fours() < 0.8
+    own = (nr.new_problems, nr.judged, nr.best_and_worst, nr.judgement_pairs)
+    logs = list(nr.iterative_dpo(state, TASK, config, *own))
+    assert logs[0]["judgement_pairs"] > 50
+    assert fours() > 0.9
+
+
 # ---- the loop ----------------------------------------------------------------------------------
 
 

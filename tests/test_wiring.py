@@ -68,8 +68,8 @@ ODD = {
     "rounds": 2,
     "alpha": 1.3,
     "judgements": 4,
-    "start_data": 37,
-    "start_updates": 5,
+    "start_data": 370,
+    "start_updates": 161,
     "start_lr": 0.0059,
     "start_muon_lr": 0.0067,
     "branches": 5,
@@ -889,7 +889,7 @@ def about_judging(draws, posed, c):
     texts = [TASK.decode(row.tolist()) for row in proposals.response]
     valid = []
     for prompt, text in zip(shown, texts, strict=True):
-        copied = text.removesuffix("<eos>") in prompt
+        copied = text.removesuffix("<eos>") in prompt.split("<sep>")
         valid.append(None if copied else TASK.problem(text))
     new = []
     for x in valid:
@@ -916,6 +916,17 @@ def about_judging(draws, posed, c):
     }
 
 
+def agreed(several):
+    """Of the judgements of a response one that more agree on than on any other, and another one."""
+    times = [several.count(one) for one in several]
+    if max(times) in (1, len(several)):
+        return []
+    chosen = several[times.index(max(times))]
+    if any_score(TASK.decode(chosen)) is None:
+        return []
+    return [(chosen, next(one for one in several if one != chosen))]
+
+
 @pytest.mark.parametrize("name", ROUNDS)
 def test_every_metric_of_a_round_again(play, name):
     watch = play(name)
@@ -934,11 +945,19 @@ def test_every_metric_of_a_round_again(play, name):
             scores = [graded(x, y) for x, y in zip(xs, ys, strict=True)]
             expected = {"truth": fmean(scores)}
             pair = right_and_wrong
-        pairs = []
+        pairs = []  # what was asked, the better response and the worse one
         for k, group in enumerate(grouped(scores, c.samples)):
             for w, l in pair(group):  # noqa: E741
-                pairs.append((k * c.samples + w, k * c.samples + l))
+                w, l = k * c.samples + w, k * c.samples + l  # noqa: E741
+                pairs.append((xs[w], ys[w], ys[l]))
         expected["pairs"] = len(pairs)
+        if judging and c.paired == "both":
+            said = [written(row, c) for row in draws[2].response]
+            asked = draws[2].prompt[:: c.judgements]
+            for x, several in zip(asked, grouped(said, c.judgements), strict=True):
+                pairs += [(real(x, c), *both) for both in agreed(several)]
+            expected["judgement_pairs"] = len(pairs) - expected["pairs"]
+            assert expected["judgement_pairs"] > 0
         expected["round"] = begin // c.updates
         expected["length"] = fmean(map(len, ys))
 
@@ -952,11 +971,12 @@ def test_every_metric_of_a_round_again(play, name):
             for i in step.rows.tolist():
                 logps = []
                 refs = []
-                for k in pairs[i]:
-                    logps.append(logprobs(policy, xs[k], ys[k], 1.0, c).sum())
+                x, *both = pairs[i]
+                for y in both:
+                    logps.append(logprobs(policy, x, y, 1.0, c).sum())
                     with torch.no_grad():
-                        refs.append(logprobs(reference, xs[k], ys[k], 1.0, c).sum())
-                lengths = [len(ys[k]) for k in pairs[i]]
+                        refs.append(logprobs(reference, x, y, 1.0, c).sum())
+                lengths = [len(y) for y in both]
                 margin = (logps[0] - refs[0]) - (logps[1] - refs[1])
                 nll = -logps[0] / lengths[0]
                 if c.arm == "sft_chosen":
