@@ -2394,8 +2394,10 @@ def preference_loss(score_w: Tensor, score_l: Tensor) -> Tensor:
     return -F.logsigmoid(score_w - score_l).mean()
 
 
-class ScoreHead(nn.Module):
-    """The score of a text: a head on the hidden vector of its last token, and its log-prob.
+class Scorer(nn.Module):
+    """A reward model: a score for a response and for each of its prefixes.
+
+    It is a head on the hidden vector of the last token, plus the log-prob of all tokens so far.
 
     For a model this small a hidden vector is not enough. Behind `42*3=22;` it knows that 22 was
     written, but to call that wrong it would have to compute 42 * 3 once more, in the layers that
@@ -2414,47 +2416,40 @@ class ScoreHead(nn.Module):
     logp_weight: the weight of the log-prob at first; it is learned. 0 leaves the log-prob out.
     """
 
-    def __init__(self, c: Architecture, logp_weight: float, generator: torch.Generator):
+    def __init__(self, trunk: Transformer, logp_weight: float, generator: torch.Generator):
         super().__init__()
-        self.head = Head(c, (c.width + 1) ** -0.5, generator)
-        self.logp_weight = nn.Parameter(torch.tensor(logp_weight), requires_grad=logp_weight != 0)
-
-    def forward(self, hidden: Tensor, logp: Tensor) -> Tensor:
-        """(..., C), (...) -> (...)."""
-        # s(y_1..k) = w h_k + b + logp_weight sum_{i <= k} log pi(y_i | x, y_<i)
-        return self.head(hidden) + self.logp_weight * logp
-
-
-def prefix_scores(
-    trunk: Transformer, heads: list[ScoreHead], prompt: Tensor, response: Tensor
-) -> Tensor:
-    """(B, P), (B, R) -> (n, B, R + 1): what each of n heads says of every prefix.
-
-    Prefix k has k tokens. It is read where its last token has been read, without a shift, and the
-    empty one at the end of the prompt. Its log-prob is that of its own tokens, with the shift.
-    """
-    P = prompt.shape[1]
-    hidden = trunk.hidden(torch.cat([prompt, response], dim=1))  # (B, P + R, C)
-    logp = gather_logprobs(trunk, response_part(hidden, P), response, temperature=1.0)  # (B, R)
-    logp = F.pad(logp.cumsum(1), (1, 0))  # (B, R + 1), 0 for the empty prefix
-    return torch.stack([head(hidden[:, P - 1 :], logp) for head in heads])
-
-
-class PreferenceScorer(nn.Module):
-    """A scalar reward model: a transformer and a head that scores a whole response."""
-
-    def __init__(self, trunk: Transformer, head: ScoreHead):
-        super().__init__()
+        c = trunk.config
         self.trunk = trunk
-        self.head = head
-        # How many responses were drawn for it.
+        self.head = Head(c, (c.width + 1) ** -0.5, generator).to(trunk.device)
+        weight = torch.tensor(logp_weight, device=trunk.device)
+        self.logp_weight = nn.Parameter(weight, requires_grad=logp_weight != 0)
+        # How many responses were drawn for it, where it serves as a reward.
         self.register_buffer("drawn", torch.tensor(0))
 
+    def prefixes(self, prompt: Tensor, response: Tensor) -> Tensor:
+        """(B, P), (B, R) -> the scores of all prefixes, (B, R + 1). Prefix k has k tokens.
+
+        It is read where its last token has been read, without a shift, and the empty one at the end
+        of the prompt. Its log-prob is that of its own tokens, with the shift.
+        """
+        # s(y_1..k) = w h_k + b + logp_weight sum_{i <= k} log pi(y_i | x, y_<i)
+        P = prompt.shape[1]
+        hidden = self.trunk.hidden(torch.cat([prompt, response], dim=1))  # (B, P + R, C)
+        logp = gather_logprobs(self.trunk, response_part(hidden, P), response, temperature=1.0)
+        logp = F.pad(logp.cumsum(1), (1, 0))  # (B, R + 1), 0 for the empty prefix
+        return self.head(hidden[:, P - 1 :]) + self.logp_weight * logp
+
+    def at(self, prompt: Tensor, response: Tensor, ends: Tensor) -> Tensor:
+        """(B, P), (B, R), lengths of prefixes (B, S) -> their scores (B, S).
+
+        Where `ends` is -1 they mean nothing.
+        """
+        return self.prefixes(prompt, response).gather(1, ends.clamp(min=0))
+
     def forward(self, prompt: Tensor, response: Tensor) -> Tensor:
-        """(B, P), (B, R) -> scores (B,), each read at the last token that counts."""
-        score = prefix_scores(self.trunk, [self.head], prompt, response)[0]
+        """(B, P), (B, R) -> the scores of whole responses, (B,)."""
         length = up_to_eos(response, self.trunk.config).sum(1, keepdim=True).long()
-        return score.gather(1, length)[:, 0]
+        return self.at(prompt, response, length)[:, 0]
 
     @torch.no_grad()
     def normalize(self, b: Rollout) -> None:
@@ -2464,15 +2459,15 @@ class PreferenceScorer(nn.Module):
         """
         score = self(b.prompt, b.response)
         gain = 1 / score.std(unbiased=False).clamp(min=1e-4)
-        linear = self.head.head.linear
+        linear = self.head.linear
         linear.bias.sub_(score.mean())
-        for p in (linear.weight, linear.bias, self.head.logp_weight):
+        for p in (linear.weight, linear.bias, self.logp_weight):
             p.mul_(gain)
         self.drawn.fill_(len(score))
 
 
 def preference_batches(
-    scorer: PreferenceScorer, pairs: list[tuple[str, str, str]], task: Task, c: Config
+    scorer: Scorer, pairs: list[tuple[str, str, str]], task: Task, c: Config
 ) -> Batches:
     """Batches of (problem, preferred, other) texts for `fit`."""
     device = scorer.trunk.device
@@ -2500,9 +2495,7 @@ def scorer_models(
     base: Transformer, task: Task, c: PPOConfig, train: Trainer = train_now
 ) -> dict[str, nn.Module]:
     """A Bradley-Terry model that starts as the base model and reads preference pairs."""
-    device = base.device
-    head = ScoreHead(c, c.logp_weight, rng(c.seed, "scorer")).to(device)
-    scorer = PreferenceScorer(deepcopy(base), head)
+    scorer = Scorer(deepcopy(base), c.logp_weight, rng(c.seed, "scorer"))
 
     def make_batches() -> Batches:
         return preference_batches(scorer, labelled_pairs(task, c), task, c)
@@ -2517,7 +2510,7 @@ def scorer_models(
         c.base_lr / 10,
         reads="reward_data logp_weight",
     )
-    prompt = encode_prompts(task, task.prompts(512, rng(c.seed, "normalize")), c).to(device)
+    prompt = encode_prompts(task, task.prompts(512, rng(c.seed, "normalize")), c).to(base.device)
     scorer.normalize(sample(base, prompt, c, generator=rng(c.seed, "normalize", 1)))
     return {"scorer": scorer.requires_grad_(False)}
 
@@ -2632,11 +2625,11 @@ METHODS["seq2seq"] = Method(
 
 # ==== 13. refine =================================================================================
 #
-# Three models mend the drafts of a fourth, the student, which itself stays as it is. A scorer with
-# two heads reads a draft. The ORM (outcome reward model) says whether the draft's answer is right,
-# the SORM (stepwise ORM) whether the right answer can still be reached from the end of a prefix.
-# The global refiner writes the whole response anew, the local one goes on from the step that the
-# SORM blames, and the ORM chooses between the draft and these two.
+# Four models mend the drafts of a fifth, the student, which itself stays as it is. Two of them read
+# a draft. The ORM (outcome reward model) says whether the draft's answer is right, the SORM
+# (stepwise ORM) whether the right answer can still be reached from the end of a prefix. The global
+# refiner writes the whole response anew, the local one goes on from the step that the SORM blames,
+# and the ORM chooses between the draft and these two.
 #
 # The SORM learns from labels that nobody has to write: a prefix is good if the student gets from
 # its end to the right answer in one of K tries.
@@ -2644,7 +2637,7 @@ METHODS["seq2seq"] = Method(
 
 @dataclass(frozen=True)
 class RefineConfig(Config):
-    """The numbers of refine. `prompts` is the number of drafts, `lr` that of its three models."""
+    """The numbers of refine. `prompts` is the number of drafts, `lr` that of its four models."""
 
     prompts: int = 6_144
     updates: int = 150
@@ -2726,35 +2719,6 @@ def prefix_ends(task: Task, b: Rollout) -> Tensor:
         rows.append(ends)
     S = max(len(row) for row in rows)
     return right_pad(rows, -1, S).to(b.response.device)
-
-
-class StepScorer(nn.Module):
-    """A transformer with two heads that score the prefixes of a response: ORM and SORM.
-
-    DEVIATION: they share one trunk, which costs half as much; the paper trains two models.
-    """
-
-    def __init__(self, trunk: Transformer, seed: int, logp_weight: float):
-        super().__init__()
-        c = trunk.config
-        self.trunk = trunk
-        self.orm = ScoreHead(c, logp_weight, rng(seed, "orm")).to(trunk.device)
-        self.sorm = ScoreHead(c, logp_weight, rng(seed, "sorm")).to(trunk.device)
-        # How many responses were drawn for it, where it serves as a reward.
-        self.register_buffer("drawn", torch.tensor(0))
-
-    def forward(self, prompt: Tensor, response: Tensor, ends: Tensor) -> Tensor:
-        """(B, P), (B, R), prefix ends (B, S) -> logits of ORM and SORM for each prefix, (2, B, S).
-
-        Where `ends` is -1 they mean nothing.
-        """
-        score = prefix_scores(self.trunk, [self.orm, self.sorm], prompt, response)
-        return score.gather(2, ends.clamp(min=0).expand(2, -1, -1))
-
-    def whole(self, prompt: Tensor, response: Tensor) -> Tensor:
-        """The ORM's logit of each whole response, (B,)."""
-        length = up_to_eos(response, self.trunk.config).sum(1, keepdim=True).long()
-        return self(prompt, response, length)[0, :, 0]
 
 
 # ---- step labels
@@ -2845,8 +2809,8 @@ def step_labels(
 
     right (B,): whether the draft's own answer is right; good (n, K): whether the traces that were
     drawn for `origin` (n, 2) are right and use their prefix. Returns ends (B, S), label and keep
-    (2, B, S), the ORM's first. The ORM's label of every prefix is `right`; the SORM's is (8), with
-    equally many good and bad examples.
+    (2, B, S), the ORM's first (see JUDGES). The ORM's label of every prefix is `right`; the SORM's
+    is (8), with equally many good and bad examples.
 
     An example, a wrong draft with two steps and so with four prefixes:
 
@@ -2928,26 +2892,31 @@ def binary_loss(score: Tensor, label: Tensor, mask: Tensor, denom: Tensor | int)
     return -((if_good + if_bad) * mask).sum() / denom
 
 
-def step_batches(scorer: StepScorer, examples: dict[str, Tensor], size: int, c: Config) -> Batches:
-    """Batches of labelled drafts for `fit`: each head learns from its own labels.
+# Who judges prefixes: the order in labels.
+JUDGES = ("orm", "sorm")
 
-    Logged are the shares of labels that each head predicts.
+
+def step_batches(
+    name: str, scorer: Scorer, examples: dict[str, Tensor], size: int, c: Config
+) -> Batches:
+    """Batches of labelled drafts for `fit` of a scorer, which is one of JUDGES by name.
+
+    Logged is the share of labels that it predicts.
     """
+    label, keep = (examples[part][JUDGES.index(name)] for part in ("label", "keep"))
     length = examples["ends"].amax(1).cpu()
 
     def draw_batch(update: int) -> tuple[Tensor, Loss]:
         rows = torch.randint(len(length), (size,), generator=rng(c.seed, "step batch", update))
         rows = rows[length[rows].argsort(stable=True)]
-        denom = examples["keep"][:, rows].sum((1, 2), keepdim=True).clamp(min=1)
+        denom = keep[rows].sum().clamp(min=1)
 
         def loss(part: Tensor) -> tuple[Tensor, Metrics]:
             response = examples["response"][part, : int(length[part].max())]
-            score = scorer(examples["prompt"][part], response, examples["ends"][part])
-            label = examples["label"][:, part]
-            weight = examples["keep"][:, part] / denom
-            predicted = (score > 0) == (label > 0)
-            orm, sorm = (predicted * weight).sum((1, 2))
-            return binary_loss(score, label, weight, 1), {"orm": orm, "sorm": sorm}
+            score = scorer.at(examples["prompt"][part], response, examples["ends"][part])
+            predicted = (score > 0) == (label[part] > 0)
+            known = (predicted * keep[part]).sum() / denom
+            return binary_loss(score, label[part], keep[part], denom), {name: known}
 
         return rows, loss
 
@@ -3001,14 +2970,15 @@ def local_demos(task: Task, drafts: LabelledDrafts, c: Config) -> list[Demo]:
 
 @dataclass(kw_only=True)
 class RefineState(State):
-    """The student is the policy and stays as it is; three copies of it learn."""
+    """The student is the policy and stays as it is; four copies of it learn."""
 
-    scorer: StepScorer
+    orm: Scorer
+    sorm: Scorer
     global_refiner: Transformer
     local_refiner: Transformer
-    # The training of each: "scorer", "global", "local". `optimizers` stays empty.
+    # The training of each: "orm", "sorm", "global", "local". `optimizers` stays empty.
     fits: dict[str, Fit]
-    # What the scorer learns from, as in LabelledDrafts.
+    # What ORM and SORM learn from, as in LabelledDrafts.
     examples: dict[str, Tensor] = field(default_factory=dict)
     # What the refiners learn from: "global", "local".
     demos: dict[str, list[Demo]] = field(default_factory=dict)
@@ -3018,15 +2988,18 @@ class RefineState(State):
 
 def start_refine(policy: Transformer, c: RefineConfig) -> RefineState:
     """A fresh state."""
-    scorer = StepScorer(deepcopy(policy), c.seed, c.logp_weight)
-    parts = {"scorer": scorer, "global": deepcopy(policy), "local": deepcopy(policy)}
+    parts: dict[str, Any] = {}
+    for name in JUDGES:
+        parts[name] = Scorer(deepcopy(policy), c.logp_weight, rng(c.seed, name))
+    parts |= {"global": deepcopy(policy), "local": deepcopy(policy)}
     fits = {}
     for name, part in parts.items():
         fits[name] = Fit([part], optimizers([part], c.lr, c.muon_lr))
     return RefineState(
         policy=policy,
         optimizers=[],
-        scorer=scorer,
+        orm=parts["orm"],
+        sorm=parts["sorm"],
         global_refiner=parts["global"],
         local_refiner=parts["local"],
         fits=fits,
@@ -3034,7 +3007,7 @@ def start_refine(policy: Transformer, c: RefineConfig) -> RefineState:
 
 
 def refine(state: RefineState, task: Task, c: RefineConfig) -> Iterator[Metrics]:
-    """GLoRe, arXiv 2402.10963: drafts and continuations teach two heads and two refiners."""
+    """GLoRe, arXiv 2402.10963: drafts and continuations teach two scorers and two refiners."""
     if not state.examples:
         # `label_drafts` does 1. sample, 2. score and 3. credit
         drafts = label_drafts(state.policy, task, c.prompts, c)
@@ -3048,7 +3021,9 @@ def refine(state: RefineState, task: Task, c: RefineConfig) -> Iterator[Metrics]
         state.draft_metrics = {"truth": drafts.truth, "pairs": len(state.demos["local"])}
 
     # 4. update; a refiner without examples stays as it is
-    batches = {"scorer": step_batches(state.scorer, state.examples, c.minibatch, c)}
+    batches = {}
+    for name, scorer in (("orm", state.orm), ("sorm", state.sorm)):
+        batches[name] = step_batches(name, scorer, state.examples, c.minibatch, c)
     for name, model in (("global", state.global_refiner), ("local", state.local_refiner)):
         if state.demos[name]:
             batches[name] = gpt_batches(model, state.demos[name], c, size=c.minibatch // 2)
@@ -3057,7 +3032,7 @@ def refine(state: RefineState, task: Task, c: RefineConfig) -> Iterator[Metrics]
         learning.append(fit(state.fits[name], batch, c.updates, c))
     for logs in zip(*learning, strict=True):
         state.update += 1
-        metrics = {"orm": logs[0]["orm"], "sorm": logs[0]["sorm"]}
+        metrics = {"orm": logs[0]["orm"], "sorm": logs[1]["sorm"]}
         for name, part in zip(batches, logs, strict=True):
             metrics[f"{name}_loss"] = part["loss"]
         yield metrics | state.draft_metrics | {"samples": state.samples}
@@ -3105,7 +3080,7 @@ def refinements(
 
     # Where: the SORM blames the first step whose probability is below the threshold.
     ends = prefix_ends(task, draft)
-    sorm = state.scorer(prompt, draft.response, ends)[1].sigmoid()
+    sorm = state.sorm.at(prompt, draft.response, ends).sigmoid()
     blamed: list[int | None] = []
     for score, row in zip(sorm, ends.tolist(), strict=True):
         row = [end for end in row if end >= 0]
@@ -3124,7 +3099,7 @@ def refinements(
     response = torch.stack([draft.response, prompt.new_tensor(anew), prompt.new_tensor(local)])
 
     # Whether: the ORM scores all three.
-    score = torch.stack([state.scorer.whole(prompt, each) for each in response])
+    score = torch.stack([state.orm(prompt, each) for each in response])
     return Refinements(response, score, blamed)
 
 
@@ -3147,7 +3122,8 @@ def answer_refined(
 def explain_steps(state: RefineState, task: Task, b: Rollout, c: RefineConfig) -> list[Metrics]:
     """The probabilities of ORM and SORM behind each step."""
     ends = prefix_ends(task, b)
-    orm, sorm = state.scorer(b.prompt, b.response, ends).sigmoid()
+    orm = state.orm.at(b.prompt, b.response, ends).sigmoid()
+    sorm = state.sorm.at(b.prompt, b.response, ends).sigmoid()
     found = []
     for says_orm, says_sorm, row in zip(orm, sorm, ends, strict=True):
         step = row > 0
@@ -3163,7 +3139,7 @@ METHODS["refine"] = Method(
     answer=answer_refined,
     explain=explain_steps,
     needs="steps uses",
-    answer_parts=("scorer", "global_refiner", "local_refiner"),
+    answer_parts=("orm", "sorm", "global_refiner", "local_refiner"),
 )
 
 
@@ -3173,13 +3149,13 @@ METHODS["refine"] = Method(
 def sorm_models(
     base: Transformer, task: Task, c: PPOConfig, train: Trainer = train_now
 ) -> dict[str, nn.Module]:
-    """A step scorer that starts as the base model and reads labelled drafts of it."""
-    scorer = StepScorer(deepcopy(base), c.seed, c.logp_weight)
+    """A SORM that starts as the base model and reads labelled drafts of it."""
+    scorer = Scorer(deepcopy(base), c.logp_weight, rng(c.seed, "sorm"))
 
     def make_batches() -> Batches:
         drafts = label_drafts(base, task, c.reward_data, c)
         scorer.drawn.fill_(drafts.samples)
-        return step_batches(scorer, drafts.examples, c.base_batch, c)
+        return step_batches("sorm", scorer, drafts.examples, c.base_batch, c)
 
     train(
         "sorm",
@@ -3200,8 +3176,7 @@ def step_probabilities(state: PPOState, b: Rollout, ends: Tensor, c: Config) -> 
     scorer = state.models["scorer"]
     found = []
     for rows in torch.arange(len(ends)).split(c.micro):
-        _, sorm = scorer(b.prompt[rows], b.response[rows], ends[rows])
-        found.append(sorm.sigmoid())
+        found.append(scorer.at(b.prompt[rows], b.response[rows], ends[rows]).sigmoid())
     return torch.cat(found)
 
 

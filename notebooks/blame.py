@@ -90,9 +90,9 @@ def of_judge(judge: Trained, task: nr.Task, b: nr.Rollout, ids: list[int]) -> tu
 def of_refine(refine: Trained, task: nr.Task, b: nr.Rollout, ids: list[int]) -> dict[str, list]:
     """ORM and SORM behind every step."""
     ends = nr.prefix_ends(task, b)
-    scores = refine.state.scorer(b.prompt, b.response, ends).sigmoid()
     found = {}
-    for name, score in zip(("ORM", "SORM"), scores[:, 0], strict=True):
+    for name, scorer in (("ORM", refine.state.orm), ("SORM", refine.state.sorm)):
+        score = scorer.at(b.prompt, b.response, ends).sigmoid()[0]
         found[f"refine: {name}"] = spread(task, ids, nr.rounded(score[ends[0] > 0]))
     return found
 

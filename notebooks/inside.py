@@ -137,22 +137,22 @@ def label_quality(
 
 
 @torch.no_grad()
-def all_scores(scorer: nr.StepScorer, prompt: Tensor, response: Tensor, ends: Tensor) -> Tensor:
-    """The logits of ORM and SORM for each prefix, (2, B, S)."""
+def all_scores(scorer: nr.Scorer, prompt: Tensor, response: Tensor, ends: Tensor) -> Tensor:
+    """The logits for each prefix, (B, S)."""
     parts = torch.arange(len(ends)).split(250)
-    return torch.cat([scorer(prompt[p], response[p], ends[p]) for p in parts], 1)
+    return torch.cat([scorer.at(prompt[p], response[p], ends[p]) for p in parts])
 
 
-def unbalanced_scorer(
+def unbalanced_sorm(
     state: nr.RefineState, student: nr.Transformer, c: nr.RefineConfig
-) -> nr.StepScorer:
-    """The scorer again, from the same labels but with all examples."""
+) -> nr.Scorer:
+    """The SORM again, from the same labels but with all examples."""
     other = nr.start_refine(student, c)
     steps = state.examples | {"keep": (state.examples["ends"] > 0).float().expand(2, -1, -1)}
-    batches = nr.step_batches(other.scorer, steps, c.minibatch, c)
-    for _ in nr.fit(other.fits["scorer"], batches, c.updates, c):
+    batches = nr.step_batches("sorm", other.sorm, steps, c.minibatch, c)
+    for _ in nr.fit(other.fits["sorm"], batches, c.updates, c):
         pass
-    return other.scorer
+    return other.sorm
 
 
 def head_quality(
@@ -173,8 +173,8 @@ def head_quality(
     success, _ = nr.check_traces(task, few, ends, which, traces)
     value[which[:, 0], which[:, 1]] = success.float().mean(1)
 
-    score = all_scores(state.scorer, prompt, b.response, ends)
-    other = all_scores(unbalanced_scorer(state, student, c), prompt, b.response, ends)
+    score = [all_scores(scorer, prompt, b.response, ends) for scorer in (state.orm, state.sorm)]
+    other = all_scores(unbalanced_sorm(state, student, c), prompt, b.response, ends)
     position = torch.arange(ends.shape[1]).expand_as(ends)
     whole = torch.arange(len(ends)), ends.argmax(1)
     found: dict[str, dict] = {}
@@ -194,7 +194,7 @@ def head_quality(
             "calibration": [[share(p[rows]), share(good[rows])] for rows in at.values()],
             "against V^pi": [[share(p[rows]), share(value[rows])] for rows in known.values()],
         }
-    for name, s in (("balanced", score[1]), ("not balanced", other[1])):
+    for name, s in (("balanced", score[1]), ("not balanced", other)):
         both = torch.stack([s.sigmoid()[step], position[step].float()])
         found[name] = {
             "correlation with position": round(float(both.corrcoef()[0, 1]), 4),
@@ -259,7 +259,7 @@ def refiner_quality(
     for i in (1, 2):
         generator = nr.rng(c.seed, "best of 3", i)
         three.append(nr.sample(state.policy, prompt, c, generator=generator).response)
-    score = torch.stack([state.scorer.whole(prompt, y) for y in three])
+    score = torch.stack([state.orm(prompt, y) for y in three])
     graded = torch.stack([grade(y) for y in three])
     best = picked(score, graded)
     control = grade(nr.sample(solver["global"], prompt, greedy).response)
@@ -281,7 +281,7 @@ def refiner_quality(
     b = nr.Rollout(prompt, made.response[0], mask, prompt, prompt[:, 0])
     ends = nr.prefix_ends(task, b)
     step, good = true_prefixes(task, b, ends)
-    orm, sorm = state.scorer(prompt, b.response, ends)
+    orm, sorm = (scorer.at(prompt, b.response, ends) for scorer in (state.orm, state.sorm))
     count = step.sum(1)
     draw = random.Random(c.seed)
     where = {
@@ -383,9 +383,9 @@ def disagreements(
 
 
 @torch.no_grad()
-def falls(scorer: nr.PreferenceScorer, b: nr.Rollout) -> dict[str, Tensor]:
+def falls(scorer: nr.Scorer, b: nr.Rollout) -> dict[str, Tensor]:
     """The tokens at which a scalar model's score falls, (B, R), and where it falls most."""
-    rise = nr.prefix_scores(scorer.trunk, [scorer.head], b.prompt, b.response)[0].diff(dim=1)
+    rise = scorer.prefixes(b.prompt, b.response).diff(dim=1)
     rise = rise.masked_fill(b.mask == 0, torch.inf)
     largest = torch.zeros_like(b.mask).scatter(1, rise.argmin(1, keepdim=True), 1) > 0
     return {"scalar": rise < 0, "scalar, largest fall": largest}

@@ -89,7 +89,9 @@ def test_something_was_learned_in_every_loop(alone):
         if name in ("iterative_dpo", "self_rewarding"):
             assert all(m["pairs"] > 0 and m["loss"] > 0 for m in mine)
         elif name == "refine":
-            assert all(m["scorer_loss"] > 0 and m["local_loss"] > 0 for m in mine)
+            assert all(
+                m["orm_loss"] > 0 and m["sorm_loss"] > 0 and m["local_loss"] > 0 for m in mine
+            )
         else:
             assert any(m["grad_norm"] > 0 and m["flat_groups"] < 1 for m in mine), mine
 

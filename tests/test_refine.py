@@ -229,7 +229,7 @@ def test_drafts_are_drawn_continued_and_labelled_in_one_go():
 def heads():
     state = nr.start_refine(rough(WIDE), WIDE)
     for name in ("orm", "sorm"):
-        weight = getattr(state.scorer, name).head.linear.weight
+        weight = vars(state)[name].head.linear.weight
         torch.nn.init.normal_(weight, generator=nr.rng(1, name))
     return state
 
@@ -237,7 +237,10 @@ def heads():
 def scores_of(state, prompts, texts):
     b = rollout_of(prompts, texts)
     with torch.no_grad():
-        return state.scorer(b.prompt, b.response, nr.prefix_ends(TASK, b))
+        ends = nr.prefix_ends(TASK, b)
+        return torch.stack(
+            [judge.at(b.prompt, b.response, ends) for judge in (state.orm, state.sorm)]
+        )
 
 
 def test_step_scores_read_the_prefix_unshifted_and_nothing_behind_it(heads):
@@ -248,11 +251,12 @@ def test_step_scores_read_the_prefix_unshifted_and_nothing_behind_it(heads):
     assert (a[:, 0, 2:] - b[:, 0, 2:]).abs().min() > 1e-4
     prompt = nr.encode_prompts(TASK, ["37+5*3="], WIDE)
     step = torch.tensor(TASK.encode(["37+5=42;"]))
-    trunk = heads.scorer.trunk
+    trunk = heads.sorm.trunk
     hidden = trunk.hidden(torch.cat([prompt, step], 1))
     logp = nr.token_logprobs(trunk, prompt, step, 1.0).sum(1)
     # the very token that ends the step
-    assert torch.allclose(heads.scorer.sorm(hidden[:, -1], logp), a[1, :, 1], atol=1e-4)
+    score = heads.sorm.head(hidden[:, -1]) + heads.sorm.logp_weight * logp
+    assert torch.allclose(score, a[1, :, 1], atol=1e-4)
     assert not torch.allclose(a[0], a[1])
 
 
@@ -270,21 +274,19 @@ def test_padding_and_batch_order_change_no_step_score(heads):
 
 def test_micro_batches_of_labelled_drafts_change_nothing(heads):
     b = labelled().examples
-    rows, loss = nr.step_batches(heads.scorer, b, 12, WIDE)(0)
-    whole, seen = loss(rows)
-    parts = [loss(part) for part in rows.split(5)]
-    assert len(rows) == 12 and len(parts) == 3
-    in_parts = sum(float(p.detach()) for p, _ in parts)
-    assert float(whole.detach()) == pytest.approx(in_parts, abs=1e-5)
-    assert float(seen["sorm"]) == pytest.approx(sum(float(m["sorm"]) for _, m in parts), abs=1e-5)
-    denom = b["keep"][:, rows].sum((1, 2))
-    score = heads.scorer(b["prompt"][rows], b["response"][rows], b["ends"][rows]).detach()
-    by_hand = 0.0
-    for h in (0, 1):
+    for h, (name, judge) in enumerate((("orm", heads.orm), ("sorm", heads.sorm))):
+        rows, loss = nr.step_batches(name, judge, b, 12, WIDE)(0)
+        whole, seen = loss(rows)
+        parts = [loss(part) for part in rows.split(5)]
+        assert len(rows) == 12 and len(parts) == 3
+        in_parts = sum(float(p.detach()) for p, _ in parts)
+        assert float(whole.detach()) == pytest.approx(in_parts, abs=1e-5)
+        known = sum(float(m[name]) for _, m in parts)
+        assert set(seen) == {name} and float(seen[name]) == pytest.approx(known, abs=1e-5)
+        score = judge.at(b["prompt"][rows], b["response"][rows], b["ends"][rows]).detach()
         label, keep = b["label"][h, rows], b["keep"][h, rows] > 0
-        each = F.binary_cross_entropy_with_logits(score[h], label, reduction="none")
-        by_hand += float(each[keep].sum() / denom[h])
-    assert float(whole.detach()) == pytest.approx(by_hand, abs=1e-5)
+        each = F.binary_cross_entropy_with_logits(score, label, reduction="none")
+        assert float(whole.detach()) == pytest.approx(float(each[keep].mean()), abs=1e-5)
 
 
 # ---- refinement --------------------------------------------------------------------------------
@@ -299,8 +301,8 @@ def test_a_refinement_keeps_what_stands_before_the_blamed_step(heads):
     b = nr.Rollout(prompt, draft, nr.up_to_eos(draft, WIDE), draft, draft[:, 0])
     ends = nr.prefix_ends(TASK, b)
     with torch.no_grad():
-        sorm = heads.scorer(b.prompt, draft, ends)[1].sigmoid()
-        whole = heads.scorer.whole(b.prompt, draft)
+        sorm = heads.sorm.at(b.prompt, draft, ends).sigmoid()
+        whole = heads.orm(b.prompt, draft)
     assert {at is None for at in found.blamed} == {True, False}
     for i, at in enumerate(found.blamed):
         n = int((ends[i] >= 0).sum())

@@ -220,7 +220,7 @@ def test_only_seq2seq_and_a_learned_reward_of_ppo_ask_for_models():
     rewards = ("verifier", "learned", "sorm", "shaped")
     assert {reward: asked("ppo", reward=reward) for reward in rewards} == {
         "verifier": ({}, []),
-        "learned": ({"scorer": nr.PreferenceScorer}, ["scorer"]),
-        "sorm": ({"scorer": nr.StepScorer}, ["sorm"]),
-        "shaped": ({"scorer": nr.StepScorer}, ["sorm"]),
+        "learned": ({"scorer": nr.Scorer}, ["scorer"]),
+        "sorm": ({"scorer": nr.Scorer}, ["sorm"]),
+        "shaped": ({"scorer": nr.Scorer}, ["sorm"]),
     }

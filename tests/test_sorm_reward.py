@@ -34,9 +34,9 @@ class Blind(Arithmetic):
 
 @pytest.fixture
 def state():
-    """A step scorer whose SORM says something else of every prefix."""
-    scorer = nr.StepScorer(rough(WIDE), seed=0, logp_weight=0.05)
-    torch.nn.init.normal_(scorer.sorm.head.linear.weight, generator=nr.rng(1, "sorm"))
+    """A SORM that says something else of every prefix."""
+    scorer = nr.Scorer(rough(WIDE), 0.05, nr.rng(0, "sorm"))
+    torch.nn.init.normal_(scorer.head.linear.weight, generator=nr.rng(1, "sorm"))
     return SimpleNamespace(models={"scorer": scorer})
 
 
@@ -53,7 +53,7 @@ def believed(state, prompt, response):
     scorer = state.models["scorer"]
     hidden = scorer.trunk.hidden(torch.cat([prompt, response[None]], 1))[:, -1]
     logp = nr.token_logprobs(scorer.trunk, prompt, response[None], 1.0).sum(1)
-    return float(scorer.sorm(hidden, logp).sigmoid())
+    return float((scorer.head(hidden) + scorer.logp_weight * logp).sigmoid())
 
 
 def test_a_reward_stands_where_a_step_ends_and_is_the_change_that_the_step_made(state):
@@ -76,7 +76,7 @@ def test_the_rewards_of_a_response_add_up_to_its_end_minus_its_beginning(state):
     reward, b = paid(state)
     ends = nr.prefix_ends(TASK, b)
     with torch.no_grad():
-        p = state.models["scorer"](b.prompt, b.response, ends)[1].sigmoid()
+        p = state.models["scorer"].at(b.prompt, b.response, ends).sigmoid()
     whole = p.gather(1, ends.argmax(1, keepdim=True))[:, 0]
     penalty = torch.where(ENDED, 0.0, nr.NO_EOS)
     assert torch.allclose(reward.sum(1), whole - p[:, 0] + penalty, rtol=0, atol=1e-6)
@@ -91,7 +91,7 @@ def test_with_the_verifier_at_the_end_the_rewards_add_up_to_the_truth_minus_the_
     assert sorted(set(truth.tolist())) == [0.0, 1.0]
     reward = nr.shaped_progress(state, TASK, b, truth, WIDE)
     with torch.no_grad():
-        empty = state.models["scorer"](b.prompt, b.response, ends)[1].sigmoid()[:, 0]
+        empty = state.models["scorer"].at(b.prompt, b.response, ends).sigmoid()[:, 0]
     penalty = torch.where(ENDED, 0.0, nr.NO_EOS)
     assert torch.allclose(reward.sum(1), truth - empty + penalty, rtol=0, atol=1e-6)
     last = b.mask.sum(1, keepdim=True).long() - 1
@@ -143,9 +143,9 @@ def test_a_step_that_is_clearly_bad_costs_exactly_at_its_end(state):
         at = (b.prompt.shape[1] + ends - 1)[..., None].expand(-1, -1, WIDE.width)
         known = hidden.gather(1, at).flatten(0, 1).double()
         weight = torch.linalg.pinv(known, rtol=1e-6) @ logit.flatten().double()
-        scorer.sorm.logp_weight.zero_()
-        scorer.sorm.head.linear.weight.copy_(weight[None])
-        scorer.sorm.head.linear.bias.zero_()
+        scorer.logp_weight.zero_()
+        scorer.head.linear.weight.copy_(weight[None])
+        scorer.head.linear.bias.zero_()
     reward = nr.step_progress(state, TASK, b, torch.zeros(4), WIDE)
     expected = torch.zeros_like(reward)
     for row in (1, 2, 3):

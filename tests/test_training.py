@@ -364,42 +364,45 @@ def test_grades_are_the_tasks():
 
 def scored(model, seed=0, logp_weight=0.7):
     """A scorer whose log-probs count."""
-    return nr.PreferenceScorer(model, nr.ScoreHead(model.config, logp_weight, nr.rng(seed, "head")))
+    return nr.Scorer(model, logp_weight, nr.rng(seed, "head"))
 
 
 @torch.no_grad()
-def score_by_hand(trunk, head, prompt, response, k):
+def score_by_hand(scorer, prompt, response, k):
     """The formula for the first k tokens, each read alone: no PAD, no batch, no cumsum."""
-    score = float(head.head(trunk.hidden(torch.cat([prompt, response[:k]])[None]))[0, -1])
+    trunk = scorer.trunk
+    score = float(scorer.head(trunk.hidden(torch.cat([prompt, response[:k]])[None]))[0, -1])
     never = [TINY.pad_id, TINY.bos_id, TINY.mask_id]
     for i in range(k):
         logits = trunk(torch.cat([prompt, response[:i]])[None])[0, -1].double()
         logits[never] = -math.inf
-        score += head.logp_weight.item() * float(logits.log_softmax(0)[response[i]])
+        score += scorer.logp_weight.item() * float(logits.log_softmax(0)[response[i]])
     return score
 
 
 @pytest.mark.parametrize("weight", [0.7, -0.2, 0.0])
 def test_the_score_of_every_prefix_is_its_formula_whatever_the_padding(model, weight):
-    head = nr.ScoreHead(TINY, weight, nr.rng(0, "head"))
+    scorer = scored(model, logp_weight=weight)
     b = rollout_of(["#42<eos>", "37+5=42;#42<eos>"])
     with torch.no_grad():
-        both = nr.prefix_scores(model, [head, head], b.prompt, b.response)
-    score = both[0]
-    assert score.shape == (2, 1 + b.response.shape[1]) and torch.equal(*both)
+        score = scorer.prefixes(b.prompt, b.response)
+    assert score.shape == (2, 1 + b.response.shape[1])
     for i, length in enumerate([4, 12]):
         for k in range(length + 1):
-            expected = score_by_hand(model, head, b.prompt[i], b.response[i], k)
+            expected = score_by_hand(scorer, b.prompt[i], b.response[i], k)
             assert float(score[i, k]) == pytest.approx(expected, abs=1e-4)
     # PAD on either side, and other rows in the batch
     prompt = F.pad(b.prompt.flip(0), (3, 0))
     wide = F.pad(b.response.flip(0), (0, 4))
     with torch.no_grad():
-        padded = nr.prefix_scores(model, [head], prompt, wide)[0].flip(0)
-        whole = nr.PreferenceScorer(model, head)(prompt, wide).flip(0)
+        padded = scorer.prefixes(prompt, wide).flip(0)
+        whole = scorer(prompt, wide).flip(0)
+        at = scorer.at(prompt, wide, torch.tensor([[12, 0, 3], [4, -1, 1]])).flip(0)
     for i, length in enumerate([4, 12]):
         assert torch.allclose(padded[i, : length + 1], score[i, : length + 1], atol=1e-5)
         assert float(whole[i]) == pytest.approx(float(score[i, length]), abs=1e-5)
+    assert torch.allclose(at[0, [0, 2]], score[0, [4, 1]], atol=1e-5)
+    assert torch.allclose(at[1], score[1, [12, 0, 3]], atol=1e-5)
 
 
 def test_a_score_of_hidden_vectors_alone_never_learns_a_weight_for_log_probs(model):
@@ -409,7 +412,7 @@ def test_a_score_of_hidden_vectors_alone_never_learns_a_weight_for_log_probs(mod
         state = nr.Fit([scorer], nr.optimizers([scorer], 1e-2))
         logs = list(nr.fit(state, nr.preference_batches(scorer, pairs, TASK, TINY), 5, TINY))
         assert logs[0]["grad_norm"] > 0
-        assert (scorer.head.logp_weight.item() != weight) == moves
+        assert (scorer.logp_weight.item() != weight) == moves
 
 
 def test_normalized_scores_have_mean_zero_and_variance_one(model):
@@ -428,15 +431,15 @@ def test_heads_of_reward_models_start_at_one_over_the_root_of_the_width_and_one(
     seen = []
 
     def train(name, modules, *numbers, **more):
-        seen.append(modules[0].head.head.linear.weight.detach().clone())
+        seen.append(modules[0].head.linear.weight.detach().clone())
 
     for seed in range(20):
         each = nr.replace(c, seed=seed)
         nr.scorer_models(rough(each), TASK, each, train)
-        scorer = nr.StepScorer(rough(each), seed, 0.5)
-        seen += [scorer.orm.head.linear.weight, scorer.sorm.head.linear.weight]
+        state = nr.start_refine(rough(each), nr.replace(tiny("refine"), width=32, seed=seed))
+        seen += [scorer.head.linear.weight for scorer in (state.orm, state.sorm)]
     assert torch.cat(seen).detach().std() == pytest.approx(33**-0.5, rel=0.1)
-    assert len({float(x[0, 0]) for x in seen}) == 60
+    assert len({x[0, 0].item() for x in seen}) == 60
 
 
 def test_bradley_terry_learns_what_the_pairs_say():
