@@ -2130,6 +2130,11 @@ class SelfRewardingConfig(DPOConfig):
         return [
             (self.samples > 1, "--samples must be at least 2: the best is set against the worst"),
             (self.judging <= most, f"--judging is a share of M1's data: at most {most:.2f}"),
+            (
+                self.paired != "both" or self.judgements > 2,
+                "--judgements must be at least 3: two of them agree against a third; or give "
+                "--paired solutions",
+            ),
         ]
 
 
@@ -2296,6 +2301,7 @@ def agreed(judgements: list[list[int]]) -> tuple[int, int] | None:
     """Of the judgements of one solution one that was written most often, and one that differs.
 
     Returns their places, or None if no two are the same, or all. Of `!4`, `!5`, `!4` it is (0, 1).
+    Of two that were written equally often the first one counts.
     """
     kinds = [tuple(ids) for ids in judgements]
     [(most, times)] = Counter(kinds).most_common(1)
@@ -2314,19 +2320,23 @@ def judgement_pairs(
     of judgements: meta-rewarding, arXiv 2407.19594, where the model itself compares them. A
     judgement that cannot be read is never the better one.
     """
+    written = state.judgements
     rows = []
     pairs = []
-    score = state.judgements["score"].tolist()
-    for row, judgements in enumerate(state.judgements["response"].tolist()):
+    score = written["score"].tolist()
+    for row, judgements in enumerate(written["response"].tolist()):
         pair = agreed(judgements)
         if pair and score[row][pair[0]] >= 0:
             rows.append(row)
             pairs.append(pair)
-    prompt = state.judgements["prompt"][rows]
-    row = torch.tensor(rows, dtype=torch.long, device=prompt.device)[:, None]
-    column = torch.tensor(pairs, dtype=torch.long, device=prompt.device).view(-1, 2)
-    response = state.judgements["response"][row, column]
-    return [{"prompt": prompt, "response": response}], {"judgement_pairs": len(rows)}
+    device = written["prompt"].device
+    row = torch.tensor(rows, dtype=torch.long, device=device)
+    column = torch.tensor(pairs, dtype=torch.long, device=device).view(-1, 2)
+    response = written["response"][row[:, None], column]
+    state.judgements = {}  # they are many, and a saved state does not need them
+    return [{"prompt": written["prompt"][row], "response": response}], {
+        "judgement_pairs": len(rows)
+    }
 
 
 # What is paired -> the pairs beside those of solutions.
@@ -2397,7 +2407,9 @@ def preference_loss(score_w: Tensor, score_l: Tensor) -> Tensor:
 class Scorer(nn.Module):
     """A reward model: a score for a response and for each of its prefixes.
 
-    It is a head on the hidden vector of the last token, plus the log-prob of all tokens so far.
+    It is a head on the hidden vector of the last token, plus a learned weight times the log-prob of
+    all tokens so far. DEVIATION: the papers of ORM, SORM and preference models have the head alone,
+    which is --logp-weight 0.
 
     For a model this small a hidden vector is not enough. Behind `42*3=22;` it knows that 22 was
     written, but to call that wrong it would have to compute 42 * 3 once more, in the layers that
@@ -2421,8 +2433,8 @@ class Scorer(nn.Module):
         c = trunk.config
         self.trunk = trunk
         self.head = Head(c, (c.width + 1) ** -0.5, generator).to(trunk.device)
-        weight = torch.tensor(logp_weight, device=trunk.device)
-        self.logp_weight = nn.Parameter(weight, requires_grad=logp_weight != 0)
+        self.logp_weight = nn.Parameter(torch.tensor(float(logp_weight), device=trunk.device))
+        self.reads_logp = logp_weight != 0
         # How many responses were drawn for it, where it serves as a reward.
         self.register_buffer("drawn", torch.tensor(0))
 
@@ -2435,9 +2447,11 @@ class Scorer(nn.Module):
         # s(y_1..k) = w h_k + b + logp_weight sum_{i <= k} log pi(y_i | x, y_<i)
         P = prompt.shape[1]
         hidden = self.trunk.hidden(torch.cat([prompt, response], dim=1))  # (B, P + R, C)
-        logp = gather_logprobs(self.trunk, response_part(hidden, P), response, temperature=1.0)
-        logp = F.pad(logp.cumsum(1), (1, 0))  # (B, R + 1), 0 for the empty prefix
-        return self.head(hidden[:, P - 1 :]) + self.logp_weight * logp
+        score = self.head(hidden[:, P - 1 :])  # (B, R + 1)
+        if self.reads_logp:
+            logp = gather_logprobs(self.trunk, response_part(hidden, P), response, temperature=1.0)
+            score = score + self.logp_weight * F.pad(logp.cumsum(1), (1, 0))  # 0 for the empty one
+        return score
 
     def at(self, prompt: Tensor, response: Tensor, ends: Tensor) -> Tensor:
         """(B, P), (B, R), lengths of prefixes (B, S) -> their scores (B, S).
@@ -2452,12 +2466,28 @@ class Scorer(nn.Module):
         return self.at(prompt, response, length)[:, 0]
 
     @torch.no_grad()
-    def normalize(self, b: Rollout) -> None:
+    def read(
+        self, prompt: Tensor, response: Tensor, c: Config, ends: Tensor | None = None
+    ) -> Tensor:
+        """The scores of many responses (B,), or with `ends` of their prefixes (B, S).
+
+        They are read `micro` rows at a time, because log-probs need room for V numbers a token.
+        """
+        found = []
+        for rows in torch.arange(len(response), device=response.device).split(c.micro):
+            if ends is None:
+                found.append(self(prompt[rows], response[rows]))
+            else:
+                found.append(self.at(prompt[rows], response[rows], ends[rows]))
+        return torch.cat(found)
+
+    @torch.no_grad()
+    def normalize(self, b: Rollout, c: Config) -> None:
         """Gain and bias for scores of mean 0 and variance 1 over these responses.
 
         DEVIATION: scores are normalized after training only; the original code also does it before.
         """
-        score = self(b.prompt, b.response)
+        score = self.read(b.prompt, b.response, c)
         gain = 1 / score.std(unbiased=False).clamp(min=1e-4)
         linear = self.head.linear
         linear.bias.sub_(score.mean())
@@ -2511,14 +2541,14 @@ def scorer_models(
         reads="reward_data logp_weight",
     )
     prompt = encode_prompts(task, task.prompts(512, rng(c.seed, "normalize")), c).to(base.device)
-    scorer.normalize(sample(base, prompt, c, generator=rng(c.seed, "normalize", 1)))
+    scorer.normalize(sample(base, prompt, c, generator=rng(c.seed, "normalize", 1)), c)
     return {"scorer": scorer.requires_grad_(False)}
 
 
 @torch.no_grad()
 def learned(state: PPOState, task: Task, b: Rollout, truth: Tensor, c: Config) -> Tensor:
     """The score of a preference model, whatever the truth is."""
-    return at_end(state.models["scorer"](b.prompt, b.response), b, c)
+    return at_end(state.models["scorer"].read(b.prompt, b.response, c), b, c)
 
 
 REWARDS["learned"] = RewardSource(learned, scorer_models, needs="preferences")
@@ -2625,11 +2655,11 @@ METHODS["seq2seq"] = Method(
 
 # ==== 13. refine =================================================================================
 #
-# Four models mend the drafts of a fifth, the student, which itself stays as it is. Two of them read
-# a draft. The ORM (outcome reward model) says whether the draft's answer is right, the SORM
-# (stepwise ORM) whether the right answer can still be reached from the end of a prefix. The global
-# refiner writes the whole response anew, the local one goes on from the step that the SORM blames,
-# and the ORM chooses between the draft and these two.
+# Four models mend the drafts of a fifth, the student, which itself stays as it is. Two of them
+# judge. The ORM (outcome reward model) says whether the draft's answer is right, the SORM (stepwise
+# ORM) whether the right answer can still be reached from the end of a prefix. The global refiner
+# writes the whole response anew, the local one goes on from the step that the SORM blames, and the
+# ORM chooses between the draft and these two.
 #
 # The SORM learns from labels that nobody has to write: a prefix is good if the student gets from
 # its end to the right answer in one of K tries.
@@ -2809,7 +2839,7 @@ def step_labels(
 
     right (B,): whether the draft's own answer is right; good (n, K): whether the traces that were
     drawn for `origin` (n, 2) are right and use their prefix. Returns ends (B, S), label and keep
-    (2, B, S), the ORM's first (see JUDGES). The ORM's label of every prefix is `right`; the SORM's
+    (2, B, S), the ORM's first (see SCORERS). The ORM's label of every prefix is `right`; the SORM's
     is (8), with equally many good and bad examples.
 
     An example, a wrong draft with two steps and so with four prefixes:
@@ -2892,18 +2922,18 @@ def binary_loss(score: Tensor, label: Tensor, mask: Tensor, denom: Tensor | int)
     return -((if_good + if_bad) * mask).sum() / denom
 
 
-# Who judges prefixes: the order in labels.
-JUDGES = ("orm", "sorm")
+# The scorers by name, in the order of their labels.
+SCORERS = ("orm", "sorm")
 
 
 def step_batches(
     name: str, scorer: Scorer, examples: dict[str, Tensor], size: int, c: Config
 ) -> Batches:
-    """Batches of labelled drafts for `fit` of a scorer, which is one of JUDGES by name.
+    """Batches of labelled drafts for `fit` of a scorer, which is one of SCORERS by name.
 
     Logged is the share of labels that it predicts.
     """
-    label, keep = (examples[part][JUDGES.index(name)] for part in ("label", "keep"))
+    label, keep = (examples[part][SCORERS.index(name)] for part in ("label", "keep"))
     length = examples["ends"].amax(1).cpu()
 
     def draw_batch(update: int) -> tuple[Tensor, Loss]:
@@ -2989,7 +3019,7 @@ class RefineState(State):
 def start_refine(policy: Transformer, c: RefineConfig) -> RefineState:
     """A fresh state."""
     parts: dict[str, Any] = {}
-    for name in JUDGES:
+    for name in SCORERS:
         parts[name] = Scorer(deepcopy(policy), c.logp_weight, rng(c.seed, name))
     parts |= {"global": deepcopy(policy), "local": deepcopy(policy)}
     fits = {}
@@ -3026,7 +3056,7 @@ def refine(state: RefineState, task: Task, c: RefineConfig) -> Iterator[Metrics]
         batches[name] = step_batches(name, scorer, state.examples, c.minibatch, c)
     for name, model in (("global", state.global_refiner), ("local", state.local_refiner)):
         if state.demos[name]:
-            batches[name] = gpt_batches(model, state.demos[name], c, size=c.minibatch // 2)
+            batches[name] = gpt_batches(model, state.demos[name], c, size=max(1, c.minibatch // 2))
     learning = []
     for name, batch in batches.items():
         learning.append(fit(state.fits[name], batch, c.updates, c))
@@ -3080,7 +3110,7 @@ def refinements(
 
     # Where: the SORM blames the first step whose probability is below the threshold.
     ends = prefix_ends(task, draft)
-    sorm = state.sorm.at(prompt, draft.response, ends).sigmoid()
+    sorm = state.sorm.read(prompt, draft.response, c, ends).sigmoid()
     blamed: list[int | None] = []
     for score, row in zip(sorm, ends.tolist(), strict=True):
         row = [end for end in row if end >= 0]
@@ -3099,7 +3129,7 @@ def refinements(
     response = torch.stack([draft.response, prompt.new_tensor(anew), prompt.new_tensor(local)])
 
     # Whether: the ORM scores all three.
-    score = torch.stack([state.orm(prompt, each) for each in response])
+    score = torch.stack([state.orm.read(prompt, each, c) for each in response])
     return Refinements(response, score, blamed)
 
 
@@ -3122,8 +3152,8 @@ def answer_refined(
 def explain_steps(state: RefineState, task: Task, b: Rollout, c: RefineConfig) -> list[Metrics]:
     """The probabilities of ORM and SORM behind each step."""
     ends = prefix_ends(task, b)
-    orm = state.orm.at(b.prompt, b.response, ends).sigmoid()
-    sorm = state.sorm.at(b.prompt, b.response, ends).sigmoid()
+    orm = state.orm.read(b.prompt, b.response, c, ends).sigmoid()
+    sorm = state.sorm.read(b.prompt, b.response, c, ends).sigmoid()
     found = []
     for says_orm, says_sorm, row in zip(orm, sorm, ends, strict=True):
         step = row > 0
@@ -3170,14 +3200,9 @@ def sorm_models(
     return {"scorer": scorer.requires_grad_(False)}
 
 
-@torch.no_grad()
 def step_probabilities(state: PPOState, b: Rollout, ends: Tensor, c: Config) -> Tensor:
     """The SORM's probability that the answer can still be reached, behind each prefix, (B, S)."""
-    scorer = state.models["scorer"]
-    found = []
-    for rows in torch.arange(len(ends)).split(c.micro):
-        found.append(scorer.at(b.prompt[rows], b.response[rows], ends[rows]).sigmoid())
-    return torch.cat(found)
+    return state.models["scorer"].read(b.prompt, b.response, c, ends).sigmoid()
 
 
 def pay_changes(probability: Tensor, ends: Tensor, b: Rollout, c: Config) -> Tensor:

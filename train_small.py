@@ -184,7 +184,16 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "start_lr": 1e-5,
             "start_muon_lr": 0.0,
         },
-        "refine": {"prompts": 512, "minibatch": 128, "lr": 1e-5, "start_lr": 1e-6},
+        # A log-prob of hundreds of tokens would drown the rest of a score, and its weight hardly
+        # moves at these rates.
+        "ppo": {"logp_weight": 0.0},
+        "refine": {
+            "prompts": 512,
+            "minibatch": 128,
+            "lr": 1e-5,
+            "start_lr": 1e-6,
+            "logp_weight": 0.0,
+        },
         "denoise": {"start_lr": 1e-4, "start_muon_lr": 0.0, "micro": 1},
     },
     # A model folder on sums in words, on a CPU. With two solved problems in front and its chat
@@ -219,7 +228,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "start_lr": 1e-5,
             "start_muon_lr": 0.0,
         },
-        "refine": {"prompts": 64, "start_data": 64, "start_lr": 1e-5},
+        "ppo": {"logp_weight": 0.0},
+        "refine": {"prompts": 64, "start_data": 64, "start_lr": 1e-5, "logp_weight": 0.0},
         "denoise": {"start_updates": 100, "start_lr": 1e-4, "start_muon_lr": 0.0, "micro": 2},
     },
 }
@@ -527,7 +537,7 @@ def memory_needed(c: Config) -> dict[str, int]:
     return {
         # Weights, gradients and two moments of what is trained, and the weights of a reference.
         "--width --layers --heads --head-dim --mlp-width": 5 * 4 * parameters,
-        "--prompts --samples --continuations --eval-problems --response": sampling,
+        "--prompts --samples --continuations --judgements --eval-problems --response": sampling,
         # What the layers keep for the backward pass; logits, log-probs and their gradient.
         "--micro --response": tokens * (activations + 3 * 4 * c.vocab),
         # Each token is an int64 in a list and in a tensor.
@@ -1208,7 +1218,7 @@ def notes(m: dict[str, Any], c: Any) -> dict[str, str]:
         found["kl"] = f"KL runs away, {kl:.0f} nats a response (a larger --beta, a smaller --lr?)"
     if m.get("entropy", 1) < 1e-3:
         found["entropy"] = "all samples are the same, nothing new can be found (a smaller --lr?)"
-    if m.get("pairs") == 0:
+    if m.get("pairs") == 0 and m.get("judgement_pairs", 0) == 0:
         found["pairs"] = "no problem has a better and a worse response, the round teaches nothing"
     if m.get("spread") == 0 or m.get("unread", 0) > 0.5:
         found["judge"] = "the judge says one score to everything, or none"

@@ -5,8 +5,8 @@ rule for the verdict that was written before the run (one whose id ends in w: af
 number had not held). An arm is a method with a few numbers changed, by the functions of the loops
 and of the other experiments in this folder, at the sizes of SMALL (about 20 s, bases and reward
 models apart). Arms are shared between claims; each run is kept in runs/claims/ARM-SEED.json and not
-run again; all together make notebooks/results/claims.json. C2.5 and C3 are judged by the runs of
-notebooks/denoise.py, which makes them. Needs the extra `notebooks`.
+run again; all together make notebooks/results/claims.json. C2.5, C3, C4, C7.2 and C7.8 are judged
+by the runs of the experiments that make them. Needs the extra `notebooks`.
 """
 
 import json
@@ -40,7 +40,6 @@ SMALL: dict[str, dict[str, Any]] = {
     "seq2seq": {"prompts": 32, "updates": 20, "reward_data": 2000, "reward_updates": 100},
     "iterative_dpo": {"rounds": 2, "prompts": 256, "updates": 20},
     "self_rewarding": {"prompts": 256, "updates": 20},
-    "refine": {"prompts": 1536, "updates": 80},
     "denoise": {"prompts": 16, "updates": 12},
 }
 
@@ -250,12 +249,16 @@ class Arm:
 FOUR = {"epochs": 4, "minibatch": 64}
 GENTLE = FOUR | {"lr": 1e-4}
 FREE = {"arm": "gae_free_values"}
-LEARNED = {"reward": "learned", "beta": 0.1}
+# A score of hidden vectors alone, as the papers have it.
+HIDDEN = {"reward": "learned", "logp_weight": 0.0}
+LEARNED = HIDDEN | {"beta": 0.1}
 TWICE = {
     "rounds": 1,
     "prompts": 2 * SMALL["iterative_dpo"]["prompts"],
     "updates": 2 * SMALL["iterative_dpo"]["updates"],
 }
+# The updates of a round of self_rewarding at this size, whatever the arm has at laptop size.
+SHORT = {"updates": SMALL["self_rewarding"]["updates"]}
 SOLVING = {
     "starts_from": never_judging,
     "start_data": round(REST * nr.SelfRewardingConfig.start_data),
@@ -269,8 +272,8 @@ ARMS: dict[str, Arm] = {
     "four_passes_no_clip": Arm(measure_ppo, numbers=FOUR | FREE),
     "tenfold": Arm(measure_ppo, numbers={"reward": "tenfold"}),
     "tenfold_whitened": Arm(measure_ppo, numbers={"reward": "tenfold", "arm": "gae_whitened"}),
-    "learned": Arm(measure_ppo, numbers={"reward": "learned"}),
-    "learned_kl": Arm(measure_ppo, numbers={"reward": "learned", "beta": 0.5}),
+    "learned": Arm(measure_ppo, numbers=HIDDEN),
+    "learned_kl": Arm(measure_ppo, numbers=HIDDEN | {"beta": 0.5}),
     "learned_fixed": Arm(measure_ppo, numbers=LEARNED),
     "learned_target": Arm(measure_ppo, numbers=LEARNED | {"horizon": 500}),
     "learned_fast": Arm(measure_ppo, numbers=LEARNED | {"horizon": 100}),
@@ -285,15 +288,13 @@ ARMS: dict[str, Arm] = {
     "lucky_dpo_nll": Arm(preferences.measure, "lucky_dpo_nll"),
     "lucky_dpo": Arm(preferences.measure, "lucky_dpo"),
     "lucky_sft": Arm(preferences.measure, "lucky_sft"),
-    "self_rewarding": Arm(preferences.measure, "self_rewarding"),
-    "frozen_judge": Arm(preferences.measure, "frozen_judge"),
-    "one_judgement": Arm(preferences.measure, "one_judgement"),
-    "top_sft": Arm(preferences.measure, "top_sft"),
-    "own_dpo": Arm(preferences.measure, "own_dpo"),
-    "no_eft": Arm(preferences.measure, "no_eft", SOLVING),
+    "plain": Arm(preferences.measure, "plain", SHORT),
+    "one_judgement": Arm(preferences.measure, "one_judgement", SHORT),
+    "top_sft": Arm(preferences.measure, "top_sft", SHORT),
+    "own_dpo": Arm(preferences.measure, "own_dpo", SHORT),
+    "no_eft": Arm(preferences.measure, "no_eft", SHORT | SOLVING),
     "one_round": Arm(preferences.measure, "one_round", TWICE),
     "sft_one_round": Arm(preferences.measure, "sft", TWICE),
-    "refine": Arm(inside.measure, "refine"),
     "none": Arm(inside.measure, "none"),
     "round": Arm(inside.measure, "round"),
     "long": Arm(inside.measure, "long"),
@@ -342,7 +343,8 @@ class Claim:
     Everything else is undecided.
 
     A claim is judged by runs of its own at the sizes of SMALL, or, with laptop_runs, by those that
-    notebooks/denoise.py has made; its arms have the prefix `d_` here.
+    another experiment has made at laptop size; the arms of denoise.py have the prefix `d_` here.
+    C4, C7.2 and C7.8 went there after small runs had been seen, when their methods changed.
     """
 
     id: str
@@ -428,9 +430,14 @@ def judged(a: dict, i: int, key: str = "pairwise") -> float:
     return a["rounds"][i]["judge"][key]
 
 
-def steps(head: str, key: str, other: str) -> Callable[[dict], float]:
-    """One head minus another."""
-    return lambda a: a["found"][head][key] - a["found"][other][key]
+def in_order(a: dict, i: int) -> float:
+    """The share of pairs in their true order by three judgements each, after round i."""
+    return judged(a, i, "in order")["3"]
+
+
+def steps(one: str, key: str, other: str) -> Callable[[dict], float]:
+    """A number of one, ORM or SORM for example, minus that of another."""
+    return lambda a: a["found"][one][key] - a["found"][other][key]
 
 
 def pessimism(a: dict, head: str) -> float:
@@ -752,6 +759,7 @@ CLAIMS = [
         metric="step accuracy",
         arms=("refine",),
         effect=steps("SORM", "step accuracy", "ORM"),
+        laptop_runs=True,
     ),
     Claim(
         id="C4.1b",
@@ -761,6 +769,7 @@ CLAIMS = [
         metric="accuracy on whole responses: ORM minus SORM",
         arms=("refine",),
         effect=steps("ORM", "final accuracy", "SORM"),
+        laptop_runs=True,
     ),
     Claim(
         id="C4.1c",
@@ -770,6 +779,7 @@ CLAIMS = [
         metric="first error of wrong drafts",
         arms=("refine",),
         effect=steps("SORM", "first error", "ORM"),
+        laptop_runs=True,
     ),
     Claim(
         id="C4.1d",
@@ -779,6 +789,7 @@ CLAIMS = [
         metric="area under the curve: ORM minus SORM",
         arms=("refine",),
         effect=steps("ORM", "final auc", "SORM"),
+        laptop_runs=True,
     ),
     Claim(
         id="C4.2",
@@ -791,6 +802,7 @@ CLAIMS = [
         ),
         arms=("refine",),
         effect=lambda a: pessimism(a, "ORM") - pessimism(a, "SORM"),
+        laptop_runs=True,
     ),
     Claim(
         id="C4.3",
@@ -802,6 +814,7 @@ CLAIMS = [
         effect=lambda a: mended(a, "either") - better_refiner(a),
         least=0.05,
         rule="at least",
+        laptop_runs=True,
     ),
     Claim(
         id="C4.3b",
@@ -811,6 +824,7 @@ CLAIMS = [
         metric="mended: chosen minus the better one",
         arms=("refine",),
         effect=lambda a: mended(a, "chosen") - better_refiner(a),
+        laptop_runs=True,
     ),
     Claim(
         id="C4.3c",
@@ -820,6 +834,7 @@ CLAIMS = [
         metric="greedy",
         arms=("refine",),
         effect=lambda a: a["found"]["global + local + ORM"] - a["found"]["best of 3"],
+        laptop_runs=True,
     ),
     Claim(
         id="C4.3d",
@@ -829,6 +844,7 @@ CLAIMS = [
         metric="greedy",
         arms=("refine",),
         effect=lambda a: a["found"]["best of 3"] - a["found"]["greedy"],
+        laptop_runs=True,
     ),
     Claim(
         id="C4.4",
@@ -840,6 +856,7 @@ CLAIMS = [
         effect=lambda a: a["found"]["broken"]["global"],
         least=0.02,
         rule="at least",
+        laptop_runs=True,
     ),
     Claim(
         id="C4.4b",
@@ -849,6 +866,7 @@ CLAIMS = [
         metric="broken: global minus chosen",
         arms=("refine",),
         effect=lambda a: a["found"]["broken"]["global"] - a["found"]["broken"]["chosen"],
+        laptop_runs=True,
     ),
     Claim(
         id="C4.5",
@@ -859,6 +877,7 @@ CLAIMS = [
         arms=("refine",),
         effect=steps("balanced", "correlation with position", "not balanced"),
         least=0.05,
+        laptop_runs=True,
     ),
     Claim(
         id="C4.5b",
@@ -869,6 +888,7 @@ CLAIMS = [
         arms=("refine",),
         effect=lambda a: precision(a, "K = 8") - precision(a, "no consistency"),
         least=0.01,
+        laptop_runs=True,
     ),
     Claim(
         id="C4.6",
@@ -878,6 +898,7 @@ CLAIMS = [
         metric="mended: by the truth minus by SORM",
         arms=("refine",),
         effect=lambda a: mended(a, "local, place by the truth") - mended(a, "local, place by SORM"),
+        laptop_runs=True,
     ),
     Claim(
         id="C4.6b",
@@ -887,6 +908,7 @@ CLAIMS = [
         metric="mended: by SORM minus by chance",
         arms=("refine",),
         effect=lambda a: mended(a, "local, place by SORM") - mended(a, "local, place by chance"),
+        laptop_runs=True,
     ),
     Claim(
         id="C4.6c",
@@ -896,6 +918,7 @@ CLAIMS = [
         metric="mended: by SORM minus by ORM",
         arms=("refine",),
         effect=lambda a: mended(a, "local, place by SORM") - mended(a, "local, place by ORM"),
+        laptop_runs=True,
     ),
     Claim(
         id="C4.7",
@@ -906,6 +929,27 @@ CLAIMS = [
         arms=("refine",),
         effect=lambda a: precision(a, "K = 1") - precision(a, "K = 16"),
         least=0.01,
+        laptop_runs=True,
+    ),
+    Claim(
+        id="C4.8",
+        paper=GLORE,
+        claim="a refiner does better than a solver that learns its traces and sees no draft",
+        paper_numbers="ours; no such control in the paper",
+        metric="greedy: global refiner minus solver",
+        arms=("refine",),
+        effect=lambda a: a["found"]["global alone"] - a["found"]["control"],
+        laptop_runs=True,
+    ),
+    Claim(
+        id="C4.9",
+        paper=GLORE,
+        claim="a score needs the log-probs of what it reads, hidden vectors are not enough",
+        paper_numbers="ours, after 2412.01981",
+        metric="area under the curve of the ORM, whole responses: with minus without",
+        arms=("refine", "hidden"),
+        effect=lambda a, b: a["found"]["ORM"]["final auc"] - b["found"]["ORM"]["final auc"],
+        laptop_runs=True,
     ),
     # sequence-to-sequence reward
     Claim(
@@ -1012,7 +1056,7 @@ CLAIMS = [
         claim="M2 wins against M1",
         paper_numbers="55.5 to 11.7",
         metric="wins minus 1/2, DPO + NLL",
-        arms=("self_rewarding",),
+        arms=("plain",),
         effect=lambda a: a["rounds"][1]["over M1"]["win"] - 0.5,
     ),
     Claim(
@@ -1021,7 +1065,7 @@ CLAIMS = [
         claim="M3 wins against M2",
         paper_numbers="47.7 to 12.5",
         metric="wins minus 1/2, DPO + NLL",
-        arms=("self_rewarding",),
+        arms=("plain",),
         effect=lambda a: a["rounds"][2]["over the last"]["win"] - 0.5,
     ),
     Claim(
@@ -1039,7 +1083,7 @@ CLAIMS = [
         claim="C7.1c: it is the NLL that keeps self-rewarding from losing accuracy",
         paper_numbers="ours",
         metric="greedy of M3: DPO + NLL minus DPO",
-        arms=("self_rewarding", "own_dpo"),
+        arms=("plain", "own_dpo"),
         effect=after(2),
     ),
     Claim(
@@ -1048,8 +1092,29 @@ CLAIMS = [
         claim="the judge gets better without judge data",
         paper_numbers="78.7, 80.4, 81.7 %",
         metric="pairs in order: M3 minus M1",
+        arms=("plain",),
+        effect=lambda a: in_order(a, 2) - in_order(a, 0),
+        laptop_runs=True,
+    ),
+    Claim(
+        id="C7.2w",
+        paper=SRLM,
+        claim="C7.2: with pairs of its own judgements it does",
+        paper_numbers="ours, after 2411.04109",
+        metric="pairs in order: M3 minus M1",
         arms=("self_rewarding",),
-        effect=lambda a: judged(a, 2) - judged(a, 0),
+        effect=lambda a: in_order(a, 2) - in_order(a, 0),
+        laptop_runs=True,
+    ),
+    Claim(
+        id="C7.2x",
+        paper=SRLM,
+        claim="and it is the agreement that teaches, not the practice",
+        paper_numbers="ours",
+        metric="pairs in order, M3: pairs by agreement minus pairs by a coin",
+        arms=("self_rewarding", "any_judgements"),
+        effect=lambda a, b: in_order(a, 2) - in_order(b, 2),
+        laptop_runs=True,
     ),
     Claim(
         id="C7.3",
@@ -1057,7 +1122,7 @@ CLAIMS = [
         claim="seed data for judging multiplies the pairs",
         paper_numbers="541 against 3,964",
         metric="pairs of round 1, of all problems: with minus without",
-        arms=("self_rewarding", "no_eft"),
+        arms=("plain", "no_eft"),
         effect=lambda a, b: pairs_each(a) - pairs_each(b),
     ),
     Claim(
@@ -1066,7 +1131,7 @@ CLAIMS = [
         claim="and does not hurt solving",
         paper_numbers="30.5 to 30.9",
         metric="greedy of M1, the same solving data: with minus without",
-        arms=("self_rewarding", "no_eft"),
+        arms=("plain", "no_eft"),
         effect=after(0),
         least=0.03,
         rule="no worse",
@@ -1077,7 +1142,7 @@ CLAIMS = [
         claim="pairs beat SFT on the best",
         paper_numbers="30 against 29: no gain by SFT",
         metric="greedy of M3",
-        arms=("self_rewarding", "top_sft"),
+        arms=("plain", "top_sft"),
         effect=after(2),
     ),
     Claim(
@@ -1086,7 +1151,7 @@ CLAIMS = [
         claim="responses grow longer",
         paper_numbers="1092, 1552, 2552",
         metric="tokens, greedy, test: M3 minus M1",
-        arms=("self_rewarding",),
+        arms=("plain",),
         effect=lambda a: a["rounds"][2]["tokens"] - a["rounds"][0]["tokens"],
         least=0.25,
     ),
@@ -1096,7 +1161,7 @@ CLAIMS = [
         claim="three judgements order pairs better than one",
         paper_numbers="three are averaged, no ablation",
         metric="pairs in order, M1: 3 minus 1",
-        arms=("self_rewarding", "one_judgement"),
+        arms=("plain", "one_judgement"),
         effect=lambda a, b: judged(a, 0) - judged(b, 0),
     ),
     Claim(
@@ -1105,7 +1170,7 @@ CLAIMS = [
         claim="and tie less often",
         paper_numbers="three are averaged, no ablation",
         metric="problems with one score for all, M1: 1 minus 3",
-        arms=("self_rewarding", "one_judgement"),
+        arms=("plain", "one_judgement"),
         effect=lambda a, b: judged(b, 0, "tied") - judged(a, 0, "tied"),
     ),
     Claim(
@@ -1114,8 +1179,19 @@ CLAIMS = [
         claim="a judge that learns along teaches more than a frozen one",
         paper_numbers="ours, not the paper's",
         metric="greedy of M3",
+        arms=("plain", "plain_frozen"),
+        effect=after(2),
+        laptop_runs=True,
+    ),
+    Claim(
+        id="C7.8w",
+        paper=SRLM,
+        claim="C7.8: with pairs of judgements it does",
+        paper_numbers="ours",
+        metric="greedy of M3",
         arms=("self_rewarding", "frozen_judge"),
         effect=after(2),
+        laptop_runs=True,
     ),
     # denoising process reward, and its baseline
     Claim(
@@ -1337,40 +1413,19 @@ WHY: dict[str, str] = {
         "sides are more alike it loses less."
     ),
     "C5.4b": "The gain is about as large as the margin, and seeds differ more than that.",
-    "C4.1": (
-        "A fourth of the drafts and half of the updates are too few for either head; at laptop "
-        "size it holds, with a third of the paper's eight points."
-    ),
     "C4.1b": (
-        "No difference at either size. ORM and SORM are two heads of one trunk here (a DEVIATION), "
-        "which reads both kinds of labels."
+        "No difference: both have read the same drafts, and of a whole response they have the same "
+        "label."
     ),
     "C4.1d": "As C4.1b.",
-    "C4.2": "As C4.1: too few drafts; it holds at laptop size.",
-    "C4.3": "As C4.1: too few drafts; it holds at laptop size.",
-    "C4.3b": (
-        "At neither size. The refiners do mend different drafts (C4.3), but an ORM of this quality "
-        "(area under the curve 0.8 at laptop size, inside.json) loses more by its choices than the "
-        "second refiner brings."
-    ),
-    "C4.3c": (
-        "Refiners of 80 updates break a third of the right drafts (C4.4). At laptop size they "
-        "break an eighth, and it holds."
-    ),
-    "C4.3d": (
-        "At neither size: samples are worse than the greedy draft, and the ORM is too weak to make "
-        "that up."
-    ),
-    "C4.4b": (
-        "At neither size clear: the ORM takes a broken draft for a mended one about as often as "
-        "the other way round."
-    ),
     "C4.5b": (
-        "The student never ignores a result that it has written, so the check rejects nothing, at "
-        "either size."
+        "The student never ignores a result that it has written, so the check rejects nothing."
     ),
-    "C4.6b": "As C4.1: too few drafts; clear at laptop size.",
-    "C4.6c": "Clear at neither size: two heads of one trunk, see C4.1b.",
+    "C4.7": "On average, as more continuations find more lucky errors; seeds differ as much.",
+    "C4.8": (
+        "On average the opposite: in a chain this short the problem says all, and reading a draft "
+        "is one more thing to learn."
+    ),
     "C6.1": (
         "At neither size: a labeller without a weakness leaves the scalar model nothing wrong to "
         "learn. C6.1b asks about one with a weakness."
@@ -1389,17 +1444,22 @@ WHY: dict[str, str] = {
         "to 30 points higher."
     ),
     "C7.2": (
-        "At neither size: rounds pay for solutions, not for judgements, and the seed data of "
-        "judging is all there is."
+        "Rounds pay for solutions, not for judgements, and the seed data of judging is all there "
+        "is. C7.2w pairs judgements too."
+    ),
+    "C7.2x": (
+        "On average 4 points; with a coin one seed loses 11 points and the others 0 to 1.5, which "
+        "makes the interval wide."
     ),
     "C7.3b": (
         "Seeds differ by more than the margin; at laptop size it costs 3.5 points (three seeds): a "
         "model this small shares its room."
     ),
     "C7.5": "Positive on average at both sizes, clear at neither.",
-    "C7.8": (
-        "No difference at either size: a judge that does not get better (C7.2) may as well be "
-        "frozen."
+    "C7.8": "No difference: a judge that does not get better (C7.2) may as well be frozen.",
+    "C7.8w": (
+        "No difference: M1 with eight judgements is about as good a judge as M2, and M2, whose "
+        "judgements agree more often, finds fewer pairs."
     ),
     "C3.1": (
         "(6) compares a weak prover with the policy's own accuracy: D is -0.39 for right answers "
@@ -1490,9 +1550,9 @@ def judge(claim: Claim, found: dict[str, dict[int, dict]]) -> dict | None:
     runs = [found[arm][seed] for arm in claim.arms for seed in said["seeds"]]
     seeds = " ".join(str(seed) for seed in said["seeds"])
     threads = runs[0]["threads"]
-    script = f"claims.py {claim.id}"
+    script = f"notebooks/claims.py {claim.id}"
     if claim.laptop_runs:
-        script = " ".join(["denoise.py", *(arm.removeprefix("d_") for arm in claim.arms)])
+        script = " ".join([runs[0]["script"], *(arm.removeprefix("d_") for arm in claim.arms)])
     return {
         "id": claim.id,
         "paper": claim.paper,
@@ -1502,7 +1562,7 @@ def judge(claim: Claim, found: dict[str, dict[int, dict]]) -> dict | None:
         "rule": RULES[claim.rule].format(claim.least),
         **said,
         "why": why(claim, said["verdict"]),
-        "command": f"python notebooks/{script} --seeds {seeds} --threads {threads}",
+        "command": f"python {script} --seeds {seeds} --threads {threads}",
         "commit": " ".join(sorted({run["commit"] for run in runs})),
         "machine": runs[0]["machine"],
         "torch": runs[0]["torch"],
@@ -1527,6 +1587,7 @@ def at_laptop_size() -> dict[str, dict[int, dict]]:
     for part, prefix in (("preferences", ""), ("inside", ""), ("denoise", "d_")):
         for arm, kept in read_result(part).items():
             common = {key: kept[key] for key in ("threads", "machine", "torch")}
+            common["script"] = kept["command"].split()[1]
             found[prefix + arm] = {job["seed"]: common | job for job in kept["seeds"]}
     return found
 

@@ -1,12 +1,12 @@
 """Rewards that look inside: python notebooks/inside.py [ARM ...] [--seeds 0 1 2 3 4] [--threads 1]
 
 `refine`: ORM and SORM against the truth of every step, their labels, and what the refiners mend,
-beside solvers that learn from the same traces and never see a draft. `hidden`: the same with heads
-that read hidden vectors alone. `converged`: a student that has learned as much as its refiners.
+beside solvers that learn from the same traces and never see a draft. `hidden`: the same with scores
+of hidden vectors alone. `converged`: a student that has learned as much as its refiners.
 What must hold, written before the runs, each by an interval above zero: the ORM's choice beats the
 draft, the best of three drafts and the better refiner; the best of three beats the draft; the SORM
-beats the ORM at steps; a head with log-probs beats one without. Reading a draft helps if a refiner
-beats the solver that has learned its traces.
+beats the ORM in step accuracy; the ORM's area under the curve is larger with log-probs than
+without. Reading a draft helps if the global refiner beats the solver that has learned its traces.
 `none`, `round`, `long`, `refusal`: the seq2seq reward and a Bradley-Terry model on the same
 preferences, with that weakness of the labeller, and `ppo` paid by each. `short`: the same without a
 weakness, where preferences and `ppo` see chains of one and two operations only, and the base knows
@@ -136,13 +136,6 @@ def label_quality(
     return found
 
 
-@torch.no_grad()
-def all_scores(scorer: nr.Scorer, prompt: Tensor, response: Tensor, ends: Tensor) -> Tensor:
-    """The logits for each prefix, (B, S)."""
-    parts = torch.arange(len(ends)).split(250)
-    return torch.cat([scorer.at(prompt[p], response[p], ends[p]) for p in parts])
-
-
 def unbalanced_sorm(
     state: nr.RefineState, student: nr.Transformer, c: nr.RefineConfig
 ) -> nr.Scorer:
@@ -155,10 +148,10 @@ def unbalanced_sorm(
     return other.sorm
 
 
-def head_quality(
+def scorer_quality(
     c: nr.RefineConfig, task: nr.Task, test: list[str], state: nr.RefineState
 ) -> dict[str, dict]:
-    """The heads and their labels against the truth, on two sampled drafts a test problem."""
+    """ORM and SORM against the truth, on two sampled drafts a test problem."""
     student = state.policy
     prompt = nr.encode_prompts(task, test, c).repeat(2, 1)
     b = nr.sample(student, prompt, c, generator=nr.rng(c.seed, "held-out drafts"))
@@ -173,8 +166,8 @@ def head_quality(
     success, _ = nr.check_traces(task, few, ends, which, traces)
     value[which[:, 0], which[:, 1]] = success.float().mean(1)
 
-    score = [all_scores(scorer, prompt, b.response, ends) for scorer in (state.orm, state.sorm)]
-    other = all_scores(unbalanced_sorm(state, student, c), prompt, b.response, ends)
+    score = [scorer.read(prompt, b.response, c, ends) for scorer in (state.orm, state.sorm)]
+    other = unbalanced_sorm(state, student, c).read(prompt, b.response, c, ends)
     position = torch.arange(ends.shape[1]).expand_as(ends)
     whole = torch.arange(len(ends)), ends.argmax(1)
     found: dict[str, dict] = {}
@@ -259,7 +252,7 @@ def refiner_quality(
     for i in (1, 2):
         generator = nr.rng(c.seed, "best of 3", i)
         three.append(nr.sample(state.policy, prompt, c, generator=generator).response)
-    score = torch.stack([state.orm(prompt, y) for y in three])
+    score = torch.stack([state.orm.read(prompt, y, c) for y in three])
     graded = torch.stack([grade(y) for y in three])
     best = picked(score, graded)
     control = grade(nr.sample(solver["global"], prompt, greedy).response)
@@ -281,7 +274,7 @@ def refiner_quality(
     b = nr.Rollout(prompt, made.response[0], mask, prompt, prompt[:, 0])
     ends = nr.prefix_ends(task, b)
     step, good = true_prefixes(task, b, ends)
-    orm, sorm = (scorer.at(prompt, b.response, ends) for scorer in (state.orm, state.sorm))
+    orm, sorm = (scorer.read(prompt, b.response, c, ends) for scorer in (state.orm, state.sorm))
     count = step.sum(1)
     draw = random.Random(c.seed)
     where = {
@@ -316,7 +309,7 @@ def refiner_quality(
 
 
 def measure_refine(c: nr.RefineConfig, cache: Path, labels: bool) -> dict[str, Any]:
-    """One seed of refine: heads, refiners, choice, and if asked for the labels."""
+    """One seed of refine: scorers, refiners, choice, and if asked for the labels."""
     task = front.make_task(c)
     train = front.CachedTrainer(cache)
     test = task.prompts(c.eval_problems, nr.rng(0, "test"), "test")
@@ -327,7 +320,7 @@ def measure_refine(c: nr.RefineConfig, cache: Path, labels: bool) -> dict[str, A
         pass
     found = {"seconds": round(time.time() - began, 1)}
     found["base"] = nr.accuracy(nr.gpt_base(task, c, train), task, test, c)
-    found |= head_quality(c, task, test, state)
+    found |= scorer_quality(c, task, test, state)
     if labels:
         prompt = nr.encode_prompts(task, test[:400], c)
         drafts = nr.sample(student, prompt, c, generator=nr.rng(c.seed, "labelled drafts"))
@@ -631,10 +624,11 @@ def collect() -> dict:
 
 
 def numbers(kept: dict, arm: str, *path: str) -> list[Any]:
-    """One number of every seed."""
+    """One number of every seed. Where a KL was never reached, the end of that run counts."""
     values = [job["found"] for job in kept[arm]["seeds"]]
     for key in path:
-        values = [v[key] for v in values]
+        end = key.removesuffix(", at the same KL")
+        values = [v[key] if key in v else v[end] for v in values]
     return values
 
 
@@ -649,13 +643,13 @@ def cell(kept: dict, arm: str, path: tuple[str, ...], minus: tuple[str, ...] = (
         return ""
 
 
-def at(whom: str, who: str = "local") -> tuple[str, str]:
+def placed(whom: str, who: str = "local") -> tuple[str, str]:
     """Where the result stands of one who goes on from a place that somebody chose."""
     return ("mended", f"{who}, place by {whom}")
 
 
 def refine_tables(kept: dict) -> list[str]:
-    """Heads, refiners and labels."""
+    """Scorers, refiners and labels."""
     there = [arm for arm in REFINE if arm in kept]
     titles = {"refine": "", "hidden": "hidden vectors alone: ", "converged": "converged student: "}
     heads = ("ORM", "SORM", "SORM minus ORM")
@@ -676,8 +670,9 @@ def refine_tables(kept: dict) -> list[str]:
             cells += [cell(kept, arm, orm), cell(kept, arm, sorm), cell(kept, arm, sorm, orm)]
         lines.append(row(title, *cells))
 
-    names = ("with log-probs", "hidden vectors alone", "converged student")
-    lines += head("right, greedy, test problems", *names[: len(there)])
+    names = {"refine": "with log-probs", "hidden": "hidden vectors alone"}
+    names["converged"] = "converged student"
+    lines += head("right, greedy, test problems", *(names[arm] for arm in there))
     for title, key in (
         ("the student's draft", "greedy"),
         ("best of 3 drafts by ORM", "best of 3"),
@@ -702,7 +697,7 @@ def refine_tables(kept: dict) -> list[str]:
 
     lines += head("mended from a place chosen by", "local refiner", "solver, reads no further")
     for whom in ("the truth", "SORM", "ORM", "chance"):
-        lines.append(row(whom, refine(at(whom)), refine(at(whom, "control"))))
+        lines.append(row(whom, refine(placed(whom)), refine(placed(whom, "control"))))
 
     lines += head("step labels", "precision", "recall")
     for name in kept["refine"]["seeds"][0]["found"]["labels"]:
@@ -720,14 +715,16 @@ def error_table(kept: dict) -> list[str]:
         ("rewriter, two likeliest", "top 2"),
         ("rewriter, probability 0.1", "probability 0.1"),
         ("scalar model, score falls", "scalar"),
-        ("the same with log-probs", "scalar, with log-probs"),
         ("scalar model, score falls most", "scalar, largest fall"),
         ("the same with log-probs", "scalar, largest fall, with log-probs"),
         ("trained on corrections only", "correction only"),
         ("trained on identity only", "identity only"),
     ):
-        keys = ("precision", "recall", "first", "clean untouched")
-        lines.append(row(title, *(cell(kept, "round", (name, key)) for key in keys)))
+        keys = ["precision", "recall", "first"]
+        # The largest fall is one token of every response, of right ones too.
+        keys += [] if "largest" in name else ["clean untouched"]
+        cells = [cell(kept, "round", (name, key)) for key in keys]
+        lines.append(row(title, *cells, *[""] * (4 - len(cells))))
     return lines
 
 
@@ -774,14 +771,14 @@ def differences(kept: dict) -> list[str]:
         )
     ]
     asked += [
-        ("mended: place by the truth minus by SORM", "refine", at("the truth"), at("SORM")),
-        ("mended: place by SORM minus by ORM", "refine", at("SORM"), at("ORM")),
-        ("mended: place by SORM minus by chance", "refine", at("SORM"), at("chance")),
+        ("mended: place by the truth minus by SORM", "refine", placed("the truth"), placed("SORM")),
+        ("mended: place by SORM minus by ORM", "refine", placed("SORM"), placed("ORM")),
+        ("mended: place by SORM minus by chance", "refine", placed("SORM"), placed("chance")),
         (
             "mended: refiner minus solver, true place",
             "refine",
-            at("the truth"),
-            at("the truth", "control"),
+            placed("the truth"),
+            placed("the truth", "control"),
         ),
         ("SORM's score with position, balanced", "refine", ("balanced", position), ()),
         ("the same, not balanced", "refine", ("not balanced", position), ()),
@@ -850,6 +847,8 @@ def picture(kept: dict) -> None:
             ("none", "-", "labeller without a weakness"),
             ("round", "--", "labeller likes round answers"),
         ):
+            if name not in kept[arm]:
+                continue
             truth = [update[1] for update in kept[arm][name]]
             label = f"{name.removeprefix('ppo, ')}, {labeller}"
             right.plot(truth, color=color, ls=style, label=label)

@@ -6,10 +6,11 @@ the true grader is used here only. Each run is kept in runs/preferences/ARM-SEED
 again; all of them together make notebooks/results/preferences.json and preferences.png. Needs the
 extra `notebooks`.
 
-The judge's rule, written before the runs: it gets better if the pairs that M3 puts in order are
-more than those of M1, it is worth something if M3 with its own judge is right more often than with
-M1 as a judge, and pairs of judgements teach what is true if they beat pairs drawn at random from
-the same judgements; each by an interval above zero.
+The judge's rule, written before the runs: it gets better if M3 puts more pairs in order than M1 by
+the mean of three judgements, it is worth something if M3 with its own judge is right more often
+than with M1 as a judge, and agreement teaches what is true if its pairs beat the same pairs turned
+round by a coin; each by an interval above zero. What one judgement says, and what eight say
+together, was looked at beside it.
 """
 
 import random
@@ -120,16 +121,18 @@ def altered_problems(
     u = state.update
     draw = random.Random(f"{c.seed} altered {u}")
     kept = state.judgements
-    mean_score = kept["score"].mean(1)
+    mean_score = readable(kept["score"]).nanmean(1).nan_to_num(-1.0)
     b = state.judged
     rows, problems = [], []
     for group in b.group.unique().tolist():
         at = (b.group == group).nonzero()[:, 0]
         best = int(at[mean_score[at].argmax()])
         problem = other_problem(task.decode(b.prompt[best].tolist()), draw)
-        if mean_score[best] >= 4.5 and problem:
+        if mean_score[best] >= 4.5 and problem and task.problem(problem):
             rows.append(best)
             problems.append(problem)
+    if not rows:
+        return [], {"judgement_pairs": 0}
     prompt = nr.encode_prompts(task, problems, c)
     worse = nr.Rollout(prompt, b.response[rows], b.mask[rows], b.order[rows], b.group[rows])
     nr.judged(state, task, worse, c, u + 1_000_000)
@@ -143,11 +146,21 @@ def altered_problems(
     return [low, high], {"judgement_pairs": len(low["prompt"]) + len(high["prompt"])}
 
 
+def readable(score: Tensor) -> Tensor:
+    """Scores as the state has them, but NaN where none could be read."""
+    return score.masked_fill(score < 0, torch.nan)
+
+
 def by_score(judgements: dict[str, Tensor], lowest: bool) -> dict[str, Tensor]:
-    """Pairs of judgements of one response: the lowest score against the highest, or vice versa."""
-    score = judgements["score"]
-    low, high = score.argmin(1), score.argmax(1)
-    differ = score.amin(1) < score.amax(1)
+    """Pairs of judgements of one response: the lowest score against the highest, or vice versa.
+
+    Judgements that cannot be read are left out.
+    """
+    score = readable(judgements["score"])
+    none = score.isnan()
+    least, low = score.masked_fill(none, torch.inf).min(1)
+    most, high = score.masked_fill(none, -torch.inf).max(1)
+    differ = least < most
     row = torch.arange(len(score))[:, None]
     order = torch.stack([low, high] if lowest else [high, low], 1)
     return {
@@ -215,6 +228,17 @@ class SolvesFirst(Arithmetic):
         return solution.removesuffix("<eos>") + super().judgement(prompt, response)
 
 
+def m1_that_solves_first(
+    base: nr.Transformer, task: nr.Task, c: nr.SelfRewardingConfig, train: nr.Trainer
+) -> nr.Transformer:
+    """M1 of that task, under a name of its own: the cache does not know the task's class."""
+
+    def trained(name: str, *about: Any, **more: Any) -> None:
+        train("m1-solves-first", *about, **more)
+
+    return nr.m1(base, task, c, trained)
+
+
 # ---- arms ---------------------------------------------------------------------------------------
 
 
@@ -225,14 +249,15 @@ class Arm:
     method: str
     numbers: dict[str, Any] = field(default_factory=dict)
     loop: Callable | None = None
-    # What is changed of the task.
+    # What is changed of the task, and of the model that the loop starts from.
     task: Callable[[Any], nr.Task] = front.make_task
+    starts_from: Callable | None = None
 
 
 SFT = {"arm": "sft_chosen"}
 # Right by luck in one case of four.
 LUCKY = {"answers": 4}
-# The paper's loop: pairs of solutions alone, three judgements of each.
+# As in the paper pairs of solutions alone, and three judgements of each; the loss is ours.
 PLAIN = {"paired": "solutions", "judgements": 3, "updates": 30}
 ARMS = {
     "dpo_nll": Arm("iterative_dpo"),
@@ -252,7 +277,10 @@ ARMS = {
     "altered": Arm("self_rewarding", {"paired": "altered"}, watching),
     "first_rejects": Arm("self_rewarding", {}, first_rejects),
     "solves_first": Arm(
-        "self_rewarding", {"response": 44}, task=lambda c: SolvesFirst(**vars(front.make_task(c)))
+        "self_rewarding",
+        {"response": 44},
+        task=lambda c: SolvesFirst(**vars(front.make_task(c))),
+        starts_from=m1_that_solves_first,
     ),
     "plain": Arm("self_rewarding", PLAIN),
     "plain_frozen": Arm("self_rewarding", PLAIN | {"judge": "frozen"}),
@@ -262,6 +290,19 @@ ARMS = {
     "own_dpo": Arm("self_rewarding", PLAIN | {"alpha": 0.0}),
     "task_problems": Arm("self_rewarding", PLAIN, task_problems),
 }
+# Arms whose judge stands in the tables.
+LOOKED_AT = (
+    "self_rewarding",
+    "frozen_judge",
+    "any_judgements",
+    "solutions",
+    "solutions_frozen",
+    "altered",
+    "first_rejects",
+    "solves_first",
+    "plain",
+    "plain_frozen",
+)
 # What is kept of a round, and of an update.
 DRAWN = (
     "truth",
@@ -344,7 +385,8 @@ class Judged:
 
     One look is noisy: with four responses to each of 200 problems, which are 370 to 410 pairs, five
     looks at one judge differed by 0.010 to 0.019 (standard deviation, two seeds of dev). With eight
-    responses to each of 800 problems, which are 7,500 pairs, it was 0.003.
+    responses to each of 800 problems, which are 7,500 pairs, it was 0.003. Here there are 500
+    problems, and two looks with three judgements each are averaged.
     """
 
     EACH = 8
@@ -370,9 +412,8 @@ class Judged:
         """
         look = replace(state, judge=state.policy)
         nr.judged(look, task, self.b, replace(c, judgements=self.JUDGEMENTS), 0)
-        score = look.judgements["score"]  # (responses, 8)
-        score = score.masked_fill(score < 0, torch.nan)
-        found: dict[str, Any] = {"pairs": int(self.count()), "in order": {}}
+        score = readable(look.judgements["score"])  # (responses, 8)
+        found: dict[str, Any] = {"ordered pairs": int(self.count()), "in order": {}}
         for J in (1, 3, 8):
             looks = []
             for part in score.split(J, dim=1):
@@ -418,7 +459,7 @@ def measure(
     test = task.prompts(c.eval_problems, nr.rng(0, "test"), "test")
     train = front.CachedTrainer(cache)
     policy = nr.gpt_base(task, c, train)
-    if start := starts_from or method.starts_from:
+    if start := starts_from or ARMS[arm].starts_from or method.starts_from:
         policy = start(policy, task, c, train)
     seconds = {"before": round(time.time() - began, 1)}
 
@@ -496,7 +537,7 @@ def over_seeds(kept: dict, arm: str, of: Callable[[list[dict]], float]) -> dict[
     return {job["seed"]: of(job["rounds"]) for job in kept[arm]["seeds"]}
 
 
-def paired(a: dict[int, float], b: dict[int, float]) -> str:
+def difference(a: dict[int, float], b: dict[int, float]) -> str:
     """Mean and 95 % interval of the differences by seed."""
     return front.interval([a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())])
 
@@ -506,9 +547,9 @@ def greedy(i: int) -> Callable[[list[dict]], float]:
     return lambda rounds: rounds[i]["greedy"]
 
 
-def in_order(i: int) -> Callable[[list[dict]], float]:
-    """The judge's share of pairs in order after round i."""
-    return lambda rounds: rounds[i]["judge"]["pairwise"]
+def in_order(i: int, J: str = "3") -> Callable[[list[dict]], float]:
+    """The judge's share of pairs in order after round i, by the mean of J judgements."""
+    return lambda rounds: rounds[i]["judge"]["in order"][J]
 
 
 def tables(kept: dict) -> str:
@@ -545,17 +586,29 @@ def tables(kept: dict) -> str:
         "M2 wins over M1": lambda rounds: rounds[1]["over M1"]["win"],
         "M3 over M2": lambda rounds: rounds[2]["over the last"]["win"],
     }
-    judge = {"judge's pairs M1": in_order(0), "M2": in_order(1), "M3": in_order(2)}
     named = {
-        "self_rewarding": "own judge, J = 3",
-        "frozen_judge": "judge frozen at M1",
+        "self_rewarding": "pairs of judgements too, the default",
+        "frozen_judge": "the same, M1 judges",
+        "any_judgements": "the same, a coin pairs the judgements",
+        "solutions": "solutions alone, as many updates",
+        "solutions_frozen": "the same, M1 judges",
+        "altered": "responses to an altered problem are worse",
+        "first_rejects": "the worse response is M1's",
+        "solves_first": "the judge solves first",
+        "plain": "solutions alone, J = 3, a quarter of the updates",
+        "plain_frozen": "the same, M1 judges",
         "one_judgement": "J = 1",
         "top_sft": "SFT on the best",
         "own_dpo": "DPO alone",
         "no_eft": "no EFT",
     }
-    lines += head("`self_rewarding`", *own, *judge)
-    lines += rows(named, [*own.values(), *judge.values()])
+    lines += head("`self_rewarding`", *own)
+    lines += rows(named, list(own.values()))
+
+    looked = {f"M{i + 1}": in_order(i) for i in range(3)}
+    looked |= {f"M{i + 1}, J = {J}": in_order(i, J) for J in ("1", "8") for i in (0, 2)}
+    lines += head("judge's pairs in order", *looked)
+    lines += rows({arm: named[arm] for arm in LOOKED_AT}, list(looked.values()))
 
     differences = [
         ("DPO + NLL minus DPO alone, round 1", "dpo_nll", 1, "dpo", 1),
@@ -563,18 +616,39 @@ def tables(kept: dict) -> str:
         ("the same with four answers, round 1", "lucky_dpo_nll", 1, "lucky_sft", 1),
         ("the same with four answers, round 4", "lucky_dpo_nll", 4, "lucky_sft", 4),
         ("two rounds minus one with twice the pairs", "dpo_nll", 2, "one_round", 1),
-        ("M3: own judge minus judge frozen at M1", "self_rewarding", 2, "frozen_judge", 2),
-        ("M3: J = 3 minus J = 1", "self_rewarding", 2, "one_judgement", 2),
-        ("M3: pairs minus SFT on the best", "self_rewarding", 2, "top_sft", 2),
+        ("M3: own judge minus M1 as judge", "self_rewarding", 2, "frozen_judge", 2),
+        ("M3: pairs of judgements minus as many updates", "self_rewarding", 2, "solutions", 2),
+        (
+            "M3: pairs of judgements by agreement minus by a coin",
+            "self_rewarding",
+            2,
+            "any_judgements",
+            2,
+        ),
+        ("M3 minus M2", "self_rewarding", 2, "self_rewarding", 1),
+        ("solutions alone, M3: own judge minus M1 as judge", "plain", 2, "plain_frozen", 2),
+        ("solutions alone, M3: J = 3 minus J = 1", "plain", 2, "one_judgement", 2),
+        ("solutions alone, M3: pairs minus SFT on the best", "plain", 2, "top_sft", 2),
     ]
     lines += head("differences paired by seed", "greedy")
     for title, a, i, b, j in differences:
         if a in kept and b in kept:
-            gap = paired(over_seeds(kept, a, greedy(i)), over_seeds(kept, b, greedy(j)))
+            gap = difference(over_seeds(kept, a, greedy(i)), over_seeds(kept, b, greedy(j)))
             lines.append(row(title, gap))
-    if "self_rewarding" in kept:
-        last, first = (over_seeds(kept, "self_rewarding", in_order(i)) for i in (2, 0))
-        lines.append(row("judge's pairs in order, M3 minus M1", paired(last, first)))
+
+    lines += head("judge's pairs in order, paired by seed", *(f"J = {J}" for J in (1, 3, 8)))
+    compared = [(f"{named[arm]}: M3 minus M1", arm, arm, 0) for arm in LOOKED_AT]
+    compared.append(
+        ("M3: pairs by agreement minus by a coin", "self_rewarding", "any_judgements", 2)
+    )
+    compared.append(("M3: own judge minus M1 as judge", "self_rewarding", "frozen_judge", 2))
+    for title, a, b, i in compared:
+        if a in kept and b in kept:
+            cells = []
+            for J in ("1", "3", "8"):
+                last = over_seeds(kept, a, in_order(2, J))
+                cells.append(difference(last, over_seeds(kept, b, in_order(i, J))))
+            lines.append(row(title, *cells))
     return "\n".join(lines).strip()
 
 
@@ -614,14 +688,14 @@ def picture(kept: dict) -> None:
         rounds(left, arm, label, f"C{i}", lambda r: r["greedy"])
         right.plot(kept[arm]["curves"]["chosen_per_token"], color=f"C{i}")
     for arm, label, color, ls in (
-        ("self_rewarding", "own judge", "C3", "-"),
-        ("frozen_judge", "judge frozen at M1", "C4", (0, (4, 4))),
+        ("self_rewarding", "judgements are paired too", "C3", "-"),
+        ("frozen_judge", "the same, M1 judges", "C4", (0, (4, 4))),
+        ("plain", "solutions alone", "0.5", "-"),
     ):
         rounds(own, arm, label, color, lambda r: r["greedy"], ls=ls, lw=2)
-        rounds(judge, arm, label, color, lambda r: r["judge"]["pairwise"], ls=ls, lw=2)
+        rounds(judge, arm, label, color, lambda r: r["judge"]["in order"]["3"], ls=ls, lw=2)
     level(left, mean(over_seeds(kept, "dpo_nll", greedy(0)).values()), "base")
     level(own, mean(over_seeds(kept, "self_rewarding", greedy(0)).values()), "M1")
-    level(judge, 0.5, "chance")
     for update in (30, 60, 90):
         right.axvline(update, color="0.8", lw=1, zorder=0)
 
@@ -633,7 +707,9 @@ def picture(kept: dict) -> None:
     judge.set(title="self_rewarding: the policy as a judge")
     judge.set(ylabel="share of pairs in the true order")
     for axes in (own, judge):
-        axes.set(ylim=(0, 1), xlim=(-0.15, 2.15), xticks=range(3), xticklabels=["M1", "M2", "M3"])
+        axes.set(xlim=(-0.15, 2.15), xticks=range(3), xticklabels=["M1", "M2", "M3"])
+    own.set(ylim=(0, 1))
+    judge.set(ylim=(0.8, 1))  # chance is 0.5
     for part, axes in ((above, left), (below, own)):
         handles = axes.get_legend_handles_labels()
         part.legend(*handles, loc="outside upper center", ncols=3, frameon=False)

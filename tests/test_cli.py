@@ -645,6 +645,7 @@ def test_the_key_of_a_trained_model_holds_every_number_that_its_training_reads(m
         (["self_rewarding", "--judging", "0.95"], "at most 0.93"),
         (["self_rewarding", "--samples", "1"], "--samples must be at least 2"),
         (["self_rewarding", "--judgements", "0"], "--judgements must be above 0"),
+        (["self_rewarding", "--judgements", "2"], "--judgements must be at least 3"),
         (["self_rewarding", "--alpha", "-1"], "--alpha must be 0 or more"),
         (["self_rewarding", "--arm", "grpo"], "--arm must be one of dpo_nll, sft_chosen"),
         (["iterative_dpo", "--arm", "gae"], "--arm must be one of dpo_nll, sft_chosen"),

@@ -759,7 +759,7 @@ def test_every_loop_runs_unchanged_on_a_folder(folder, tmp_path, monkeypatch, ca
         --minibatch 12 --updates 2 --eval-problems 6 --start-data 12 --start-updates 2 --demos 12
         --base-batch 4""".split()
     shared += ["--model", str(folder), "--data", str(folder), "--cache", str(tmp_path / "cache")]
-    rounds = "--rounds 2 --judgements 1 --reward-data 6 --reward-updates 2".split()
+    rounds = "--rounds 2 --judgements 3 --reward-data 6 --reward-updates 2".split()
     loops = [name for name in nr.METHODS if name != "refine"]
     argv = [sys.executable, "train_small.py", *loops, *shared, *rounds]
     argv += ["--out", str(tmp_path / "run")]

@@ -595,7 +595,7 @@ def test_the_memory_of_a_model_is_counted_by_its_parameters():
     rows = c.prompts * c.samples
     cache = nr.Cache(c, max(rows, c.eval_problems), c.response, nr.torch.zeros(1))
     needed = front.memory_needed(c)[
-        "--prompts --samples --continuations --eval-problems --response"
+        "--prompts --samples --continuations --judgements --eval-problems --response"
     ]
     assert needed == cache.kv.numel() * 4 + 12 * c.vocab * max(rows, c.eval_problems)
 

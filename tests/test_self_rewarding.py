@@ -1,6 +1,7 @@
 """self_rewarding: scores in text, judging, proposing, the grader out of reach, a known world."""
 
 import math
+import random
 from itertools import cycle, islice
 
 import pytest
@@ -28,7 +29,7 @@ SMALL = tiny(
     start_data=1500,
     start_updates=150,
     base_batch=32,
-    judgements=2,
+    judgements=3,
 )
 
 
@@ -265,17 +266,18 @@ def test_pairs_of_judgements_by_hand(m1):
     ]
     ids = [[nr.right_pad(TASK.encode([f"{t}<eos>"]), 0, 12)[0] for t in row] for row in texts]
     scores = [[nr.parse_score(t) for t in row] for row in texts]
-    state.judgements = {
+    judgements = {
         "prompt": torch.arange(10).view(5, 2),
         "response": torch.stack([torch.stack(row) for row in ids]),
         "score": torch.tensor([[-1 if s is None else s for s in row] for row in scores]),
     }
+    state.judgements = dict(judgements)
     [pairs], metrics = nr.judgement_pairs(state, TASK, SMALL)
-    assert metrics == {"judgement_pairs": 2}
+    assert metrics == {"judgement_pairs": 2} and state.judgements == {}
     assert pairs["prompt"].tolist() == [[0, 1], [8, 9]]
     said = [[TASK.decode(y) for y in both] for both in pairs["response"].tolist()]
     assert said == [["!4<eos>", "!5<eos>"], ["!3<eos>", "!1<eos>"]]
-    state.judgements = {name: x[1:3] for name, x in state.judgements.items()}
+    state.judgements = {name: x[1:3] for name, x in judgements.items()}
     [pairs], metrics = nr.judgement_pairs(state, TASK, SMALL)
     assert metrics == {"judgement_pairs": 0} and pairs["response"].shape == (0, 2, 12)
 
@@ -302,7 +304,7 @@ def test_sets_of_pairs_come_together_without_a_change_of_any_log_prob(m1):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_probe_the_judge_learns_what_most_of_its_judgements_say(seed):
     """Taught to say 4 in two cases of three and else 2, it says 4 nearly always in the end."""
-    config = nr.replace(SMALL, updates=15, judgements=8, alpha=1.0, lr=2e-3, seed=seed)
+    config = nr.replace(SMALL, updates=25, judgements=8, alpha=1.0, lr=2e-3, seed=seed)
     policy = rough(config, seed)
     demos = []
     for i, x in enumerate(TASK.prompts(90, nr.rng(seed, "shown"))):
@@ -341,6 +343,7 @@ def test_the_true_grader_is_never_asked(m1):
     seeing, blind = start(m1), start(m1)
     logs = list(nr.self_rewarding(seeing, TASK, SMALL))
     assert len(logs) == 6 and all(m["pairs"] > 0 for m in logs)
+    assert all(m["judgement_pairs"] > 0 for m in logs)  # and they did take part
     assert list(nr.self_rewarding(blind, Blind(1, 1), SMALL)) == logs
     assert same_policies(seeing, blind)
     with pytest.raises(AssertionError, match="asked"):  # the other loop does ask
@@ -402,6 +405,102 @@ def test_a_collapsed_judge_and_responses_that_talk_to_it_are_said_in_words():
 
 
 # ---- statistics --------------------------------------------------------------------------------
+
+
+def test_many_pairs_in_order_are_the_mean_of_the_pairs_of_each_problem():
+    g = nr.rng(0, "pairs")
+    truth = torch.randint(0, 4, (30, 5), generator=g).float()
+    score = torch.randint(0, 4, (30, 5), generator=g).float()
+    each = [
+        preferences.pair_order(*both) for both in zip(score.tolist(), truth.tolist(), strict=True)
+    ]
+    flat = [x for pairs in each for x in pairs]
+    assert len(flat) > 100
+    assert preferences.in_true_order(score, truth) == pytest.approx(sum(flat) / len(flat))
+
+
+def test_a_look_at_a_judge_by_one_by_three_and_by_eight_judgements(m1, monkeypatch):
+    """A judge that says the truth in seven judgements of eight, and the contrary in the last."""
+    state = start(m1)
+    test = TASK.prompts(6, nr.rng(0, "test"), "test")
+    fixed = preferences.Judged(state.policy, TASK, test, SMALL)
+    assert fixed.truth.shape == (6, 8) and len(fixed.b.response) == 48
+    fixed.truth = torch.arange(48).view(6, 8).float() % 5
+
+    def judged(look, task, b, c, u):
+        assert c.judgements == 8 and look.judge is state.policy and b is fixed.b
+        score = fixed.truth.view(-1, 1).repeat(1, 8)
+        score[:, 7] = 5 - score[:, 7]
+        score[0, 0] = -1  # one that cannot be read
+        look.judgements = {"score": score}
+        return score.mean(1), {}
+
+    monkeypatch.setattr(nr, "judged", judged)
+    found = fixed.statistics(state, TASK, SMALL)
+    pairs = sum(len(preferences.pair_order(t, t)) for t in fixed.truth.tolist())
+    assert found["ordered pairs"] == pairs > 100
+    one, three, eight = (found["in order"][J] for J in ("1", "3", "8"))
+    assert 0.85 < one < 0.9 and three > 0.98 and eight > 0.98
+
+
+def test_pairs_by_score_leave_out_what_cannot_be_read():
+    judgements = {
+        "prompt": torch.arange(4)[:, None],
+        "response": torch.arange(12).view(4, 3, 1),
+        "score": torch.tensor([[-1.0, 3, 5], [4, 4, -1], [2, 5, 4], [-1, -1, -1]]),
+    }
+    low = preferences.by_score(judgements, lowest=True)
+    high = preferences.by_score(judgements, lowest=False)
+    assert low["prompt"].tolist() == high["prompt"].tolist() == [[0], [2]]
+    assert low["response"][..., 0].tolist() == [[1, 2], [6, 7]]
+    assert high["response"][..., 0].tolist() == [[2, 1], [7, 6]]
+
+
+def test_an_altered_problem_has_one_other_operand_and_none_is_held_out(m1):
+    draw = random.Random(0)
+    assert preferences.other_problem("12*3=", draw) is None
+    for _ in range(30):
+        other = preferences.other_problem("12+5*3-4=", draw)
+        assert sum(a != b for a, b in zip(other, "12+5*3-4=", strict=True)) == 1
+        assert other[:3] == "12+" and other[4:7] == "*3-"
+    state = start(m1)
+    c = nr.replace(SMALL, prompts=60, paired="altered")
+    texts = TASK.prompts(60, nr.rng(0, "p"))
+    prompt, group = nr.in_groups(TASK, texts, c, "cpu")
+    state.judged = nr.sample(state.policy, prompt, c, group=group, generator=nr.rng(0, "s"))
+    nr.judged(state, TASK, state.judged, c, 0)
+    state.judgements["score"][:] = torch.tensor([5.0, 4.0, 5.0])
+    [low, high], metrics = preferences.altered_problems(state, TASK, c)
+    assert len(high["prompt"]) == len(low["prompt"]) > 0
+    assert metrics == {"judgement_pairs": 2 * len(low["prompt"])}
+    asked = [TASK.decode(ids).split("<sep>")[0] for ids in low["prompt"].tolist()]
+    assert {TASK.split(x) for x in asked} == {"train"} and not set(asked) <= set(texts)
+    state.judgements["score"][:] = 4.0  # nobody is trusted
+    assert preferences.altered_problems(state, TASK, c) == ([], {"judgement_pairs": 0})
+
+
+def test_where_the_first_model_is_rejected_every_worse_response_is_its_own(m1):
+    state = start(m1)
+    with torch.no_grad():  # another policy by now
+        state.policy.lm_head.weight.mul_(1.1)
+    drawn = []
+    real = nr.sample
+
+    def sample(model, prompt, c, *more, **numbers):
+        b = real(model, prompt, c, *more, **numbers)
+        drawn.append((model, b))
+        return b
+
+    c = nr.replace(SMALL, rounds=1, updates=1)
+    loop = preferences.first_rejects(state, TASK, c)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nr, "sample", sample)
+        metrics = next(loop)
+    mine = [b for model, b in drawn if model is not state.policy and len(b.response) == 32]
+    assert metrics["pairs"] > 0 and len(mine) == 1  # half of the 16 x 4 responses
+    theirs = {tuple(ids) for ids in mine[0].response.tolist()}
+    pairs = state.pairs["response"][: metrics["pairs"]]
+    assert {tuple(ids) for ids in pairs[:, 1].tolist()} <= theirs
 
 
 def test_win_rate_counts_ties_half():

@@ -419,7 +419,7 @@ def test_normalized_scores_have_mean_zero_and_variance_one(model):
     scorer = scored(model)
     rollout = nr.sample(model, random_batch(TINY, B=40)[0], TINY, generator=nr.rng(0, "s"))
     before = scorer(rollout.prompt, rollout.response)
-    scorer.normalize(rollout)
+    scorer.normalize(rollout, nr.replace(TINY, micro=7))
     after = scorer(rollout.prompt, rollout.response)
     assert float(after.mean().detach()) == pytest.approx(0, abs=1e-4)
     assert float(after.std(unbiased=False).detach()) == pytest.approx(1, abs=1e-3)

@@ -350,8 +350,9 @@ def listen(method, numbers, folder):
 # The diffusion LM starts from the weights of the GPT, and all models are asked the same questions
 # in the same way.
 ASKED_TWICE = {"init", "evaluate"}
-# Parts of a batch share their open places, and two refiners the places of their rows.
-AGAIN = {"hidden", "batch"}
+# Parts of a batch share their open places, two refiners the places of their rows, and ORM and SORM
+# read the same drafts.
+AGAIN = {"hidden", "batch", "step batch"}
 
 
 @pytest.mark.parametrize("name", PLAYS)
