@@ -2418,12 +2418,13 @@ class Scorer(nn.Module):
 
     An example, `37+5*3=` and a draft whose second step is right or wrong. The units come first:
 
-        `42*3=26;`   log-probs of 6 and 2:  -0.3  -0.7   ORM 0.93; of hidden vectors alone 0.26
-        `42*3=22;`   log-probs of 2 and 2:  -6.4  -4.4   ORM 0.28; of hidden vectors alone 0.28
+        `42*3=26;`   log-probs of 6 and 2:  -1.7  -0.2   SORM 0.94; of hidden vectors alone 0.32
+        `42*3=22;`   log-probs of 2 and 2:  -7.7  -3.7   SORM 0.29; of hidden vectors alone 0.29
 
     As a reward such a log-prob is known from arXiv 2412.01981. There it is relative to the model
     that the scorer started from, which gave nothing here: the area under the curve was 0.72 with
-    the ORM's log-probs relative to the student, 0.93 with them as they are (dev, one seed).
+    the ORM's log-probs relative to the student, 0.93 with them as they are (dev, seed 0, ORM and
+    SORM on one trunk).
 
     logp_weight: the weight of the log-prob at first; it is learned. 0 leaves the log-prob out.
     """
