@@ -140,12 +140,11 @@ def unbalanced_sorm(
     state: nr.RefineState, student: nr.Transformer, c: nr.RefineConfig
 ) -> nr.Scorer:
     """The SORM again, from the same labels but with all examples."""
-    other = nr.start_refine(student, c)
+    sorm = nr.Scorer(deepcopy(student), c.logp_weight, nr.rng(c.seed, "sorm"))
     steps = state.examples | {"keep": (state.examples["ends"] > 0).float().expand(2, -1, -1)}
-    batches = nr.step_batches("sorm", other.sorm, steps, c.minibatch, c)
-    for _ in nr.fit(other.fits["sorm"], batches, c.updates, c):
-        pass
-    return other.sorm
+    batches = partial(nr.step_batches, "sorm", sorm, steps, c.minibatch, c)
+    nr.train_now("sorm", [sorm], batches, c.updates, c, c.lr, c.muon_lr)
+    return sorm
 
 
 def scorer_quality(
@@ -222,10 +221,8 @@ def solvers(state: nr.RefineState, task: nr.Task, c: nr.RefineConfig) -> dict[st
     for name in ("global", "local"):
         model = deepcopy(state.policy)
         demos = without_draft(task, state.demos[name])
-        batches = nr.gpt_batches(model, demos, c, size=c.minibatch // 2)
-        learning = nr.Fit([model], nr.optimizers([model], c.lr, c.muon_lr))
-        for _ in nr.fit(learning, batches, c.updates, c):
-            pass
+        batches = partial(nr.gpt_batches, model, demos, c, size=max(1, c.minibatch // 2))
+        nr.train_now("solver", [model], batches, c.updates, c, c.lr, c.muon_lr)
         found[name] = model
     return found
 
