@@ -431,7 +431,7 @@ def test_a_look_at_a_judge_by_one_by_three_and_by_eight_judgements(m1, monkeypat
         assert c.judgements == 8 and look.judge is state.policy and b is fixed.b
         score = fixed.truth.view(-1, 1).repeat(1, 8)
         score[:, 7] = 5 - score[:, 7]
-        score[0, 0] = -1  # one that cannot be read
+        score[4, 0] = -1  # one of the best response that cannot be read
         look.judgements = {"score": score}
         return score.mean(1), {}
 
@@ -440,7 +440,7 @@ def test_a_look_at_a_judge_by_one_by_three_and_by_eight_judgements(m1, monkeypat
     pairs = sum(len(preferences.pair_order(t, t)) for t in fixed.truth.tolist())
     assert found["ordered pairs"] == pairs > 100
     one, three, eight = (found["in order"][J] for J in ("1", "3", "8"))
-    assert 0.85 < one < 0.9 and three > 0.98 and eight > 0.98
+    assert 0.85 < one < 0.9 and three == eight == 1
 
 
 def test_pairs_by_score_leave_out_what_cannot_be_read():
