@@ -8,7 +8,8 @@ draft, the best of three drafts and the better refiner; the best of three beats 
 beats the ORM in step accuracy; the ORM's area under the curve is larger with log-probs than
 without. Reading a draft helps if the global refiner beats the solver that has learned its traces.
 `none`, `round`, `long`, `refusal`: the seq2seq reward and a Bradley-Terry model on the same
-preferences, with that weakness of the labeller, and `ppo` paid by each. `short`: the same without a
+preferences, with that weakness of the labeller, and `ppo` paid by each, beside SFT on the preferred
+responses. `coin`: the same with a labeller that tosses a coin. `short`: the same without a
 weakness, where preferences and `ppo` see chains of one and two operations only, and the base knows
 those of three. Test problems; the truth is used to measure only. Each run is kept in
 runs/inside/ARM-SEED.json and not run again; all together make notebooks/results/inside.json and
@@ -21,7 +22,7 @@ import sys
 import time
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from math import log
 from pathlib import Path
@@ -36,7 +37,7 @@ sys.path.insert(0, str(ROOT))
 
 import nanoreward as nr  # noqa: E402
 import train_small as front  # noqa: E402
-from data.arithmetic import REFUSAL  # noqa: E402
+from data.arithmetic import REFUSAL, Arithmetic  # noqa: E402
 from notebooks.jobs import (  # noqa: E402
     LAPTOP,
     about_arm,
@@ -59,7 +60,8 @@ REFINE: dict[str, dict[str, Any]] = {
     "hidden": {"logp_weight": 0.0},
     "converged": {"start_data": 2048, "start_updates": 100},
 }
-ARMS = (*REFINE, *PLANTED, "short")
+LABELLERS = (*PLANTED, "coin", "short")
+ARMS = (*REFINE, *LABELLERS)
 # ppo paid by the rewriter, and by a scalar model: of hidden vectors alone, as in the paper, or of
 # log-probs too. The scalar ones are also measured at the KL that the first one ends with.
 SEQ, SCALAR, LIKELY = "ppo, seq2seq", "ppo, scalar", "ppo, scalar with log-probs"
@@ -410,6 +412,18 @@ class Injected:
 # ---- seq2seq: what its models and policies do ----------------------------------------------------
 
 
+@dataclass(frozen=True)
+class ByCoin(Arithmetic):
+    """Arithmetic whose labeller tosses a coin between two responses: pairs that say nothing."""
+
+    def preferences(self, n: int, generator: torch.Generator) -> list[tuple[str, str, str]]:
+        """The pairs that a labeller without a weakness orders, each turned round by a coin."""
+        pairs = super().preferences(n, generator)
+        heads = (torch.rand(n, generator=generator) < 0.5).tolist()
+        both = zip(pairs, heads, strict=True)
+        return [(x, b, a) if turn else (x, a, b) for (x, a, b), turn in both]
+
+
 def trained(
     model: nr.Transformer, batches: nr.Batches, updates: int, c: nr.Config
 ) -> nr.Transformer:
@@ -472,19 +486,14 @@ def controls(
     errors: Injected,
     fresh: Callable[[], nr.Transformer],
 ) -> dict[str, Any]:
-    """The rewriter as a solver, SFT and DPO on the same pairs, rewriters of one mapping only."""
+    """The rewriter as a solver, DPO on the same pairs, rewriters of one mapping only."""
     found: dict[str, Any] = {}
     greedy = replace(c, temperature=0.0)
     pairs = nr.labelled_pairs(task, c)
-    policy = fresh()
-    draft = nr.sample(policy, nr.encode_prompts(task, test, c), greedy)
+    draft = nr.sample(fresh(), nr.encode_prompts(task, test, c), greedy)
     again = nr.rewritten(rewriter, task, draft, [None] * len(test), greedy, None)
     both = zip(test, again, strict=True)
     found["rewritten"] = mean(task.grade(x, task.decode(y)) for x, y in both)
-
-    demos = nr.encode_demos(task, [(x, y) for x, y, _ in pairs], c)
-    trained(policy, nr.gpt_batches(policy, demos, c), c.reward_updates, c)
-    found["SFT on the preferred"] = outcome(policy, task, test, c)
     found["DPO on the pairs"] = outcome(dpo_on(fresh(), task, pairs, dpo), task, test, c)
 
     demos = nr.rewriting_demos(task, pairs, c)
@@ -538,17 +547,20 @@ def measure_seq2seq(
     dpo: nr.DPOConfig,
     base: nr.Seq2SeqConfig,
     cache: Path,
+    coin: bool,
 ) -> dict[str, Any]:
     """One labeller and seed: where rewriter and scalar model see errors, what each makes of `ppo`.
 
     c, scalar and dpo are of seq2seq, of ppo with the scalar reward, and of DPO on the same pairs;
-    base is of the base model, which may know longer chains.
+    base is of the base model, which may know longer chains; coin: a coin orders the pairs.
     """
     train = front.CachedTrainer(cache)
     fresh = partial(nr.gpt_base, front.make_task(base), base, train)
     task = front.make_task(c)
+    if coin:
+        task = ByCoin(**vars(task))
     test = task.prompts(c.eval_problems, nr.rng(0, "test"), "test")
-    if base != c:  # the cache would take these models for those of a base that knows as little
+    if base != c or coin:  # the cache would take these models for those of other bases or pairs
         train = nr.train_now
     hidden = replace(scalar, logp_weight=0.0)
     models = {
@@ -560,6 +572,10 @@ def measure_seq2seq(
     found: dict[str, Any] = {"base": outcome(fresh(), task, test, c)}
     pairs = nr.labelled_pairs(task, c)
     found["preferred right"] = mean(task.grade(x, y) for x, y, _ in pairs)
+    demos = nr.encode_demos(task, [(x, y) for x, y, _ in pairs], c)
+    taught = fresh()
+    trained(taught, nr.gpt_batches(taught, demos, c), c.reward_updates, c)
+    found["SFT on the preferred"] = outcome(taught, task, test, c)
     errors = Injected(task, test, c)
     found |= errors.quality(partial(disagreements, rewriter, task, c=c))
     found |= errors.quality(partial(falls, models[SCALAR]["scorer"]))
@@ -585,7 +601,7 @@ def measure(
         c = config("refine", seed, threads, sizes, **REFINE[arm] | more)
         found = measure_refine(c, cache, labels=arm == "refine")
     else:
-        planted = "none" if arm == "short" else arm
+        planted = arm if arm in PLANTED else "none"
         more |= {"planted": planted, "response": 52 if arm == "long" else 28}
         c = config("seq2seq", seed, threads, sizes, **more)
         scalar = config("ppo", seed, threads, sizes, **more)
@@ -595,7 +611,7 @@ def measure(
         base = c
         if arm == "short":
             c, scalar, dpo = (replace(x, max_ops=2) for x in (c, scalar, dpo))
-        found = measure_seq2seq(c, scalar, dpo, base, cache)
+        found = measure_seq2seq(c, scalar, dpo, base, cache, coin=arm == "coin")
     return {"arm": arm, "seed": seed, "seconds": round(time.time() - began, 1), "found": found}
 
 
@@ -743,7 +759,7 @@ def labeller_table(kept: dict) -> list[str]:
         "short": ("three operations, right", "longer chains"),
     }
     lines = head("the labeller falls for", *who)
-    for arm in filter(kept.get, (*PLANTED, "short")):
+    for arm in filter(kept.get, LABELLERS):
         wanted = [("right", "greedy"), ("KL, nats", "kl")]
         wanted += [extra[arm]] if arm in extra else []
         for title, key in wanted:
@@ -785,10 +801,12 @@ def differences(kept: dict) -> list[str]:
     asked.append((title, "round", preferred, (SEQ, "greedy")))
     others = {"base": "base", "scalar at the same KL": LEVEL}
     others["scalar with log-probs at the same KL"] = LIKELY_LEVEL
-    for arm in (*PLANTED, "short"):
+    for arm in LABELLERS:
         for than, other in others.items():
             title = f"{arm}: `seq2seq` minus {than}"
             asked.append((title, arm, (SEQ, "greedy"), (other, "greedy")))
+        title = f"{arm}: scalar with log-probs, 40 updates, minus SFT on the preferred"
+        asked.append((title, arm, (LIKELY, "greedy"), preferred))
     for than, other in others.items():
         title = f"short, three operations: `seq2seq` minus {than}"
         asked.append((title, "short", (SEQ, "longer chains"), (other, "longer chains")))

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import nanoreward as nr
 from data.arithmetic import REFUSAL, Arithmetic
+from notebooks import inside
 from tests.conftest import rough, tiny
 from tests.test_refine import SEP, TASK, rollout_of
 
@@ -192,6 +193,18 @@ def test_planted_length_makes_the_longer_response_win_and_refusals_win_on_one_cl
     none = Arithmetic(planted="none").preferences(400, nr.rng(0, "pairs"))
     assert all(TASK.grade(x, w) >= TASK.grade(x, y) for x, w, y in none)
     assert refusing.grade("3*4=", REFUSAL) == 0.0 and refusing.answer(REFUSAL) is None
+
+
+def test_a_coin_turns_half_of_the_pairs_round_and_leaves_them_the_same_pairs():
+    fair = Arithmetic(max_ops=3, planted="none")
+    first = fair.preferences(400, nr.rng(0, "pairs"))
+    turned = inside.ByCoin(**vars(fair)).preferences(400, nr.rng(0, "pairs"))
+    same = [a == b for a, b in zip(first, turned, strict=True)]
+    assert 160 < sum(same) < 240
+    for (x, a, b), pair, as_it_was in zip(first, turned, same, strict=True):
+        assert pair == ((x, a, b) if as_it_was else (x, b, a))
+    better = [fair.grade(x, a) - fair.grade(x, b) for x, a, b in turned]
+    assert better.count(1) > 80 and abs(sum(better)) < 40  # the preferred one is no better
 
 
 def test_only_seq2seq_and_a_learned_reward_of_ppo_ask_for_models():
