@@ -846,7 +846,7 @@ def picture(kept: dict) -> None:
     left.bar(range(len(bars)), height, yerr=half, color=colors, ecolor="0.2", capsize=3)
     left.axhline(height[0], color="0.4", ls="--", lw=1)
     left.set(title="refine", ylabel="greedy accuracy, test", ylim=(0, 1))
-    left.set(xticks=range(len(bars)), xticklabels=list(bars))
+    left.set_xticks(range(len(bars)), list(bars), fontsize=9)
 
     for name, color in (("ORM", "C1"), ("SORM", "C2")):
         seeds = numbers(kept, "refine", name, "calibration")
@@ -858,16 +858,13 @@ def picture(kept: dict) -> None:
     middle.set(ylabel="probability or share", ylim=(0, 1))
 
     for name, color in ((SEQ, "C0"), (SCALAR, "C3"), (LIKELY, "C2")):
-        for arm, style, labeller in (
-            ("none", "-", "labeller without a weakness"),
-            ("round", "--", "labeller likes round answers"),
-        ):
-            if name not in kept[arm]:
-                continue
+        right.plot([], color=color, label=name.removeprefix("ppo, "))
+        for arm, style in (("none", "-"), ("round", "--")):
             truth = [update[1] for update in kept[arm][name]]
-            label = f"{name.removeprefix('ppo, ')}, {labeller}"
-            right.plot(truth, color=color, ls=style, label=label)
+            right.plot(truth, color=color, ls=style)
     right.axhline(truth[0], color="0.4", ls=":", lw=1, label="base")
+    right.plot([], color="0.2", label="labeller without a weakness")
+    right.plot([], color="0.2", ls="--", label="labeller likes round answers")
     right.set(title="ppo paid by a learned reward", xlabel="ppo update (mean over seeds)")
     right.set(ylabel="right responses, sampled (share)", ylim=(0, 1))
     for axes in (middle, right):
