@@ -1452,7 +1452,7 @@ WHY: dict[str, str] = {
         "makes the interval wide."
     ),
     "C7.3b": (
-        "Seeds differ by more than the margin; at laptop size it costs 3.5 points (three seeds): a "
+        "Seeds differ by more than the margin; at laptop size it costs 6 points (three seeds): a "
         "model this small shares its room."
     ),
     "C7.5": "Positive on average at both sizes, clear at neither.",

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from itertools import combinations
+from math import isnan
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -437,6 +438,11 @@ def rightly_right(task: nr.Task, problem: str, response: str, ids: list[int]) ->
     return honest and task.grade(problem, response) == 1
 
 
+def known(x: float) -> float | None:
+    """Four decimals of it; None of the scores of a judge of whom nothing can be read."""
+    return None if isnan(x) else round(x, 4)
+
+
 def measure(
     arm: str,
     seed: int,
@@ -496,7 +502,7 @@ def measure(
         if "loss" in m:
             logs.append([round(m[key], 4) for key in WATCHED])
         if state.update % c.updates == 0:
-            rounds.append(look() | {key: round(m[key], 4) for key in DRAWN if key in m})
+            rounds.append(look() | {key: known(m[key]) for key in DRAWN if key in m})
     seconds["loop and measuring"] = round(time.time() - began, 1)
     return {
         "arm": arm,

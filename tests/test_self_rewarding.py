@@ -443,6 +443,11 @@ def test_a_look_at_a_judge_by_one_by_three_and_by_eight_judgements(m1, monkeypat
     assert 0.85 < one < 0.9 and three == eight == 1
 
 
+def test_the_score_of_a_judge_that_says_nothing_is_kept_as_none():
+    assert preferences.known(float("nan")) is None
+    assert preferences.known(3.14159) == 3.1416 and preferences.known(0) == 0
+
+
 def test_pairs_by_score_leave_out_what_cannot_be_read():
     judgements = {
         "prompt": torch.arange(4)[:, None],

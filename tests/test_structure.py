@@ -281,6 +281,18 @@ def test_nothing_of_a_machine_or_a_registry_is_in_the_repository():
             )
 
 
+def test_a_committed_result_is_json_that_any_language_reads():
+    """Python writes and reads NaN, which JSON has not."""
+
+    def refuse(word):
+        raise AssertionError(word)
+
+    paths = sorted((ROOT / "notebooks" / "results").glob("*.json"))
+    assert len(paths) >= 10
+    for path in paths:
+        json.loads(path.read_text(), parse_constant=refuse)
+
+
 def test_the_readmes_preference_tables_are_those_of_the_committed_runs():
     kept = json.loads(preferences.OUT.read_text())
     lines = preferences.tables(kept).splitlines()
