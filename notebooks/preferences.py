@@ -274,7 +274,6 @@ ARMS = {
     "frozen_judge": Arm("self_rewarding", {"judge": "frozen"}),
     "any_judgements": Arm("self_rewarding", {"paired": "any"}),
     "solutions": Arm("self_rewarding", {"paired": "solutions"}),
-    "solutions_frozen": Arm("self_rewarding", {"paired": "solutions", "judge": "frozen"}),
     "altered": Arm("self_rewarding", {"paired": "altered"}, watching),
     "first_rejects": Arm("self_rewarding", {}, first_rejects),
     "solves_first": Arm(
@@ -297,7 +296,6 @@ LOOKED_AT = (
     "frozen_judge",
     "any_judgements",
     "solutions",
-    "solutions_frozen",
     "altered",
     "first_rejects",
     "solves_first",
@@ -597,7 +595,6 @@ def tables(kept: dict) -> str:
         "frozen_judge": "the same, M1 judges",
         "any_judgements": "the same, a coin pairs the judgements",
         "solutions": "solutions alone, as many updates",
-        "solutions_frozen": "the same, M1 judges",
         "altered": "responses to an altered problem are worse",
         "first_rejects": "the worse response is M1's",
         "solves_first": "the judge solves first",
