@@ -482,6 +482,7 @@ def controls(
     dpo: nr.DPOConfig,
     task: nr.Task,
     test: list[str],
+    pairs: list[tuple[str, str, str]],
     rewriter: nr.Transformer,
     errors: Injected,
     fresh: Callable[[], nr.Transformer],
@@ -489,7 +490,6 @@ def controls(
     """The rewriter as a solver, DPO on the same pairs, rewriters of one mapping only."""
     found: dict[str, Any] = {}
     greedy = replace(c, temperature=0.0)
-    pairs = nr.labelled_pairs(task, c)
     draft = nr.sample(fresh(), nr.encode_prompts(task, test, c), greedy)
     again = nr.rewritten(rewriter, task, draft, [None] * len(test), greedy, None)
     both = zip(test, again, strict=True)
@@ -582,7 +582,7 @@ def measure_seq2seq(
     likely = errors.quality(partial(falls, models[LIKELY]["scorer"]))
     found |= {f"{name}, with log-probs": x for name, x in likely.items()}
     if c.planted == "round":
-        found |= controls(c, dpo, task, test, rewriter, errors, fresh)
+        found |= controls(c, dpo, task, test, pairs, rewriter, errors, fresh)
     return found | paid_by_each(c, scalar, task, test, models, fresh)
 
 
