@@ -1,5 +1,6 @@
-"""Dev accuracy over the updates of one or several runs, as a picture."""
+"""Dev accuracy over the updates of one or several runs, as a picture or as lines of text."""
 
+import json
 from pathlib import Path
 from statistics import mean
 
@@ -7,6 +8,10 @@ from matplotlib.figure import Figure
 
 # loop -> run -> update -> the accuracies of all seeds
 Panels = dict[str, dict[Path, dict[int, list[float]]]]
+# name of a row -> the accuracies of all seeds
+Rows = dict[str, list[float]]
+# The committed run of all six loops with five seeds.
+TOUR = Path(__file__).parent / "results" / "tour.json"
 
 
 def find_curves(logs: dict[Path, list[dict]]) -> Panels:
@@ -60,3 +65,39 @@ def picture(logs: dict[Path, list[dict]], results: list[dict], path: Path, kind:
         # One run needs no name.
         axes.legend(frameon=False, loc="lower right").set_visible(len(logs) > 1)
     figure.savefig(path, format=kind, dpi=150)
+
+
+def of_tour(loop: str) -> Rows:
+    """Dev accuracy of a loop in the committed tour, a row for each update that was measured."""
+    rows: Rows = {}
+    for name, lines in json.loads(TOUR.read_text())["curves"].items():
+        if name.split("/")[0] == loop:
+            for m in lines:
+                rows.setdefault(f"update {m['step']:3d}", []).append(m["dev_greedy"])
+    return rows
+
+
+def first_and_last(loops: list[str]) -> Rows:
+    """The first and the last row of each loop in the committed tour."""
+    rows: Rows = {}
+    for loop in loops:
+        curve = of_tour(loop)
+        for name in (min(curve), max(curve)):
+            rows[f"{loop.ljust(14)} {name}"] = curve[name]
+    return rows
+
+
+def band(rows: Rows, width: int = 50) -> str:
+    """A line of text for each row: the mean of its seeds, and where they lie between 0 and 1.
+
+    The letter o stands at the mean, and the line around it reaches from the worst to the best seed.
+    """
+    longest = max(len(name) for name in rows)
+    scale = "0" + "accuracy".center(width - 2) + "1"
+    lines = [" " * longest + "   mean  " + scale]
+    for name, values in rows.items():
+        low, middle, high = (round((width - 1) * f(values)) for f in (min, mean, max))
+        drawn = " " * low + "-" * (high - low + 1)
+        drawn = drawn[:middle] + "o" + drawn[middle + 1 :]
+        lines.append(f"{name.ljust(longest)}  {mean(values):5.3f}  {drawn}")
+    return "\n".join(lines)

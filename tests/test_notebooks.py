@@ -16,6 +16,7 @@ from tests.conftest import ROOT
 
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 NAMES = {
+    "00_the_whole_thing",
     "01_walkthrough",
     "02_where_the_blame_goes",
     "03_dpo_and_nll",
@@ -24,10 +25,11 @@ NAMES = {
     "06_judge",
     "07_break_it",
     "08_your_own_reward",
+    "09_it_learns_nothing",
 }
 
 
-def test_there_are_eight():
+def test_there_are_ten():
     assert {p.stem for p in PATHS} == NAMES
 
 
@@ -59,6 +61,10 @@ def test_a_notebook_is_thin_asks_first_and_fails_on_purpose(path):
     assert "deliberate failure" in text.lower() or path.stem == "07_break_it"
     assert "**Exercise**" in text and "**Solution**" in text and "Check" in text
     assert source.count("assert ") >= 4
+
+    # It says at once how long it takes and what curve to expect; 1 to 8 show the measured one.
+    assert "**Time**" in nb.cells[0].source and "**What to expect" in nb.cells[0].source
+    assert "print(band(" in source or path.stem in ("00_the_whole_thing", "09_it_learns_nothing")
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda p: p.stem)
