@@ -12,11 +12,11 @@ has 0.01, a model trained on error-free demonstrations 1.00.
 
     method           accuracy      what is rewarded                          paper (arXiv)
     ppo              0.44 -> 0.95  the right answer                          1707.06347, 2402.03300
-    iterative_dpo    0.44 -> 0.94  a right response over a wrong one         2404.19733
-    self_rewarding   0.41 -> 0.60  what the model itself judges to be good   2401.10020
+    iterative_dpo    0.44 -> 0.93  a right response over a wrong one         2404.19733
+    self_rewarding   0.42 -> 0.63  what the model itself judges to be good   2401.10020
     seq2seq          0.44 -> 0.60  tokens that a rewriting model would keep  2409.00162
-    refine           0.60 -> 0.67  nothing; it learns which step was wrong   2402.10963
-    denoise          0.42 -> 0.87  the right answer, of a diffusion LM       2504.12216, 2510.01544
+    refine           0.64 -> 0.88  nothing; it learns which step was wrong   2402.10963
+    denoise          0.43 -> 0.88  the right answer, of a diffusion LM       2504.12216, 2510.01544
 
 How to read it. Part I is what all methods share; its last section says what a method is. Part II
 has one section per method, and a section holds all of its method: its numbers, what it starts from,
@@ -262,8 +262,10 @@ class Config(Architecture):
 #   seq2seq           also preferences  (and so does ppo --reward learned)
 #   refine            also steps  uses  (and so does ppo --reward sorm)
 #
-# A task may have more, such as `split`, `answer`, `step_ok` and `rubric`; only notebooks/ call
-# them. If it has a text `note`, train_small.py prints it when a run begins.
+# A task may have more. train_small.py shows what it finds of `solution`, the right way written out,
+# `step_ok`, which steps are right, `reading_order`, if tokens stand in another order than people
+# read them, and a text `note`, which it prints when a run begins. Only notebooks/ call `split`,
+# `answer` and `rubric`.
 
 
 class Task(Protocol):
@@ -1348,6 +1350,11 @@ def nothing_inside(state: State, task: Task, b: Rollout, c: Config) -> list[Metr
     return [{} for _ in b.response]
 
 
+def no_pairs(state: State, task: Task, c: Config) -> list[Metrics]:
+    """For a method that compares no responses with each other."""
+    return []
+
+
 def no_models(base: Transformer, task: Task, c: Config, train: Trainer) -> dict[str, nn.Module]:
     """For a reward that needs no model of its own."""
     return {}
@@ -1367,11 +1374,17 @@ class Method:
     starts_from: Callable | None = None
     # (base, task, c, train) -> the models that its reward asks, by name.
     reward_models: Callable = no_models
+    # What its first update begins with, if that takes long. It may name its numbers.
+    first: str = ""
     # (state, task, prompts, c, generator) -> what the trained method answers, as texts.
     answer: Callable = answer_by_policy
     # (state, task, b, c) -> what the reward says about the inside of each response, or for denoise
     # of a new response to the same problem.
     explain: Callable = nothing_inside
+    # Whether `explain` does so: it shows how the state's policy writes.
+    writes_again: bool = False
+    # (state, task, c) -> some of the pairs of responses that it learns from.
+    pairs: Callable = no_pairs
     # How many right and how many wrong responses are explained at a time.
     shown: int = 3
     # Numbers that are names: the names that there are.
@@ -1554,8 +1567,10 @@ def grpo_objective(
 
     DEVIATION: one mean over all tokens of the step, not one over each response.
     """
-    kl = k3(logp * b.mask, b.ref_logp * b.mask).sum() / denom  # k3 of equal log-probs is 0
     policy_part = ppo_loss(logp, b.logp, b.adv, b.mask, denom, c.clip)
+    if c.beta == 0:
+        return policy_part  # far from the reference k3 is infinite, and 0 times that is no number
+    kl = k3(logp * b.mask, b.ref_logp * b.mask).sum() / denom  # k3 of equal log-probs is 0
     return policy_part + c.beta * kl
 
 
@@ -1780,15 +1795,25 @@ def rounded(x: Tensor) -> list[float]:
     return [round(number, 3) for number in x.tolist()]
 
 
+@torch.no_grad()
 def token_rewards(
     state: PPOState, task: Task, b: Rollout, c: PolicyGradientConfig, signal: Callable | None = None
 ) -> list[Metrics]:
-    """What each token of a response earns."""
+    """What each token of a response earns, and what policy and critic say of it.
+
+    shift: how much likelier the policy finds the token than the reference does, in nats; value:
+    what the critic expects from there on, before the token is written.
+    """
     signal = signal or REWARDS[c.reward].signal
     reward = signal(state, task, b, grades(task, b), c)
+    b = annotate(state, b, c)
     found = []
-    for row, mask in zip(reward, b.mask, strict=True):
-        found.append({"token_rewards": rounded(row[mask > 0])})
+    for row, mask in enumerate(b.mask > 0):
+        shift = b.logp[row] - b.ref_logp[row]
+        inside = {"token_rewards": rounded(reward[row][mask]), "shift": rounded(shift[mask])}
+        if state.head is not None:
+            inside["value"] = rounded(b.value[row][mask])
+        found.append(inside)
     return found
 
 
@@ -2072,10 +2097,60 @@ def iterative_dpo(
         yield metrics | state.round_metrics | {"samples": state.samples}
 
 
+# ---- what there is to see
+
+
+@torch.no_grad()
+def token_likelihoods(state: State, task: Task, b: Rollout, c: Config) -> list[Metrics]:
+    """The log-prob of each token of a response, at temperature 1."""
+    found = []
+    for rows in torch.arange(len(b.mask)).split(c.micro):
+        logp = token_logprobs(state.policy, b.prompt[rows], b.response[rows], temperature=1.0)
+        for row, mask in zip(logp, b.mask[rows] > 0, strict=True):
+            found.append({"logp": rounded(row[mask])})
+    return found
+
+
+# How many pairs of a round are shown at a time.
+PAIRS_SHOWN = 8
+
+
+@torch.no_grad()
+def pairs_of_the_round(state: RoundsState, task: Task, c: DPOConfig) -> list[Metrics]:
+    """Some of the round's pairs, and the margin that lies between their responses now.
+
+    gain: how much likelier, in nats, the policy finds a response than the model did that the round
+    started from. The margin is the gain of the chosen minus that of the rejected, as in (9).
+    """
+    n = len(state.pairs["prompt"]) if state.pairs else 0
+    if n == 0:
+        return []
+    rows = torch.arange(0, n, ceil(n / PAIRS_SHOWN))
+    prompt = state.pairs["prompt"][rows].repeat_interleave(2, 0)
+    response = state.pairs["response"][rows].flatten(0, 1)
+    group = torch.arange(len(rows)).repeat_interleave(2)
+    b = Rollout(prompt, response, up_to_eos(response, c), response, group)
+    texts = texts_of(task, response, b.mask)
+    sides = []
+    inside = token_likelihoods(state, task, b, c)
+    before = state.pairs["ref"][rows].flatten().tolist()
+    for text, about, logp_before in zip(texts, inside, before, strict=True):
+        gain = round(sum(about["logp"]) - logp_before, 3)
+        sides.append({"response": text, **about, "gain": gain})
+    found = []
+    for ids, chosen, rejected in zip(prompt[::2].tolist(), sides[::2], sides[1::2], strict=True):
+        margin = round(chosen["gain"] - rejected["gain"], 3)
+        about_pair = {"prompt": task.decode(ids), "margin": margin}
+        found.append(about_pair | {"chosen": chosen, "rejected": rejected})
+    return found
+
+
 METHODS["iterative_dpo"] = Method(
     config=DPOConfig,
     start=start_rounds,
     loop=iterative_dpo,
+    explain=token_likelihoods,
+    pairs=pairs_of_the_round,
     choices={"arm": DPO_ARMS},
     only_with={"beta": "arm dpo_nll", "alpha": "arm dpo_nll"},
 )
@@ -2354,11 +2429,30 @@ def self_rewarding(
     return iterative_dpo(state, task, c, pose_problems, judged, best_and_worst, PAIRED[c.paired])
 
 
+@torch.no_grad()
+def explain_judgements(
+    state: SelfRewardingState, task: Task, b: Rollout, c: SelfRewardingConfig
+) -> list[Metrics]:
+    """The log-prob of each token, and what the judge writes about the whole response."""
+    found = token_likelihoods(state, task, b, c)
+    asked = replace(state)  # the loop's own state keeps its count of samples and its judgements
+    judged(asked, task, b, c, state.update)
+    written = asked.judgements["response"]
+    for inside, judgements, scores in zip(
+        found, written, asked.judgements["score"].tolist(), strict=True
+    ):
+        inside["judgements"] = [task.decode(ids) for ids in judgements.tolist()]
+        inside["scores"] = [None if score < 0 else score for score in scores]
+    return found
+
+
 METHODS["self_rewarding"] = Method(
     config=SelfRewardingConfig,
     start=start_self_rewarding,
     loop=self_rewarding,
     starts_from=m1,
+    explain=explain_judgements,
+    pairs=pairs_of_the_round,
     choices={"arm": DPO_ARMS, "judge": ("own", "frozen"), "paired": PAIRED},
     only_with=METHODS["iterative_dpo"].only_with,
     needs="judge_prompt judge_demo problem propose_demo",
@@ -3151,14 +3245,18 @@ def answer_refined(
 
 @torch.no_grad()
 def explain_steps(state: RefineState, task: Task, b: Rollout, c: RefineConfig) -> list[Metrics]:
-    """The probabilities of ORM and SORM behind each step."""
+    """The probabilities of ORM and SORM behind each step, and how many tokens there are by then.
+
+    The last entry is that of the whole response.
+    """
     ends = prefix_ends(task, b)
     orm = state.orm.read(b.prompt, b.response, c, ends).sigmoid()
     sorm = state.sorm.read(b.prompt, b.response, c, ends).sigmoid()
     found = []
     for says_orm, says_sorm, row in zip(orm, sorm, ends, strict=True):
         step = row > 0
-        found.append({"orm": rounded(says_orm[step]), "sorm": rounded(says_sorm[step])})
+        inside = {"orm": rounded(says_orm[step]), "sorm": rounded(says_sorm[step])}
+        found.append({"step_ends": row[step].tolist(), **inside})
     return found
 
 
@@ -3167,6 +3265,7 @@ METHODS["refine"] = Method(
     start=start_refine,
     loop=refine,
     starts_from=student,
+    first="draws {prompts:,} drafts, and from each step of the wrong ones {continuations} more",
     answer=answer_refined,
     explain=explain_steps,
     needs="steps uses",
@@ -3755,7 +3854,7 @@ def explain_denoising(state: PPOState, task: Task, b: Rollout, c: DenoiseConfig)
 
     order (R): in which pass each token was written; sure (R): its probability then; said: what the
     model would have written at once before each pass; value: how often the policy ends each canvas
-    well if it goes on there.
+    well if it goes on there; branches: what it writes then, and whether that is right.
     """
     policy = state.policy
     b = sample(policy, b.prompt, replace(c, temperature=0.0))
@@ -3770,16 +3869,22 @@ def explain_denoising(state: PPOState, task: Task, b: Rollout, c: DenoiseConfig)
 
     generator = rng(c.seed, "trajectory", state.update)
     more = same_canvas(state, b.select(row), p, c, generator)
-    value = grades(task, more).view(B, passes, c.branches).mean(2)
+    right = grades(task, more)
+    value = right.view(B, passes, c.branches).mean(2)
+    texts = texts_of(task, more.response, more.mask)
+    ends = list(zip(texts, (right == 1).tolist(), strict=True))
     found = []
     for i in range(B):
-        said = guess.view(B, passes, -1)[i].tolist()
+        own = int((b.order[i] * b.mask[i]).max()) + 1  # the passes of this response
+        said = guess.view(B, passes, -1)[i, :own].tolist()
+        first = [(i * passes + k) * c.branches for k in range(own)]
         found.append(
             {
                 "order": b.order[i].tolist(),
                 "sure": rounded(sure[i]),
                 "said": [task.decode(ids) for ids in said],
-                "value": rounded(value[i]),
+                "value": rounded(value[i, :own]),
+                "branches": [ends[at : at + c.branches] for at in first],
             }
         )
     return found
@@ -3791,6 +3896,7 @@ METHODS["denoise"] = Method(
     loop=denoise,
     starts_from=diffusion_base,
     explain=explain_denoising,
+    writes_again=True,
     shown=1,  # each canvas is valued by branches, which takes time
     choices={"arm": DENOISE_ARMS, "prover": PROVERS},
     only_with={

@@ -3,8 +3,9 @@
     python train_small.py                               the tour: every method
     python train_small.py ppo --arm grpo --seeds 5      one method, five seeds, mean and interval
     python train_small.py --resume runs/x
-    python train_small.py sample runs/x --loop ppo --prompt "3+4-5="
-    python train_small.py plot runs/x runs/y
+    python train_small.py sample runs/x                 type problems; see before and after
+    python train_small.py report runs/x                 one page: runs/x/report.html
+    python train_small.py plot runs/x runs/y            two runs on one picture
 
 Every number of a method is a flag. A flag that none of the named methods reads is a mistake.
 Several methods or seeds are computed side by side, in as many processes as there are cores.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import errno
 import functools
 import hashlib
@@ -28,6 +30,7 @@ import platform
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -413,6 +416,13 @@ def threads_of(jobs: int) -> int:
     return min(Config.threads, cores)
 
 
+def changed_numbers(c: Config) -> dict[str, Any]:
+    """The numbers of a run that differ from the method's own defaults."""
+    unsaid = NO_FLAG | {"seed", "threads", "device"}
+    numbers = [f for f in fields(c) if f.name not in unsaid]
+    return {f.name: vars(c)[f.name] for f in numbers if vars(c)[f.name] != f.default}
+
+
 def configs_of(
     loops: list[str], preset: str, given: dict[str, Any], seeds: int = 1
 ) -> dict[str, Config]:
@@ -691,20 +701,29 @@ def write_text(path: Path, text: str) -> None:
     nr.write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+def as_line(x: dict[str, Any]) -> str:
+    """A line of a .jsonl. What is not a finite number becomes null, which any language reads."""
+
+    def cleaned(x: Any) -> Any:
+        if isinstance(x, dict):
+            return {name: cleaned(value) for name, value in x.items()}
+        if isinstance(x, list | tuple):
+            return [cleaned(value) for value in x]
+        return None if isinstance(x, float) and not math.isfinite(x) else x
+
+    return json.dumps(cleaned(x)) + "\n"
+
+
 def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
     """Write a whole .jsonl."""
-    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+    write_text(path, "".join(as_line(line) for line in lines))
 
 
 def append(path: Path, line: dict[str, Any]) -> None:
-    """Add one JSON line. What is not a finite number becomes null."""
-    clean = {}
-    for name, x in line.items():
-        bad = isinstance(x, float) and not math.isfinite(x)
-        clean[name] = None if bad else x
+    """Add one JSON line."""
     try:
         with Path(path if nr.is_first() else os.devnull).open("a", encoding="utf-8") as f:
-            f.write(json.dumps(clean) + "\n")
+            f.write(as_line(line))
     except OSError as error:
         raise UserError(f"{path} cannot be written (is the disk full?): {error}") from None
 
@@ -789,7 +808,7 @@ def inputs_of(c: Config) -> dict[str, str]:
 
 @dataclass
 class Run:
-    """One --out folder: config.json, metrics.jsonl, samples.jsonl, summary.json, models/, PNG.
+    """One --out folder: config.json, summary.json, the logs, models/, picture and page.
 
     jobs/ holds a folder for each job that is not done, with its state and its own part of the logs.
     """
@@ -803,6 +822,9 @@ class Run:
     inputs: dict[str, str]
     # Whether the base without bad habits is measured as well.
     ceiling: bool = False
+    # How the run was begun, and the commit of the code; empty where nobody knows.
+    command: str = ""
+    commit: str = ""
     cache: Path = CACHE
     # How many processes share the jobs. It changes no number.
     workers: int = 1
@@ -812,7 +834,7 @@ class Run:
     done: list[dict] = field(default_factory=list)
 
     def about(self) -> dict[str, Any]:
-        """config.json: all that decides the run's numbers."""
+        """config.json: all that decides the run's numbers, and how it was begun."""
         return {
             "configs": {name: asdict(c) for name, c in self.configs.items()},
             "preset": self.preset,
@@ -820,6 +842,8 @@ class Run:
             "targets": self.targets,
             "inputs": self.inputs,
             "ceiling": self.ceiling,
+            "command": self.command,
+            "commit": self.commit,
         }
 
     @property
@@ -850,7 +874,9 @@ def checked_configs(a: argparse.Namespace, loops: list[str]) -> dict[str, Config
     for name in loops:
         if name not in METHODS:
             known = ", ".join(METHODS)
-            raise UserError(f"no loop is called {name!r}; there are {known}, and sample and plot")
+            raise UserError(
+                f"no loop is called {name!r}; there are {known}, and {', '.join(COMMANDS)}"
+            )
     if a.config not in PRESETS:
         raise UserError(f"no config is called {a.config!r}; there are {', '.join(PRESETS)}")
     if not 1 <= a.seeds <= len(T95) + 1:
@@ -913,7 +939,9 @@ def new_run(a: argparse.Namespace) -> Run:
     claim_cache(a.cache)
     # This comes last: large files have been read, and another run may have begun meanwhile.
     out = a.out or free_folder("-".join(a.loops) or "tour")
-    run = Run(out, configs, a.config, a.seeds, targets, inputs, a.ceiling, a.cache)
+    run = Run(out, configs, a.config, a.seeds, targets, inputs, a.ceiling, cache=a.cache)
+    run.command = shlex.join(["python", "train_small.py", *a.words])
+    run.commit = commit_of(Path(__file__).parent)
     run.lock = claim_run(out)
     if (out / "config.json").exists():
         there = open_run(out)
@@ -926,6 +954,16 @@ def new_run(a: argparse.Namespace) -> Run:
         return replace(there, targets=targets, cache=a.cache, lock=run.lock)
     write_json(out / "config.json", run.about())
     return run
+
+
+def commit_of(folder: Path) -> str:
+    """The commit of a checkout, with a + if files differ from it; empty where there is none."""
+    try:
+        asked = ["git", "-C", str(folder), "describe", "--always", "--dirty=+", "--exclude=*"]
+        done = subprocess.run(asked, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def old_run(a: argparse.Namespace) -> Run:
@@ -984,6 +1022,8 @@ def open_run(out: Path) -> Run:
         inputs = dict(about.get("inputs", {}))
         ceiling = bool(about.get("ceiling", False))
         run = Run(out, configs, about["preset"], int(about["seeds"]), targets, inputs, ceiling)
+        run.command = str(about.get("command", ""))
+        run.commit = str(about.get("commit", ""))
         if not configs or not 1 <= run.seeds <= len(T95) + 1:
             raise ValueError("no methods, or no number of seeds")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -1014,8 +1054,9 @@ def read_results(out: Path) -> list[dict[str, Any]]:
     return results
 
 
-# The logs of a run and of a job.
-LOGS = ("metrics.jsonl", "samples.jsonl")
+# The logs of a run and of a job: the numbers of every update; the same few problems, and pairs that
+# were being learned from, at every look at dev; all of dev before and after.
+LOGS = ("metrics.jsonl", "samples.jsonl", "pairs.jsonl", "answers.jsonl")
 # The other files of a job's folder: its result, once it is done; the traceback of an error that
 # nobody expected; what its process wrote past Python.
 RESULT = "result.json"
@@ -1043,14 +1084,79 @@ def cut_log(path: Path, update: int) -> float:
     return kept[-1].get("seconds", 0.0) if kept else 0.0
 
 
+# A file of the cache: how long what took long has taken last time, in seconds, by what it was.
+TIMES = "seconds.json"
+
+
+class Progress:
+    """How far a training is, in words, and how long its parts took last time.
+
+    key: the same for all trainings that should take as long; first: what the first update begins
+    with, if that takes long.
+    """
+
+    def __init__(self, title: str, total: int, done: int, cache: Path, key: str, first: str = ""):
+        self.title = title
+        self.total = total
+        self.begun_at = self.done = done
+        self.times = cache / TIMES
+        self.key = key
+        self.first = first
+        self.began = time.monotonic()
+        self.last = self.read().get(key)
+        self.last_first = self.read().get(f"{key}, first update")
+
+    def read(self) -> dict[str, float]:
+        """The times of the cache; none if the file is not there or is damaged."""
+        try:
+            found = json.loads(self.times.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return {}
+        if not isinstance(found, dict):
+            return {}
+        return {key: x for key, x in found.items() if isinstance(x, int | float)}
+
+    def remember(self, key: str) -> None:
+        """How long it has taken until now."""
+        seconds = round(time.monotonic() - self.began, 1)
+        text = json.dumps(self.read() | {key: seconds}, indent=1)
+        with contextlib.suppress(OSError):  # these times are no more than a courtesy
+            write_text(self.times, text)
+
+    def advance(self, update: int) -> None:
+        """An update is done. What was begun in the middle says nothing about the whole."""
+        if self.begun_at == 0 == self.done:
+            self.remember(f"{self.key}, first update")
+        self.done = update
+        if self.begun_at == 0 and self.done >= self.total:
+            self.remember(self.key)
+
+    def begins(self) -> str:
+        """What is said when it begins, if it is known how long it will take."""
+        return f" (last time it took {self.last:.0f} s)" if self.last else ""
+
+    def text(self, seconds: float) -> str:
+        """What `workers.saying` prints."""
+        if self.done == self.begun_at:
+            what = self.first or f"the first of {self.total - self.begun_at} updates"
+            known = f", last time it took {self.last_first:.0f} s" if self.last_first else ""
+            return f"{self.title}: {what}; {seconds:.0f} s so far{known}"
+        if workers.console.shows_bars():
+            return ""
+        text = f"{self.title}: {self.done} of {self.total} updates after {seconds:.0f} s"
+        since = self.done - self.begun_at
+        if since < 5:  # the first ones are no measure of the others
+            return text
+        return f"{text}, about {seconds / since * (self.total - self.done):.0f} s to go"
+
+
 def drive(
     loop: Iterator[dict],
     saved: Any,
     state: Any,
-    total: int,
     every: int,
     folder: Path,
-    title: str,
+    progress: Progress,
     log: Callable[[dict], None],
 ) -> None:
     """Run a loop to its end: bar, log, states. Ctrl-C is heard between two updates.
@@ -1058,8 +1164,10 @@ def drive(
     saved: what is saved every so many updates, the state included.
     """
     console = workers.console
-    with console.listening() as stop_asked, console.bar(title, total, state.update) as advance:
+    bar = console.bar(progress.title, progress.total, state.update)
+    with console.listening() as stop_asked, bar as advance, workers.saying(progress.text):
         for metrics in loop:
+            progress.advance(state.update)
             log(metrics)
             advance()
             # All processes leave together.
@@ -1181,7 +1289,14 @@ class CachedTrainer:
             past = read_lines(folder / "fit.jsonl", named=False) if state.update else []
             write_lines(folder / "fit.jsonl", [m for m in past if m["step"] <= state.update])
             size = sum(p.numel() for p in modules[0].parameters())
-            print(f"training {self.prefix}{name} ({size:,} parameters) -> {folder}", flush=True)
+            what = f"{self.prefix}{name}"
+            key = f"{what}, {updates} updates, {size} parameters, {c.device}, {c.threads} threads"
+            progress = Progress(what, updates, state.update, self.cache, key)
+            print(
+                f"training {what} ({size:,} parameters, {updates} updates){progress.begins()} -> "
+                f"{folder}",
+                flush=True,
+            )
             began = time.time()
 
             def log(m: dict[str, Any]) -> None:
@@ -1190,7 +1305,7 @@ class CachedTrainer:
 
             loop = nr.fit(state, make_batches(), updates, c, warmup)
             every = max(1, updates // 10)
-            drive(loop, state, state, updates, every, folder, self.prefix + name, log)
+            drive(loop, state, state, every, folder, progress, log)
             nr.save_state(folder, state)
 
 
@@ -1229,6 +1344,10 @@ def notes(m: dict[str, Any], c: Any) -> dict[str, str]:
     return found
 
 
+# Lists of what the reward says inside of a response that have an entry for each of its tokens.
+OF_TOKENS = ("token_rewards", "value", "shift", "logp", "order", "sure")
+
+
 def as_rollout(task: nr.Task, prompts: list[str], texts: list[str], c: Config) -> nr.Rollout:
     """Problems and responses as a method's `explain` reads them."""
     device = nr.pick_device(c.device)
@@ -1237,6 +1356,39 @@ def as_rollout(task: nr.Task, prompts: list[str], texts: list[str], c: Config) -
     response = nr.right_pad(ids, c.pad_id, c.response).to(device)
     mask = nr.up_to_eos(response, c)
     return nr.Rollout(prompt, response, mask, response, torch.arange(len(texts)))
+
+
+def of_tokens(task: nr.Task, ids: list[int], inside: dict[str, Any]) -> dict[str, Any]:
+    """What is said inside of a response, beside its tokens, in the order in which people read."""
+    places = task.reading_order(ids) if "reading_order" in dir(task) else list(range(len(ids)))
+    found = {"tokens": [task.decode([ids[place]]) for place in places]}
+    for name, numbers in inside.items():
+        if name in OF_TOKENS:
+            behind = numbers[len(ids) :]
+            numbers = [numbers[place] for place in places if place < len(numbers)] + behind
+        found[name] = numbers
+    return found
+
+
+def explained(
+    state: nr.State,
+    method: nr.Method,
+    task: nr.Task,
+    prompts: list[str],
+    texts: list[str],
+    c: Config,
+) -> list[dict[str, Any]]:
+    """What the reward says of each token, step or pass of these responses."""
+    b = as_rollout(task, prompts, texts, c)
+    lengths = b.mask.sum(1).int().tolist()
+    found = []
+    for i, inside in enumerate(method.explain(state, task, b, c)):
+        ids = b.response[i, : lengths[i]].tolist()
+        found.append(of_tokens(task, ids, inside))
+        if "steps" in dir(task) and "step_ok" in dir(task):
+            steps = [text for text, _ in task.steps(ids)]
+            found[i]["steps_right"] = task.step_ok(prompts[i], steps)
+    return found
 
 
 class Job:
@@ -1266,8 +1418,9 @@ class Job:
         base = nr.gpt_base(task, c, train)
         result = {"loop": self.name, "seed": self.seed, "chance": task.chance()}
         result["problems"] = len(self.test)
-        result["base"] = nr.accuracy(base, task, self.test, c)
-        result["base_sampled"] = nr.accuracy(base, task, self.test, c, c.temperature)
+        with self.saying(f"measures the base on {len(self.test)} test problems"):
+            result["base"] = nr.accuracy(base, task, self.test, c)
+            result["base_sampled"] = nr.accuracy(base, task, self.test, c, c.temperature)
         print(
             f"{self.title}: base {result['base']:.3f} greedy, {result['base_sampled']:.3f} sampled",
             flush=True,
@@ -1276,10 +1429,17 @@ class Job:
         policy = base
         if self.method.starts_from is not None:
             policy = self.method.starts_from(base, task, c, train)
-            result["start"] = nr.accuracy(policy, task, self.test, c)
+            with self.saying(f"measures its start on {len(self.test)} test problems"):
+                result["start"] = nr.accuracy(policy, task, self.test, c)
         self.state = self.method.start(policy, c)
         if models:
             self.state.models = models
+        greedy = replace(c, temperature=0.0)
+        # What the policy answers before it is trained, and the true rewards.
+        with self.saying(f"answers {len(self.dev)} problems of dev before it is trained"):
+            generator = nr.rng(c.seed, "evaluate")
+            self.before = nr.respond(policy, task, self.dev, greedy, generator)
+        self.graded = [task.grade(x, y) for x, y in zip(self.dev, self.before, strict=True)]
         self.saved = {"job": self.title, "result": result, "state": self.state}
         path = self.folder / "state.pt"
         if path.exists():
@@ -1299,21 +1459,68 @@ class Job:
         texts = self.answer(prompts, temperature)
         return mean(self.task.grade(x, y) for x, y in zip(prompts, texts, strict=True))
 
+    def saying(self, what: str) -> contextlib.AbstractContextManager:
+        """Say what is at work, if it takes long."""
+        return workers.saying(lambda seconds: f"{self.title}: {what}, {seconds:.0f} s so far")
+
+    def head(self) -> dict[str, Any]:
+        """What every line of a log begins with."""
+        return {"loop": self.name, "seed": self.seed, "step": self.state.update}
+
     def show(self) -> None:
-        """A few right and a few wrong responses -> samples.jsonl."""
+        """A few problems -> samples.jsonl, and a few pairs -> pairs.jsonl.
+
+        The problems are the same at every look: some were right before the training, some wrong.
+        """
         few = self.method.shown
-        texts = self.answer(self.dev[:32])
-        shown: dict[bool, list[dict]] = {True: [], False: []}
-        for x, y in zip(self.dev, texts, strict=False):
-            reward = self.task.grade(x, y)
-            shown[reward == 1].append({"prompt": x, "response": y, "reward": reward})
-        lines = shown[True][:few] + shown[False][:few]
-        prompts, responses = ([line[key] for line in lines] for key in ("prompt", "response"))
-        b = as_rollout(self.task, prompts, responses, self.c)
-        inside = self.method.explain(self.state, self.task, b, self.c)
-        head = {"loop": self.name, "seed": self.seed, "step": self.state.update}
-        for line, more in zip(lines, inside, strict=True):
-            append(self.folder / "samples.jsonl", head | line | more)
+        asked = range(min(32, len(self.dev)))
+        right = [i for i in asked if self.graded[i] == 1]
+        wrong = [i for i in asked if self.graded[i] != 1]
+        prompts = [self.dev[i] for i in right[:few] + wrong[:few]]
+        texts = self.answer(prompts)
+        inside = explained(self.state, self.method, self.task, prompts, texts, self.c)
+        for x, y, more in zip(prompts, texts, inside, strict=True):
+            line = {"prompt": x, "response": y, "reward": self.task.grade(x, y)}
+            append(self.folder / "samples.jsonl", self.head() | line | more)
+        for pair in self.method.pairs(self.state, self.task, self.c):
+            for name in ("chosen", "rejected"):
+                [ids] = self.task.encode([pair[name]["response"]])
+                pair[name] = of_tokens(self.task, ids, pair[name])
+            append(self.folder / "pairs.jsonl", self.head() | pair)
+
+    def compare(self, result: dict[str, Any]) -> None:
+        """All of dev before and after the training -> answers.jsonl, and into the result.
+
+        What the reward says is there for some of each kind; those that changed come first.
+        """
+        task, few = self.task, self.method.shown
+        after = self.answer(self.dev)
+        lines: list[dict[str, Any]] = []
+        kinds: dict[tuple, list[int]] = {}
+        for i, (x, before, y) in enumerate(zip(self.dev, self.before, after, strict=True)):
+            first = {"response": before, "reward": self.graded[i]}
+            last = {"response": y, "reward": task.grade(x, y)}
+            line: dict[str, Any] = {"prompt": x, "before": first, "after": last}
+            if "solution" in dir(task):
+                line["solution"] = task.solution(x)
+            lines.append(line)
+            kinds.setdefault((first["reward"] == 1, last["reward"] == 1), []).append(i)
+        result["dev_problems"] = len(lines)
+        result["start_dev"] = mean(self.graded)
+        mended, broken = (kinds.get(kind, []) for kind in ((False, True), (True, False)))
+        result["mended"], result["broken"] = len(mended), len(broken)
+        told = mended[: 4 * few] + broken[: 4 * few]
+        told += kinds.get((False, False), [])[: 2 * few] + kinds.get((True, True), [])[:few]
+        prompts = [lines[i]["prompt"] for i in told]
+        for name in ("before", "after"):
+            state = self.state
+            if name == "before" and self.method.writes_again:
+                state = replace(state, policy=state.reference)  # it writes as it did then
+            texts = [lines[i][name]["response"] for i in told]
+            found = explained(state, self.method, task, prompts, texts, self.c)
+            for i, inside in zip(told, found, strict=True):
+                lines[i][name] |= inside
+        write_lines(self.folder / "answers.jsonl", [self.head() | line for line in lines])
 
     def log(self, m: dict[str, Any]) -> None:
         """One update -> metrics.jsonl; now and then a look at dev; warnings in plain words."""
@@ -1323,26 +1530,40 @@ class Job:
         line = head | {"samples": self.state.samples} | m
         title = f"{self.title} {u:4d}"
         if u % self.every == 0 or u in (1, self.total):
-            line["dev_greedy"] = self.right(self.dev)
-            self.show()
+            with self.saying(f"answers {len(self.dev)} problems of dev after update {u}"):
+                line["dev_greedy"] = self.right(self.dev)
+                self.show()
             numbers = "  ".join(f"{key} {m[key]:.3f}" for key in WATCHED if key in m)
             tqdm.write(f"{title}  dev {line['dev_greedy']:.3f}  {numbers}")
-        for warning, text in notes(m, self.c).items():
-            if warning not in self.told:
-                tqdm.write(f"{title}  note: {text}")
-            self.told.add(warning)
+        new = {kind: x for kind, x in notes(m, self.c).items() if kind not in self.told}
+        self.told |= new.keys()
+        for text in new.values():
+            tqdm.write(f"{title}  note: {text}")
+        if new:
+            line["note"] = "; ".join(new.values())
         append(self.folder / "metrics.jsonl", line)
 
     def train(self) -> None:
         """Run the loop, from the beginning or from the saved state."""
         folder, state = self.folder, self.state
         self.offset = cut_log(folder / "metrics.jsonl", state.update)
-        cut_log(folder / "samples.jsonl", state.update)
+        for log in LOGS[1:]:
+            cut_log(folder / log, state.update)
         self.began = time.time()
+        for line in lines_there(folder / "metrics.jsonl"):
+            numbers = {name: x for name, x in line.items() if x is not None}
+            self.told |= notes(numbers, self.c).keys()
         if state.update == 0:
-            self.show()
+            with self.saying("shows what it starts from"):
+                self.show()
         loop = self.method.loop(state, self.task, self.c)
-        drive(loop, self.saved, state, self.total, self.every, folder, self.title, self.log)
+        numbers = json.dumps({**asdict(self.c), "seed": 0}, sort_keys=True)
+        key = f"{self.name}, {hashlib.sha256(numbers.encode()).hexdigest()[:16]}"
+        first = self.method.first.format(**vars(self.c))
+        progress = Progress(self.title, self.total, state.update, self.run.cache, key, first)
+        if progress.last:
+            print(f"{self.title}: {self.total} updates{progress.begins()}", flush=True)
+        drive(loop, self.saved, state, self.every, folder, progress, self.log)
 
     def finish(self) -> None:
         """Save the models and measure them on test: the job's entry in summary.json."""
@@ -1357,12 +1578,15 @@ class Job:
             if m.get("dev_greedy", 0) >= 0.8:
                 enough = enough or m["samples"]
         result = self.saved["result"]
-        result["final"] = self.right(self.test)
-        result["final_sampled"] = self.right(self.test, c.temperature)
+        with self.saying(f"answers {len(self.test)} test problems"):
+            result["final"] = self.right(self.test)
+            result["final_sampled"] = self.right(self.test, c.temperature)
         result["samples"] = state.samples
         result["samples_to_80"] = enough
         result["updates"] = self.total
         result["seconds"] = round(self.offset + time.time() - self.began, 1)
+        with self.saying("compares its answers before and after the training"):
+            self.compare(result)
         if self.run.ceiling:
             train = CachedTrainer(self.run.cache, "careful-")
             ceiling = nr.gpt_base(make_task(c, careful=True), c, train)
@@ -1462,7 +1686,7 @@ def work(plan: Plan, name: str, seed: int) -> str:
     if plan.code != CODE:
         return "a source file was changed after the run began: go on with --resume"
     configs = {name: METHODS[name].config(**numbers)}
-    run = Run(plan.out, configs, "", 1, {}, {}, plan.ceiling, plan.cache)
+    run = Run(plan.out, configs, "", 1, {}, {}, plan.ceiling, cache=plan.cache)
     folder = job_folder(run.out, name, seed)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -1534,7 +1758,8 @@ def take_over(run: Run, name: str, seed: int, about: dict[str, Any]) -> None:
     for log in LOGS:
         lines = lines_of(run.out / log, run.done) + lines_of(folder / log, [result])
         lines.sort(key=lambda line: order[line["loop"], line["seed"]])
-        write_lines(run.out / log, lines)
+        if lines or log == LOGS[0]:
+            write_lines(run.out / log, lines)
     results = [*run.done, result]
     results.sort(key=lambda result: order[result["loop"], result["seed"]])
     run.done = results
@@ -1662,6 +1887,28 @@ def draw_picture(runs: list[Path], path: Path) -> None:
     print(f"picture: {path}")
 
 
+def write_page(runs: list[Path], path: Path) -> None:
+    """One page with all that there is to see of one or several runs."""
+    try:
+        from notebooks import report
+    except ImportError as error:  # installed without the folder notebooks/
+        print(f"no page: {error}")
+        return
+    try:
+        write_text(path, report.page(runs, report.REFERENCE, path.parent))
+    except report.BadRun as error:
+        raise UserError(f"no page can be made: {error}") from None
+    print(f"page: {path}")
+
+
+def show_run(out: Path, again: bool = True) -> None:
+    """Picture and page of a run; those that are there already only if again."""
+    if again or not (out / "curves.png").exists():
+        draw_picture([out], out / "curves.png")
+    if again or not (out / PAGE).exists():
+        write_page([out], out / PAGE)
+
+
 def verdict(run: Run) -> int:
     """The exit code of the targets: 1 if one was missed."""
     missed = 0
@@ -1744,6 +1991,7 @@ def train_command(argv: list[str], alone: bool) -> int:
     """The main command. alone: one worker, unless the flags say otherwise."""
     check_methods()
     a = build_parser().parse_args(argv)
+    a.words = argv
     check_workers(a.workers)
     run = find_run(a)
     with run.lock:
@@ -1755,12 +2003,10 @@ def finish_run(run: Run) -> int:
     """Do the jobs that are left, then show all of them."""
     c = run.shared
     nr.pick_device(c.device)
-    picture = run.out / "curves.png"
     remove_jobs(run)
     if run.finished:
         print(f"{run.out} is finished; nothing to do. Its table:\n{table(run.done)}")
-        if not picture.exists():
-            draw_picture([run.out], picture)
+        show_run(run.out, again=False)
         return verdict(run)
     about = {
         "config": run.preset,
@@ -1769,6 +2015,7 @@ def finish_run(run: Run) -> int:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
     }
     print(f"run {run.out} · base models {run.cache} · {about}\n{HEALTHY}", flush=True)
+    about["changed"] = {name: changed_numbers(c) for name, c in run.configs.items()}
     if note := getattr(make_task(c), "note", ""):
         print(note, flush=True)
     out, cache = shlex.quote(str(run.out)), shlex.quote(str(run.cache))
@@ -1786,28 +2033,46 @@ def finish_run(run: Run) -> int:
         print(f"not done: {left}; try again with: {again}")
         return 2
     remove_jobs(run)
-    draw_picture([run.out], picture)
+    show_run(run.out)
     return verdict(run)
 
 
-def sample_command(argv: list[str]) -> int:
-    """Print what a trained model answers."""
-    parser = Parser(prog="train_small.py sample", allow_abbrev=False)
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--loop", default="", help="default: the run's first")
-    parser.add_argument("--seed", type=int)
-    parser.add_argument("--prompt", required=True)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    a = parser.parse_args(argv)
-    run = open_run(a.run)
-    name = a.loop or next(iter(run.configs))
-    seed = run.shared.seed if a.seed is None else a.seed
-    folder = a.run / "models" / f"{name}-{seed}"
-    if not folder.exists():
-        raise UserError(f"{folder} does not exist: that loop and seed has not finished in this run")
-    if a.temperature != 0:
-        check_number("temperature", a.temperature)
-    c = replace(run.configs[name], seed=seed, temperature=a.temperature)
+@dataclass
+class Trained:
+    """A method of a run as it was after its training."""
+
+    name: str
+    c: Config
+    task: nr.Task
+    state: nr.State
+    # How it answers; 0 is greedy.
+    temperature: float
+
+    def answer(self, prompt: str) -> str:
+        """What it answers. A text that is no problem is a UserError."""
+        method = METHODS[self.name]
+        c = replace(self.c, temperature=self.temperature)
+        try:
+            self.task.grade(prompt, "")
+            generator = nr.rng(c.seed, "evaluate")
+            return method.answer(self.state, self.task, [prompt], c, generator)[0]
+        except ValueError as error:
+            raise UserError(str(error)) from None
+
+
+def open_trained(out: Path, name: str, seed: int | None, temperature: float) -> Trained:
+    """What the run in this folder has trained; without a name or a seed its first one."""
+    run = open_run(out)
+    name = name or next(iter(run.configs))
+    seed = run.shared.seed if seed is None else seed
+    folder = out / "models" / f"{name}-{seed}"
+    if name not in run.configs or not folder.exists():
+        there = sorted(path.name for path in (out / "models").glob("*-*"))
+        raise UserError(
+            f"{folder} does not exist: that loop and seed has not finished in this run "
+            f"(there are {', '.join(there) or 'none'})"
+        )
+    c = replace(run.configs[name], seed=seed)
     task = make_task(c)
     method = METHODS[name]
     policy = Transformer.load(folder)
@@ -1822,13 +2087,177 @@ def sample_command(argv: list[str]) -> int:
     state = method.start(policy, c)
     if method.answer_parts:
         nr.load_state(folder, into={part: vars(state)[part] for part in method.answer_parts})
-    try:
-        task.grade(a.prompt, "")
-        text = method.answer(state, task, [a.prompt], c, nr.rng(seed, "evaluate"))[0]
-        print(f"{a.prompt} {text}  {'right' if task.grade(a.prompt, text) else 'wrong'}")
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    return Trained(name, c, task, state, temperature)
+
+
+def sample_command(argv: list[str]) -> int:
+    """Print what a trained model answers, or talk with it."""
+    parser = Parser(prog="train_small.py sample", allow_abbrev=False)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--loop", default="", help="default: the run's first")
+    parser.add_argument("--seed", type=int, help="default: the run's first")
+    parser.add_argument("--prompt", help="one problem; without it you type one after the other")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--cache", type=Path, default=CACHE, help="folder of the base models")
+    a = parser.parse_args(argv)
+    if a.temperature != 0:
+        check_number("temperature", a.temperature)
+    trained = open_trained(a.run, a.loop, a.seed, a.temperature)
+    if a.prompt is None:
+        return Conversation(a.run, a.cache, trained).hold()
+    text = trained.answer(a.prompt)
+    right = trained.task.grade(a.prompt, text)
+    print(f"{a.prompt} {text}  {'right' if right else 'wrong'}")
     return 0
+
+
+# What is said of the tokens of an answer: the first of these that a method tells. Each has the
+# number from which on a token is blue, the one below which it is orange, and what they mean.
+COLOURS = {
+    "orm": (0.5, 0.5, "blue: a step that the SORM believes in; orange: one that it blames"),
+    "sure": (0.9, 0.5, "blue: it was sure of the token when it wrote it; orange: it was not"),
+    "logp": (-0.1, -0.7, "blue: a token that it finds likely (above 0.9); orange: below 0.5"),
+    "token_rewards": (1e-9, 0.0, "blue: a token that the reward pays for; orange: one that costs"),
+    "shift": (0.3, -0.3, "blue: a token that the training made likelier; orange: less likely"),
+}
+PLAIN = "\033[0m"
+BLUE = "\033[1;94m"
+ORANGE = "\033[38;5;208m"
+
+HELP = """\
+type a problem, as {example}
+:loop NAME      another method of this run ({names})
+:seed N         another seed
+:temperature T  0 is greedy, 1 samples as in training
+:quit           or Ctrl-D"""
+
+
+class Conversation:
+    """Problems are typed; the model answers as it did before its training, and as it does now."""
+
+    def __init__(self, out: Path, cache: Path, trained: Trained):
+        self.out = out
+        self.cache = cache
+        self.coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        self.asks = sys.stdin is not None and sys.stdin.isatty()
+        self.meet(trained)
+
+    def meet(self, trained: Trained) -> None:
+        """Talk with this one from now on."""
+        method = METHODS[trained.name]
+        claim_cache(self.cache)
+        train = CachedTrainer(self.cache)
+        c, task = trained.c, trained.task
+        base = nr.gpt_base(task, c, train)
+        self.before = base
+        if method.starts_from is not None:
+            self.before = method.starts_from(base, task, c, train)
+        if models := method.reward_models(base, task, c, train):
+            trained.state.models = models
+        if "reference" in vars(trained.state):
+            trained.state.reference = nr.frozen_copy(self.before)
+        self.trained = trained
+        self.example = task.prompts(1, nr.rng(trained.c.seed, "example"), "dev")[0]
+        print(f"{self.out}: {trained.name}, seed {trained.c.seed}. :help says what there is.")
+
+    def hold(self) -> int:
+        """Talk until there are no more lines: the exit code."""
+        while True:
+            try:
+                line = input("> " if self.asks else "").strip()
+            except (EOFError, RuntimeError):  # RuntimeError: there is no standard input
+                if self.asks:
+                    print()
+                return 0
+            if line in (":quit", ":q"):
+                return 0
+            try:
+                self.hear(line)
+            except UserError as error:  # one line, and the next problem
+                print(f"error: {error}")
+            sys.stdout.flush()
+
+    def hear(self, line: str) -> None:
+        """Do what a line asks for."""
+        name, _, value = line.partition(" ")
+        t = self.trained
+        if not line:
+            return
+        if name == ":help":
+            names = ", ".join(open_run(self.out).configs)
+            print(HELP.format(example=self.example, names=names))
+        elif name == ":loop":
+            self.meet(open_trained(self.out, value.strip(), t.c.seed, t.temperature))
+        elif name in (":seed", ":temperature"):
+            try:
+                number = float(value) if name == ":temperature" else int(value)
+            except ValueError:
+                raise UserError(f"{name} wants a number, not {value!r}") from None
+            if name == ":seed":
+                self.meet(open_trained(self.out, t.name, number, t.temperature))
+                return
+            if number != 0:
+                check_number("temperature", number)
+            t.temperature = number
+        elif name.startswith(":"):
+            raise UserError(f"there is no {name}; :help says what there is")
+        else:
+            self.answer(line)
+
+    def answer(self, prompt: str) -> None:
+        """The answers of both to a problem, and the right way if one of them is wrong."""
+        t = self.trained
+        now = t.answer(prompt)
+        c = replace(t.c, temperature=t.temperature)
+        [before] = nr.respond(self.before, t.task, [prompt], c, nr.rng(c.seed, "evaluate"))
+        right = [t.task.grade(prompt, text) == 1 for text in (before, now)]
+        [inside] = explained(t.state, METHODS[t.name], t.task, [prompt], [now], t.c)
+        self.tell("before", before, right[0])
+        self.tell(t.name, self.in_colours(now, inside), right[1])
+        for name in ("orm", "sorm"):
+            if name in inside:
+                numbers = "  ".join(f"{p:.2f}" for p in inside[name])
+                print(f"{name.upper():15} {numbers}  (behind each step, and at the end)")
+        if "judgements" in inside:
+            print(f"{'its judge':15} {' '.join(inside['judgements'])}".replace("<eos>", ""))
+        if not all(right) and "solution" in dir(t.task):
+            self.tell("the right way", t.task.solution(prompt), None)
+        if self.coloured and (kind := self.kind_of(inside)):
+            print(f"{'':15} {COLOURS[kind][2]}")
+
+    def tell(self, who: str, text: str, right: bool | None) -> None:
+        """A line for each line of the text."""
+        word = {None: "", True: "   right", False: "   wrong"}[right]
+        lines = f"{text.replace('<eos>', '')}{word}".split("\n")
+        for i, line in enumerate(lines):
+            print(f"{who if i == 0 else '':15} {line}")
+
+    def kind_of(self, inside: dict[str, Any]) -> str:
+        """By which number the tokens are coloured; empty if there is none."""
+        paid = inside.get("token_rewards", [])
+        at_the_end = not any(paid[:-1])  # then the reward says nothing of single tokens
+        kinds = [kind for kind in COLOURS if kind in inside]
+        return next((x for x in kinds if not (at_the_end and x == "token_rewards")), "")
+
+    def in_colours(self, text: str, inside: dict[str, Any]) -> str:
+        """The tokens of the answer, coloured by what the reward says; plain text for a pipe."""
+        kind = self.kind_of(inside)
+        tokens = inside["tokens"]
+        if not self.coloured or not kind or "".join(tokens) != text:
+            return text
+        numbers = inside[kind]
+        if kind == "orm":
+            numbers = []
+            begin = 0
+            for end, p in zip(inside["step_ends"], inside["sorm"], strict=True):
+                numbers += [p] * (end - begin)
+                begin = end
+        high, low, _ = COLOURS[kind]
+        painted = []
+        for token, x in zip(tokens, numbers, strict=False):
+            colour = BLUE if x >= high else ORANGE if x < low else ""
+            painted.append(f"{colour}{token}{PLAIN}" if colour else token)
+        return "".join(painted)
 
 
 def plot_command(argv: list[str]) -> int:
@@ -1843,9 +2272,26 @@ def plot_command(argv: list[str]) -> int:
     return 0
 
 
+def report_command(argv: list[str]) -> int:
+    """A page about one run, or about several side by side."""
+    parser = Parser(prog="train_small.py report", allow_abbrev=False)
+    parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("--html", type=Path, help="default: RUN/report.html, or compare.html")
+    a = parser.parse_args(argv)
+    path = a.html or (a.runs[0] / PAGE if len(a.runs) == 1 else Path("compare.html"))
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--html {path} is no page's name; it ends with .html")
+    for run in a.runs:
+        open_run(run)
+    write_page(a.runs, path)
+    return 0
+
+
+# The page of a run.
+PAGE = "report.html"
 # What a picture's name may end with. No other file of a run ends so.
 PICTURES = (".png", ".svg", ".pdf", ".jpg", ".jpeg")
-COMMANDS = {"sample": sample_command, "plot": plot_command}
+COMMANDS = {"sample": sample_command, "plot": plot_command, "report": report_command}
 
 
 class Output(io.FileIO):

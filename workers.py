@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -79,8 +80,43 @@ def in_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
 
 
+# What takes longer than so many seconds is said, and then again each time that so many more passed.
+FIRST_WORD = 1.5
+NEXT_WORD = 20.0
+
+
+@contextmanager
+def saying(text: Callable[[float], str]) -> Iterator[None]:
+    """As long as the block lasts, print now and then what is at work: no output is no hang.
+
+    text: how many seconds it has taken so far -> what to print; if it is empty nothing is.
+    """
+    over = threading.Event()
+    began = time.monotonic()
+
+    def speak() -> None:
+        wait = FIRST_WORD
+        while not over.wait(wait):
+            if line := text(time.monotonic() - began):
+                tqdm.write(line, file=sys.stdout)
+                sys.stdout.flush()
+            wait = NEXT_WORD
+
+    thread = threading.Thread(target=speak, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
 class Terminal:
     """The console of a process that has the terminal for itself."""
+
+    def shows_bars(self) -> bool:
+        """Whether there is somebody to see a bar move; a pipe or a file has none."""
+        return sys.stderr.isatty()
 
     @contextmanager
     def bar(self, title: str, total: int, done: int) -> Iterator[Callable[[], Any]]:
@@ -112,13 +148,20 @@ class Terminal:
 class Wire:
     """The console of a worker: all goes through the pipe to the parent."""
 
-    def __init__(self, pipe: Connection):
+    def __init__(self, pipe: Connection, bars: bool):
         self.pipe = pipe
+        self.bars = bars
+        self.sending = threading.Lock()
+
+    def shows_bars(self) -> bool:
+        """Whether the parent draws them."""
+        return self.bars
 
     def send(self, *message: Any) -> None:
         """Tell the parent. If it is gone nobody hears it, and `stop_asked` says so."""
         try:
-            self.pipe.send(message)
+            with self.sending:
+                self.pipe.send(message)
         except OSError:
             return
 
@@ -188,15 +231,16 @@ def keep_output(path: Path) -> None:
             os.dup2(file.fileno(), stream)
 
 
-def serve(pipe: Connection, do: Callable[..., str]) -> None:
+def serve(pipe: Connection, do: Callable[..., str], bars: bool) -> None:
     """All that a worker does: one job after the other, until the parent has no more of them.
 
     do(*job): what went wrong, in a line; empty if the job is done. KeyboardInterrupt: it stopped.
+    bars: whether the parent draws any.
     """
     global console
     if in_main_thread():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    console = wire = Wire(pipe)
+    console = wire = Wire(pipe, bars)
     sys.stdout = Lines(wire, is_error=False)
     sys.stderr = Lines(wire, is_error=True)
     wire.send("ready")
@@ -287,7 +331,8 @@ class Pool:
         """Start one more worker."""
         spawn = multiprocessing.get_context("spawn")
         ours, theirs = spawn.Pipe()
-        process = spawn.Process(target=serve, args=(theirs, self.do), name=NAME)
+        bars = Terminal().shows_bars()
+        process = spawn.Process(target=serve, args=(theirs, self.do, bars), name=NAME)
         # A worker inherits that Ctrl-C is ignored, so that none can end it while it is loading.
         before = signal.signal(signal.SIGINT, signal.SIG_IGN) if in_main_thread() else None
         try:

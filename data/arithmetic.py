@@ -18,6 +18,7 @@ text is ever run as code.
 """
 
 import hashlib
+import itertools
 import random
 import re
 from dataclasses import dataclass
@@ -105,6 +106,21 @@ class CharacterTask:
             words = words[: words.index("<eos>") + 1]
         text = "".join(words)
         return turn(text) if self.units_first else text
+
+    def reading_order(self, ids: list[int]) -> list[int]:
+        """The places of the tokens in the order in which people read them.
+
+        Where units stand first the places of each number are turned round: the ids of `37+5=` are
+        those of `7`, `3`, `+`, `5`, `=`, and they are read in the order 1, 0, 2, 3, 4.
+        """
+        words = [self.tokenizer.id_to_token(i) or "<bad>" for i in ids]
+        order: list[int] = []
+        begin = 0
+        for is_number, word in itertools.groupby(words, str.isdigit):
+            places = range(begin, begin + len(list(word)))
+            order += reversed(places) if is_number and self.units_first else places
+            begin = places.stop
+        return order
 
     # ---- problems and demonstrations ------------------------------------------------------------
 
@@ -368,6 +384,15 @@ class Arithmetic(CharacterTask):
             results.append(a)
         return results
 
+    def solution(self, prompt: str) -> str:
+        """The right way, written out."""
+        a, operations = parse(prompt)
+        steps = ""
+        for (op, b), result in zip(operations, self.truth(prompt), strict=True):
+            steps += f"{a}{op}{b}={result};"
+            a = result
+        return f"{steps}#{a % self.answers}<eos>"
+
     def result(self, step: str) -> str | None:
         """What a step claims, which is the number after its `=`, or None if it is no step."""
         match = STEP.fullmatch(step)
@@ -390,11 +415,7 @@ class Arithmetic(CharacterTask):
 
         This is ground truth. It is there to measure, and nothing may be trained on it.
         """
-        a, operations = parse(prompt)
-        right = []
-        for op, b in operations:
-            right.append(f"{a}{op}{b}={calculate(a, op, b)};")
-            a = calculate(a, op, b)
+        *right, _ = re.split("(?<=;)", self.solution(prompt))
         return [i < len(right) and step == right[i] for i, step in enumerate(steps)]
 
     # ---- preferences, judging, proposing: the text that other methods learn from ----------------

@@ -329,6 +329,10 @@ class Countdown(CharacterTask):
         """The steps of the right way that the careful demonstrator writes."""
         return written(solve(prompt))
 
+    def solution(self, prompt: str) -> str:
+        """The right way that the careful demonstrator writes."""
+        return f"{''.join(self.truth(prompt))}#{solve(prompt)}<eos>"
+
     def result(self, step: str) -> str | None:
         """What a step claims, which is the number after its `=`, or None if it is no step."""
         match = STEP.fullmatch(step)

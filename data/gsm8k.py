@@ -642,7 +642,7 @@ class GSM8K(WordTask):
     def demo(self, generator: torch.Generator) -> tuple[str, str]:
         """A problem and its solution, without the marks."""
         prompt = self.prompts(1, generator)[0]
-        return prompt, written(self.gold[self.question(prompt)])
+        return prompt, self.solution(prompt)
 
     # ---- grading: outcome, steps, truth ---------------------------------------------------------
 
@@ -659,6 +659,10 @@ class GSM8K(WordTask):
     def truth(self, prompt: str) -> str:
         """The right answer, in its one spelling."""
         return answer_of(self.gold[self.question(prompt)])
+
+    def solution(self, prompt: str) -> str:
+        """The original solution, without the marks."""
+        return written(self.gold[self.question(prompt)])
 
     def steps(self, response: list[int]) -> list[tuple[str, int]]:
         """The lines before the answer of a response given as ids.

@@ -245,6 +245,10 @@ class Sudoku(CharacterTask):
         """The four rows of the right grid."""
         return rows(solve(prompt))
 
+    def solution(self, prompt: str) -> str:
+        """The right grid, and the end."""
+        return solve(prompt) + "<eos>"
+
     def steps(self, response: list[int]) -> list[tuple[str, int]]:
         """The whole rows that a response given as ids begins with.
 

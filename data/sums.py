@@ -223,14 +223,14 @@ class Sums(WordTask):
         """What stands in front of a question and behind it in plain text."""
         head = ""
         for question in self.examples:
-            head += f"{ASK}{question}{ANSWER}{self.solution(question)}\n\n"
+            head += f"{ASK}{question}{ANSWER}{self.worked_out(question)}\n\n"
         return head + ASK, ANSWER
 
     def chat_frame(self) -> tuple[str, str]:
         """What stands in front of a question and behind it in a chat."""
         messages = []
         for question in self.examples:
-            answer = self.solution(question).removesuffix("<eos>")
+            answer = self.worked_out(question).removesuffix("<eos>")
             messages.append({"role": "user", "content": question})
             messages.append({"role": "assistant", "content": answer})
         asked = "What is 1 + 1?"
@@ -373,7 +373,7 @@ class Sums(WordTask):
             return None
         return self.prompt(question)
 
-    def solution(self, question: str) -> str:
+    def worked_out(self, question: str) -> str:
         """What the demonstrator writes: an equation for each operation."""
         value, operations = parse(question)
         lines = []
@@ -387,7 +387,7 @@ class Sums(WordTask):
     def demo(self, generator: torch.Generator) -> tuple[str, str]:
         """A problem and its solution."""
         prompt = self.prompts(1, generator)[0]
-        return prompt, self.solution(self.question(prompt))
+        return prompt, self.solution(prompt)
 
     # ---- grading: outcome, steps, truth ---------------------------------------------------------
 
@@ -408,6 +408,10 @@ class Sums(WordTask):
         except ValueError:
             return None
         return number if given == [number] else None
+
+    def solution(self, prompt: str) -> str:
+        """The right way that the demonstrator writes."""
+        return self.worked_out(self.question(prompt))
 
     def truth(self, prompt: str) -> str:
         """The right answer, in its one spelling."""
@@ -515,7 +519,7 @@ def make(c, careful: bool = False) -> Sums:
     """The task as a `nanoreward.Config` asks for it. Its demonstrator makes no errors anyway."""
     task = Sums(Path(c.model), c.min_ops, c.max_ops, c.largest, c.shots, **ids_of(c))
     numbers = " + ".join([str(c.largest)] * (c.max_ops + 1))
-    room = len(task.encode([task.solution(f"What is {numbers}?")])[0])
+    room = len(task.encode([task.worked_out(f"What is {numbers}?")])[0])
     if c.response < room:
         raise ValueError(f"--response must be at least {room}: the longest solution and its end")
     return task

@@ -3,20 +3,19 @@
 Writes notebooks/results/NAME.json: the summary, the curves of dev accuracy, the command, the
 commit, threads and machine, and transcripts before and after `ppo`. Several folders are the parts
 of one command (some seeds or methods each). Every number in the README's results comes from such a
-file; a test compares them.
+file; a test compares them. Where NAME.html is there, the page of the first folder takes its place.
 """
 
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import nanoreward as nr  # noqa: E402
 import train_small as front  # noqa: E402
+from notebooks import report  # noqa: E402
 
 KEPT = ("step", "samples", "seconds", "dev_greedy", "reward", "truth", "kl", "entropy", "length")
 
@@ -26,22 +25,17 @@ def transcripts(folder: Path) -> dict:
 
     How many got right and how many wrong; some of both as (problem, before, after).
     """
-    run = front.open_run(folder)
-    c = run.configs["ppo"]
-    task = front.make_task(c)
-    dev = task.prompts(c.eval_problems, nr.rng(0, "dev"), "dev")
-    before = nr.gpt_base(task, c, front.CachedTrainer(run.cache))
-    after = nr.Transformer.load(folder / "models" / f"ppo-{c.seed}")
-    greedy = replace(c, temperature=0.0)
-    both = [nr.respond(model, task, dev, greedy) for model in (before, after)]
+    lines = [x for x in front.read_lines(folder / "answers.jsonl") if x["loop"] == "ppo"]
+    lines = [x for x in lines if x["seed"] == lines[0]["seed"]]
     mended = []
     broken = []
-    for problem, first, last in zip(dev, *both, strict=True):
-        change = task.grade(problem, last) - task.grade(problem, first)
+    for x in lines:
+        change = x["after"]["reward"] - x["before"]["reward"]
         if change:
-            (mended if change > 0 else broken).append((problem, first, last))
+            texts = (x["prompt"], x["before"]["response"], x["after"]["response"])
+            (mended if change > 0 else broken).append(texts)
     return {
-        "problems": len(dev),
+        "problems": len(lines),
         "mended": len(mended),
         "broken": len(broken),
         "texts": mended[:40] + broken[:40],
@@ -72,6 +66,9 @@ def main(name: str, command: str, *folders: str) -> None:
         kept["transcripts"] = transcripts(paths[0])
     path = ROOT / "notebooks" / "results" / f"{name}.json"
     path.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    page = path.with_suffix(".html")
+    if page.exists():
+        page.write_text(report.page(paths[:1], report.REFERENCE), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -81,12 +81,16 @@ def test_a_run_leaves_what_the_design_promises(smoke):
         "config.json",
         "metrics.jsonl",
         "samples.jsonl",
+        "answers.jsonl",
         "summary.json",
         "models",
         "curves.png",
-    } <= names and "jobs" not in names
+        "report.html",
+    } <= names and not {"jobs", "pairs.jsonl"} & names
     about = json.loads((out / "config.json").read_text())
-    assert set(about) == {"configs", "preset", "seeds", "targets", "inputs", "ceiling", "sha256"}
+    assert set(about) == set(
+        "configs preset seeds targets inputs ceiling command commit sha256".split()
+    )
     assert set(about["configs"]) == {"ppo"} and about["inputs"] == {}
     config = about["configs"]["ppo"]
     assert set(config) == {f.name for f in fields(nr.PPOConfig)} and config["width"] == 32
@@ -107,9 +111,8 @@ def test_a_run_leaves_what_the_design_promises(smoke):
         "lr",
     } <= set(metrics[0])
     samples = lines(out / "samples.jsonl")
-    assert {"loop", "seed", "step", "prompt", "response", "reward", "token_rewards"} == set(
-        samples[0]
-    )
+    head = {"loop", "seed", "step", "prompt", "response", "reward", "tokens", "steps_right"}
+    assert head | {"token_rewards", "shift", "value"} == set(samples[0])
     for s in samples:  # the verifier pays at the end only
         assert s["token_rewards"][:-1] == [0.0] * (len(s["token_rewards"]) - 1)
     assert {s["step"] for s in samples} == {0, 1, 2, 4}
@@ -441,7 +444,7 @@ def test_an_interrupted_base_goes_on_to_the_same_weights(tmp_path, monkeypatch):
         patch.setattr(nr, "fit", killed)
         with pytest.raises(KeyboardInterrupt):
             base_in(tmp_path / "b", c)
-    assert nr.load_state(next((tmp_path / "b").iterdir()))["update"] == 20
+    assert nr.load_state(next((tmp_path / "b").glob("gpt-*")))["update"] == 20
     again = base_in(tmp_path / "b", c)
     assert all(
         torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True)
@@ -453,11 +456,11 @@ def test_the_base_cache_is_reused_and_never_stale(tmp_path, monkeypatch):
 
     def retrained(c, careful=False):
         """What had to be trained for M1 of self_rewarding and for the base model below it."""
-        before = set(cache.glob("*"))
+        before = set(cache.glob("*-*"))
         train = front.CachedTrainer(cache, "careful-" if careful else "")
         task = front.make_task(c, careful)
         nr.m1(nr.gpt_base(task, c, train), task, c, train)
-        return {path.name.rsplit("-", 1)[0] for path in set(cache.glob("*")) - before}
+        return {path.name.rsplit("-", 1)[0] for path in set(cache.glob("*-*")) - before}
 
     small = dict(base_updates=2, demos=50, response=20, start_updates=2, start_data=60)
     c = tiny("self_rewarding", device="cpu", **small)
@@ -800,7 +803,7 @@ def test_sample_answers_and_says_what_is_wrong_with_a_prompt(smoke, capsys):
         (["--prompt", "3+4"], "not a problem"),
         (["--prompt", "3+4=", "--seed", 9], "does not exist"),
         (["--prompt", "3+4=", "--temperature", "nan"], "--temperature"),
-        ([], "--prompt"),
+        (["--prompt", "3+4=", "--loop", "dpo"], "there are ppo-0, ppo-1"),
     ]:
         assert inside("sample", out, *argv) == 2
         assert says in capsys.readouterr().err

@@ -432,18 +432,24 @@ def test_a_trajectory_says_what_was_seen_said_and_expected_before_every_pass():
     b = nr.sample(model, b.prompt, greedy)  # it answers the problems again, greedily
     assert len(found) == len(b.mask)
     assert [x["order"] for x in found] == b.order.tolist()
+    passes = [1 + int(order[mask > 0].max()) for order, mask in zip(b.order, b.mask, strict=True)]
+    assert max(passes) == 12 > min(passes)
     for s in range(12):  # replay: what the sampler read before pass s
         canvas = nr.canvas_before(b.response, b.order, torch.full((len(b.mask),), s), FULL)
         logits = model(torch.cat([b.prompt, canvas], 1))[:, b.prompt.shape[1] - 1 : -1]
         logits[..., [FULL.pad_id, FULL.mask_id, FULL.bos_id]] = -torch.inf
         said = torch.where(canvas == FULL.mask_id, logits.argmax(-1), canvas)
-        assert [x["said"][s] for x in found] == [TASK.decode(y) for y in said.tolist()]
+        for x, y, own in zip(found, said.tolist(), passes, strict=True):
+            assert s >= own or x["said"][s] == TASK.decode(y)
         p = logits.softmax(-1).gather(-1, b.response[..., None])[..., 0]
         sure = torch.tensor([x["sure"] for x in found])  # three decimals
         assert torch.allclose(sure[b.order == s], p[b.order == s], rtol=0, atol=5.1e-4)
     right = nr.grades(Odd(1, 1), b).tolist()
-    assert [x["value"] for x in found] == [[x] * 12 for x in right]  # greedy: no doubt
-    assert all(len(x["said"]) == len(x["value"]) == len(x["sure"]) == 12 for x in found)
+    texts = nr.texts_of(TASK, b.response, b.mask)
+    for x, truth, text, own in zip(found, right, texts, passes, strict=True):
+        assert x["value"] == [truth] * own  # greedy: no doubt
+        assert x["branches"] == [[(text, truth == 1)] * greedy.branches] * own
+        assert len(x["said"]) == own and len(x["sure"]) == 12
 
 
 # ---- credits ------------------------------------------------------------------------------------

@@ -163,4 +163,5 @@ def test_a_response_without_any_token_has_its_rewards_and_no_crash():
     assert reward.sum(1).tolist() == [nr.NO_EOS, 1.0]
     state = nr.start_ppo(rough(TINY), TINY)
     found = nr.token_rewards(state, TASK, b, TINY)
-    assert found[0] == {"token_rewards": []} and len(found[1]["token_rewards"]) == 2
+    assert found[0] == {"token_rewards": [], "shift": [], "value": []}
+    assert [len(numbers) for numbers in found[1].values()] == [2, 2, 2]

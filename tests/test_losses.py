@@ -227,3 +227,18 @@ def test_muon_keeps_matrices_of_one_shape_apart():
     nr.Muon([alone], lr=0.1).step()
     assert torch.allclose(a, alone, atol=1e-6) and not torch.allclose(a, b, atol=1e-3)
     assert torch.linalg.svdvals(a.detach() / 0.1).min() > 0.5  # made orthogonal, roughly
+
+
+def test_grpo_without_a_kl_weight_asks_for_no_kl():
+    """A policy that has left its reference by far has an infinite k3, and 0 times that is NaN."""
+    c = nr.PPOConfig(arm="grpo")
+    logp = torch.full((1, 2), -200.0, requires_grad=True)
+    mask = torch.ones(1, 2)
+    ids = torch.zeros(1, 2, dtype=torch.long)
+    b = nr.Rollout(ids, ids, mask, ids, torch.zeros(1, dtype=torch.long))
+    b.logp, b.ref_logp, b.adv = logp.detach().clone(), torch.zeros(1, 2), torch.ones(1, 2)
+    loss = nr.grpo_objective(logp, None, b, mask.sum(), c)
+    assert float(loss.detach()) == -1.0
+    assert torch.equal(gradient(loss, logp), torch.full((1, 2), -0.5))
+    with_kl = nr.grpo_objective(logp, None, b, mask.sum(), nr.replace(c, beta=0.1))
+    assert with_kl.isinf() or with_kl > 1e6

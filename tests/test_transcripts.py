@@ -1,0 +1,511 @@
+"""What a run writes down to be looked at, the conversation with it, and what it says at work."""
+
+import io
+import json
+import math
+import random
+import re
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import nanoreward as nr
+import train_small as front
+import workers
+from data import arithmetic, countdown, sudoku
+from data.arithmetic import LETTERS, Arithmetic
+from tests.conftest import ROOT, rough, tiny
+
+TASK = Arithmetic(1, 3)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def tour(tmp_path_factory, cache):
+    """A smoke run of every method, in this process."""
+    out = tmp_path_factory.mktemp("runs") / "tour"
+    assert front.main(["--config", "smoke", "--out", str(out), "--cache", str(cache)]) == 0
+    return out
+
+
+def lines(out, name):
+    return [json.loads(line) for line in (out / name).read_text().splitlines()]
+
+
+# ---- tasks: the right way, and the order in which people read ------------------------------------
+
+
+@pytest.mark.parametrize("module", [arithmetic, countdown, sudoku])
+@pytest.mark.parametrize("planted", ["none", "refusal", "long"])
+def test_the_solution_of_a_problem_is_right_in_every_step(module, planted):
+    c = tiny("ppo", min_ops=2, max_ops=3, answers=4, planted=planted)
+    task = module.make(c)
+    for prompt in task.prompts(50, nr.rng(0, "test"), "dev"):
+        text = task.solution(prompt)
+        assert task.grade(prompt, text) == 1
+        [ids] = task.encode([text])
+        steps = [step for step, _ in task.steps(ids)]
+        assert steps and all(task.step_ok(prompt, steps))
+
+
+@given(st.text(LETTERS, max_size=30))
+def test_tokens_in_reading_order_spell_the_text(text):
+    [ids] = TASK.encode([text + "<eos>"])
+    inside = front.of_tokens(TASK, ids, {"shift": list(range(len(ids))), "said": ["a"]})
+    assert "".join(inside["tokens"]) == text + "<eos>" and inside["said"] == ["a"]
+    # each number went with its token
+    for word, place in zip(inside["tokens"], inside["shift"], strict=True):
+        assert TASK.tokenizer.id_to_token(ids[place]) == word
+
+
+def test_places_behind_the_end_stay_behind_it():
+    [ids] = TASK.encode(["#47<eos>"])
+    inside = front.of_tokens(TASK, ids, {"order": [5, 6, 7, 8, 9, 9]})
+    assert inside["tokens"] == ["#", "4", "7", "<eos>"]
+    assert inside["order"] == [5, 7, 6, 8, 9, 9]
+
+
+# ---- what the logs hold --------------------------------------------------------------------------
+
+
+def test_the_same_problems_are_shown_at_every_look(tour):
+    shown = lines(tour, "samples.jsonl")
+    assert {x["loop"] for x in shown} == set(nr.METHODS)
+    for name, method in nr.METHODS.items():
+        asked = {}
+        for x in (x for x in shown if x["loop"] == name):
+            asked.setdefault(x["step"], []).append(x["prompt"])
+            assert "".join(x["tokens"]) == x["response"]
+            assert x["reward"] == Arithmetic(1, 1, answers=4).grade(x["prompt"], x["response"])
+        looks = list(asked.values())
+        assert len(looks) >= 4 and 0 in asked
+        assert all(look == looks[0] for look in looks)
+        # some were right before the training and some were wrong, if there were any
+        first = [x["reward"] for x in shown if x["loop"] == name and x["step"] == 0]
+        assert first == sorted(first, reverse=True) and 0 < len(first) <= 2 * method.shown
+
+
+OF_EACH = {
+    "ppo": {"token_rewards", "shift", "value"},
+    "seq2seq": {"token_rewards", "shift", "value"},
+    "iterative_dpo": {"logp"},
+    "self_rewarding": {"logp"},
+    "refine": set(),
+    "denoise": set(),
+}
+
+
+def test_what_the_reward_says_has_a_number_for_each_token(tour):
+    for x in lines(tour, "samples.jsonl"):
+        for key in OF_EACH[x["loop"]]:
+            assert len(x[key]) == len(x["tokens"]), (x["loop"], key)
+        if x["loop"] == "refine":
+            assert x["step_ends"][-1] == len(x["tokens"])
+            assert len(x["orm"]) == len(x["sorm"]) == len(x["step_ends"])
+            assert all(0 <= p <= 1 for p in x["orm"] + x["sorm"])
+        if x["loop"] == "self_rewarding":
+            assert len(x["judgements"]) == len(x["scores"]) == 3
+            for text, score in zip(x["judgements"], x["scores"], strict=True):
+                assert score == nr.parse_score(text)
+        if x["loop"] == "denoise":
+            passes = len(x["said"])
+            assert passes == 1 + max(x["order"][: len(x["tokens"])])
+            assert len(x["value"]) == len(x["branches"]) == passes
+            task = Arithmetic(1, 1, answers=4)
+            for value, branches in zip(x["value"], x["branches"], strict=True):
+                right = [task.grade(x["prompt"], text) == 1 for text, _ in branches]
+                assert right == [said for _, said in branches]
+                assert value == pytest.approx(sum(right) / len(right), abs=1e-3)
+        steps = re.findall(r"[^;]*;", x["response"])
+        assert x["steps_right"] == Arithmetic(1, 1, answers=4).step_ok(x["prompt"], steps)
+
+
+def test_answers_hold_all_of_dev_before_and_after(tour):
+    answers = lines(tour, "answers.jsonl")
+    results = json.loads((tour / "summary.json").read_text())["results"]
+    dev = None
+    for result in results:
+        mine = [x for x in answers if x["loop"] == result["loop"]]
+        assert len(mine) == result["dev_problems"] > 20
+        asked = [x["prompt"] for x in mine]
+        dev = dev or asked
+        assert asked == dev  # the same problems for every method
+        before = [x["before"]["reward"] for x in mine]
+        after = [x["after"]["reward"] for x in mine]
+        assert result["start_dev"] == sum(before) / len(before)
+        change = [b - a for a, b in zip(before, after, strict=True)]
+        assert (result["mended"], result["broken"]) == (change.count(1), change.count(-1))
+        # the last look at dev is the same policy
+        looks = [m for m in lines(tour, "metrics.jsonl") if m["loop"] == result["loop"]]
+        assert looks[-1]["dev_greedy"] == sum(after) / len(after)
+        told = [x for x in mine if "tokens" in x["after"]]
+        assert told and all("tokens" in x["before"] for x in told)
+        kinds = {(x["before"]["reward"], x["after"]["reward"]) for x in mine}
+        assert {(x["before"]["reward"], x["after"]["reward"]) for x in told} == kinds
+        for x in told:
+            assert "".join(x["after"]["tokens"]) == x["after"]["response"]
+        for x in mine:
+            assert Arithmetic(1, 1, answers=4).grade(x["prompt"], x["solution"]) == 1
+    assert any(r["mended"] for r in results) and any(r["broken"] for r in results)
+
+
+def test_denoise_shows_how_it_wrote_before_it_was_trained(tour):
+    """The canvases of `before` are those of the policy of that time: they end in its response."""
+    told = [x for x in lines(tour, "answers.jsonl") if x["loop"] == "denoise"]
+    told = [x for x in told if "tokens" in x["before"]]
+    assert len(told) >= 3
+    at_start = [x for x in lines(tour, "samples.jsonl") if x["loop"] == "denoise"]
+    at_start = {x["prompt"]: x for x in at_start if x["step"] == 0}
+    same = 0
+    for x in told:
+        [ids] = TASK.encode([x["before"]["response"]])
+        assert len(x["before"]["tokens"]) == len(ids)
+        if x["prompt"] in at_start:
+            same += 1
+            assert x["before"]["order"] == at_start[x["prompt"]]["order"]
+            assert x["before"]["sure"] == at_start[x["prompt"]]["sure"]
+    assert same
+
+
+def test_pairs_hold_the_margin_that_the_loss_sees(tour):
+    pairs = lines(tour, "pairs.jsonl")
+    assert {x["loop"] for x in pairs} == {"iterative_dpo", "self_rewarding"}
+    for x in pairs:
+        gains = [x[side]["gain"] for side in ("chosen", "rejected")]
+        assert x["margin"] == pytest.approx(gains[0] - gains[1], abs=2e-3)
+        for side in ("chosen", "rejected"):
+            assert len(x[side]["logp"]) == len(x[side]["tokens"])
+            assert "".join(x[side]["tokens"]) == x[side]["response"]
+
+
+def test_the_margin_of_a_pair_is_that_of_the_loss():
+    c = tiny("iterative_dpo")
+    policy = rough(c)
+    state = nr.start_rounds(policy, c)
+    assert nr.pairs_of_the_round(state, TASK, c) == []
+    prompt = nr.encode_prompts(TASK, ["3+4=", "55*2="], c)
+    texts = ["3+4=7;#3<eos>", "#1<eos>", "55*2=10;#2<eos>", "#<eos>"]
+    response = nr.right_pad(TASK.encode(texts), c.pad_id, c.response)
+    state.pairs = {"prompt": prompt, "response": response.view(2, 2, -1)}
+    state.pairs["ref"] = torch.tensor([[-3.0, -4.0], [-5.0, -7.0]])
+    found = nr.pairs_of_the_round(state, TASK, c)
+    logp = nr.pair_logprobs(policy, state.pairs, torch.arange(2))
+    length = torch.tensor([[7, 3], [9, 2]])
+    _, margin = nr.dpo_nll(logp, state.pairs["ref"], length, c)
+    assert [x["margin"] for x in found] == pytest.approx(margin.tolist(), abs=0.02)
+    assert [x["prompt"] for x in found] == ["3+4=", "55*2="]
+    assert [x[side]["response"] for x in found for side in ("chosen", "rejected")] == texts
+
+
+def test_the_shift_is_what_the_policy_has_learned_of_a_token():
+    c = tiny("ppo")
+    state = nr.start_ppo(rough(c), c)
+    b = front.as_rollout(TASK, ["3+4=", "55*2="], ["3+4=7;#3<eos>", "#1<eos>"], c)
+    for inside in nr.token_rewards(state, TASK, b, c):
+        assert set(inside["shift"]) == {0.0}
+    state.reference = rough(c, 1)
+    found = nr.token_rewards(state, TASK, b, c)
+    logp = [
+        nr.token_logprobs(m, b.prompt, b.response, 1.0) for m in (state.policy, state.reference)
+    ]
+    moved = (logp[0] - logp[1])[b.mask > 0].tolist()
+    assert [x for inside in found for x in inside["shift"]] == pytest.approx(moved, abs=1e-3)
+    assert all(len(inside["value"]) == len(inside["shift"]) for inside in found)
+
+
+def test_judgements_that_are_shown_leave_the_loop_as_it_was():
+    c = tiny("self_rewarding")
+    state = nr.start_self_rewarding(rough(c), c)
+    state.samples = 7
+    state.judgements = {"kept": torch.ones(1)}
+    b = front.as_rollout(TASK, ["3+4="], ["3+4=7;#3<eos>"], c)
+    [inside] = nr.explain_judgements(state, TASK, b, c)
+    assert len(inside["judgements"]) == c.judgements
+    assert state.samples == 7 and set(state.judgements) == {"kept"}
+
+
+def test_a_number_that_is_none_becomes_null_at_any_depth(tmp_path):
+    bad = {"a": math.nan, "b": [1.0, math.inf, {"c": -math.inf}], "d": ("x", None, True)}
+    front.append(tmp_path / "log.jsonl", bad)
+    front.write_lines(tmp_path / "all.jsonl", [bad])
+    for name in ("log.jsonl", "all.jsonl"):
+        [line] = lines(tmp_path, name)
+        assert line == {"a": None, "b": [1.0, None, {"c": None}], "d": ["x", None, True]}
+
+
+def test_a_warning_is_logged_once_and_not_again_after_a_resume(tour, cache, tmp_path):
+    told = [m for m in lines(tour, "metrics.jsonl") if "note" in m]
+    assert told and all(isinstance(m["note"], str) for m in told)
+    job = SimpleNamespace(told=set())
+    for m in lines(tour, "metrics.jsonl"):
+        if m["loop"] == "self_rewarding":
+            numbers = {name: x for name, x in m.items() if x is not None}
+            found = front.notes(numbers, tiny("self_rewarding"))
+            new = [text for kind, text in found.items() if kind not in job.told]
+            job.told |= found.keys()
+            assert m.get("note", "") == "; ".join(new)
+
+
+def test_the_config_says_how_the_run_was_begun(tour):
+    about = json.loads((tour / "config.json").read_text())
+    assert about["command"].startswith("python train_small.py --config smoke --out ")
+    found = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
+    if found.returncode == 0:
+        assert found.stdout.startswith(about["commit"].removesuffix("+")) and about["commit"]
+    changed = json.loads((tour / "summary.json").read_text())["changed"]
+    assert set(changed) == set(nr.METHODS)
+    for name, numbers in changed.items():
+        c = about["configs"][name]
+        default = nr.METHODS[name].config()
+        assert numbers == {k: c[k] for k in numbers}
+        assert all(c[k] != vars(default)[k] for k in numbers) and "max_ops" in numbers
+
+
+def test_no_checkout_has_no_commit(tmp_path, monkeypatch):
+    assert front.commit_of(tmp_path) == ""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert front.commit_of(ROOT) == ""
+
+
+# ---- the conversation ----------------------------------------------------------------------------
+
+
+def talk(monkeypatch, capsys, tour, cache, *typed, argv=()):
+    """What is said when these lines are typed into `sample`: the exit code and the lines."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(line + "\n" for line in typed)))
+    code = front.main(["sample", str(tour), "--cache", str(cache), *argv])
+    return code, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", list(nr.METHODS))
+def test_a_conversation_shows_before_and_after(monkeypatch, capsys, tour, cache, name):
+    answers = [x for x in lines(tour, "answers.jsonl") if x["loop"] == name][:4]
+    typed = [x["prompt"] for x in answers]
+    code, said = talk(monkeypatch, capsys, tour, cache, *typed, argv=("--loop", name))
+    assert code == 0 and "\033" not in said
+    for x in answers:
+        for who, side in (("before", "before"), (name, "after")):
+            text = x[side]["response"].replace("<eos>", "")
+            word = "right" if x[side]["reward"] == 1 else "wrong"
+            assert f"{who:15} {text}   {word}\n" in said
+    wrong = [x for x in answers if 0 in (x["before"]["reward"], x["after"]["reward"])]
+    assert wrong
+    for x in wrong:
+        assert f"{'the right way':15} {x['solution'].removesuffix('<eos>')}\n" in said
+    assert ("SORM" in said) == (name == "refine") and ("its judge" in said) == (
+        name == "self_rewarding"
+    )
+
+
+def test_a_mistake_in_a_conversation_is_a_line_and_it_goes_on(monkeypatch, capsys, tour, cache):
+    typed = ["nonsense", "3+4=é", ":loop nope", ":seed 9", ":seed x", ":temperature -1"]
+    typed += [":temperature nan", ":what", "", "9" * 5000]
+    code, said = talk(monkeypatch, capsys, tour, cache, *typed, "3+4=", ":quit", "5+5=")
+    assert code == 0
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert len(errors) == len(typed) - 1  # an empty line says nothing
+    assert f"{'the right way':15} 3+4=7;#3" in said or "right" in said
+    assert "5+5" not in said  # it was over by then
+
+
+def test_a_conversation_changes_method_and_temperature(monkeypatch, capsys, tour, cache):
+    problems = ["3+4=", "88-9=", "50*2=", "12+7="]
+    typed = [":loop refine", *problems, ":temperature 1", *problems, ":temperature 0", ":help"]
+    code, said = talk(monkeypatch, capsys, tour, cache, *typed, *problems)
+    assert code == 0
+    found = re.findall(r"^refine +(.*?)   (?:right|wrong)$", said, re.M)
+    greedy, sampled, again = found[:4], found[4:8], found[8:]
+    assert len(again) == 4 and greedy == again != sampled
+    hot = front.open_trained(tour, "refine", 0, 1.0)
+    assert sampled == [hot.answer(problem).replace("<eos>", "") for problem in problems]
+    assert ": ppo, seed 0" in said and ": refine, seed 0" in said
+    assert ", ".join(nr.METHODS) in said
+    example = re.search(r"type a problem, as (\S+)", said)[1]
+    assert Arithmetic(1, 1, answers=4).grade(example, "") == 0  # it is one
+
+
+def test_a_terminal_gets_colours_and_the_same_text(monkeypatch, tour, cache):
+    """Each token in its colour; without the colours it is the plain line."""
+
+    class Screen(io.StringIO):
+        def isatty(self):
+            return True
+
+    for name in nr.METHODS:
+        answers = [x for x in lines(tour, "answers.jsonl") if x["loop"] == name][:4]
+        screen = Screen()
+        monkeypatch.setattr(sys, "stdout", screen)
+        monkeypatch.delenv("NO_COLOR", raising=False)
+        monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(x["prompt"] for x in answers)))
+        front.main(["sample", str(tour), "--cache", str(cache), "--loop", name])
+        said = screen.getvalue()
+        plain = re.sub(r"\033\[[\d;]*m", "", said)
+        for x in answers:
+            assert f"{name:15} {x['after']['response'].replace('<eos>', '')}   " in plain
+        assert "blue: " in plain and "\033[" in said, name
+
+
+def test_colours_follow_the_numbers():
+    talk = SimpleNamespace(coloured=True)
+    talk.kind_of = lambda inside: front.Conversation.kind_of(talk, inside)
+    inside = {
+        "tokens": ["a", "b", "c"],
+        "token_rewards": [1.0, -1.0, 0.0],
+        "shift": [0.0, 0.0, 9.0],
+    }
+    painted = front.Conversation.in_colours(talk, "abc", inside)
+    assert painted == f"{front.BLUE}a{front.PLAIN}{front.ORANGE}b{front.PLAIN}c"
+    # a reward that comes at the end alone says nothing of tokens: the shift does
+    inside = {
+        "tokens": ["a", "b", "c"],
+        "token_rewards": [0.0, 0.0, 1.0],
+        "shift": [-1.0, 0.0, 1.0],
+    }
+    painted = front.Conversation.in_colours(talk, "abc", inside)
+    assert painted == f"{front.ORANGE}a{front.PLAIN}b{front.BLUE}c{front.PLAIN}"
+    steps = {"tokens": list("abcd"), "step_ends": [2, 4], "orm": [0.9, 0.9], "sorm": [0.9, 0.1]}
+    painted = front.Conversation.in_colours(talk, "abcd", steps)
+    assert painted.count(front.BLUE) == painted.count(front.ORANGE) == 2
+
+
+# ---- a run talks while it works ------------------------------------------------------------------
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    monkeypatch.setattr(workers, "FIRST_WORD", 0.02)
+    monkeypatch.setattr(workers, "NEXT_WORD", 0.02)
+
+
+def test_what_takes_long_is_said_and_what_does_not_is_not(hasty, capsys):
+    with workers.saying(lambda seconds: "quick"):
+        pass
+    assert capsys.readouterr().out == ""
+    with workers.saying(lambda seconds: f"at work {seconds:.2f}" if seconds < 9 else ""):
+        time.sleep(0.2)
+    said = capsys.readouterr().out
+    assert said.count("at work") >= 2
+    time.sleep(0.1)
+    assert capsys.readouterr().out == ""  # it is over
+
+
+def test_an_error_ends_the_talk(hasty, capsys):
+    with pytest.raises(ValueError, match="x"), workers.saying(lambda seconds: "at work"):
+        raise ValueError("x")
+    capsys.readouterr()
+    time.sleep(0.1)
+    assert capsys.readouterr().out == ""
+
+
+def test_refine_says_what_it_draws_before_its_first_update(hasty, tmp_path, cache, capsys):
+    argv = ["refine", "--config", "smoke", "--out", str(tmp_path / "x"), "--cache", str(cache)]
+    assert front.main([*argv, "--prompts", "60"]) == 0
+    said = capsys.readouterr().out
+    assert "refine/0: draws 60 drafts, and from each step of the wrong ones 2 more; " in said
+    # the second run knows how long it will take
+    argv[argv.index(str(tmp_path / "x"))] = str(tmp_path / "y")
+    assert front.main([*argv, "--prompts", "60"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"refine/0: 4 updates \(last time it took \d+ s\)", said)
+    assert re.search(r"draws 60 drafts.*; \d s so far, last time it took \d+ s", said)
+
+
+def test_a_pipe_hears_how_far_a_training_is(tmp_path, monkeypatch, capsys):
+    progress = front.Progress("ppo/0", 40, 0, tmp_path, "ppo")
+    assert progress.text(3.0) == "ppo/0: the first of 40 updates; 3 s so far"
+    progress.advance(4)
+    assert progress.text(3.0) == "ppo/0: 4 of 40 updates after 3 s"
+    progress.advance(10)
+    assert progress.text(20.0) == "ppo/0: 10 of 40 updates after 20 s, about 60 s to go"
+    monkeypatch.setattr(workers.console, "shows_bars", lambda: True, raising=False)
+    assert progress.text(20.0) == ""  # a bar says it
+
+
+def test_times_are_those_of_whole_trainings_and_survive_damage(tmp_path):
+    def whole(begun_at):
+        progress = front.Progress("t", 3, begun_at, tmp_path, "key")
+        for update in range(begun_at + 1, 4):
+            progress.advance(update)
+
+    whole(1)
+    assert not (tmp_path / front.TIMES).exists()  # a resumed part says nothing about all of it
+    whole(0)
+    assert set(json.loads((tmp_path / front.TIMES).read_text())) == {"key", "key, first update"}
+    assert front.Progress("t", 3, 0, tmp_path, "key").last is not None
+    assert front.Progress("t", 3, 0, tmp_path, "another").last is None
+    for damage in ("", "[]", "{", '{"key": "soon"}', "null", '{"key": null}'):
+        (tmp_path / front.TIMES).write_text(damage)
+        assert front.Progress("t", 3, 0, tmp_path, "key").begins() == ""
+    whole(0)
+    assert json.loads((tmp_path / front.TIMES).read_text()).keys() >= {"key"}
+
+
+def test_a_first_word_comes_within_two_seconds():
+    assert workers.FIRST_WORD < 2
+
+
+def test_two_threads_of_a_worker_do_not_mix_what_they_send():
+    """`saying` speaks while the job prints: each message arrives whole."""
+    import multiprocessing
+    import threading
+
+    ours, theirs = multiprocessing.Pipe()
+    wire = workers.Wire(theirs, False)
+    sizes = [random.Random(0).randrange(1, 70_000) for _ in range(40)]
+
+    def send(letter):
+        for size in sizes:
+            wire.send("line", letter * size, False)
+
+    threads = [threading.Thread(target=send, args=(letter,)) for letter in "ab"]
+    for thread in threads:
+        thread.start()
+    heard = {"a": [], "b": []}
+    for _ in range(2 * len(sizes)):
+        kind, text, _ = ours.recv()
+        assert kind == "line" and len(set(text)) == 1
+        heard[text[0]].append(len(text))
+    assert heard == {"a": sizes, "b": sizes}
+    for thread in threads:
+        thread.join()
+
+
+# ---- the page ------------------------------------------------------------------------------------
+
+
+def test_a_run_ends_with_a_page_and_report_makes_it_again(tour, capsys):
+    page = tour / "report.html"
+    first = page.read_text()
+    assert first.startswith("<!doctype html>") or first.startswith("<!DOCTYPE html>")
+    page.unlink()
+    assert front.main(["report", str(tour)]) == 0
+    assert page.read_text() == first and f"page: {page}" in capsys.readouterr().out
+
+
+def test_several_runs_stand_on_one_page(tour, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert front.main(["report", str(tour), str(tour)]) == 0
+    assert (tmp_path / "compare.html").stat().st_size > (tour / "report.html").stat().st_size / 2
+    assert front.main(["report", str(tour), "--html", "own.html"]) == 0
+    assert (tmp_path / "own.html").exists()
+
+
+@pytest.mark.parametrize(
+    "argv", [[], ["nothing"], ["TOUR", "--html", "x.png"], ["TOUR", "--what"], ["TOUR", "nothing"]]
+)
+def test_a_page_that_cannot_be_is_one_line(tour, argv, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert front.main(["report", *(str(tour) if a == "TOUR" else a for a in argv)]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1 and said.err.startswith("error: ")
+    assert not list(tmp_path.iterdir())
