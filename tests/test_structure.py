@@ -22,6 +22,7 @@ MAIN = (ROOT / "nanoreward.py").read_text()
 README = (ROOT / "README.md").read_text()
 TASK = Arithmetic(1, 3)
 RESULTS = (ROOT / "notebooks" / "results" / "README.md").read_text()
+FAQ = (ROOT / "notebooks" / "results" / "FAQ.md").read_text()
 
 
 def imported(nodes):
@@ -176,19 +177,13 @@ def test_readme_numbers_come_from_committed_results():
 
 
 def test_the_readmes_transcripts_are_what_they_say():
-    """Before wrong and after right, the last the other way; all from the committed run."""
+    """Wrong before and right after, as in the committed run."""
     kept = json.loads((ROOT / "notebooks" / "results" / "main.json").read_text())["transcripts"]
-    shown = re.findall(r"^(\S+=) +base +(\S+) +ppo +(\S+)", README, re.M)
-    assert len(shown) >= 3
-    for text in shown:
-        assert [x.removesuffix("<eos>") for x in text] in [
-            [y.removesuffix("<eos>") for y in x] for x in kept["texts"]
-        ]
-    grades = [[TASK.grade(x, y + "<eos>") for y in both] for x, *both in shown]
-    assert grades == [[0.0, 1.0]] * (len(shown) - 1) + [[1.0, 0.0]]
-    assert (
-        f"{kept['broken']} of {kept['problems']}" in README and f"{kept['mended']} right" in README
-    )
+    shown = re.findall(r"^problem +(\S+).*\nbefore +(\S+) .*\nafter +(\S+) ", README, re.M)
+    assert len(shown) == 1
+    for problem, *both in shown:
+        assert [TASK.grade(problem, text + "<eos>") for text in both] == [0.0, 1.0]
+        assert [problem, *(text + "<eos>" for text in both)] in kept["texts"]
 
 
 def test_every_decimal_of_the_readme_stands_in_a_committed_result():
@@ -197,10 +192,42 @@ def test_every_decimal_of_the_readme_stands_in_a_committed_result():
     )
     runs = (k["results"] for k in kept if isinstance(k, dict) and "results" in k)
     tables = [train_small.table(results) for results in runs if "loop" in results[0]]
-    known, told = RESULTS + "\n".join(tables), re.sub(r"```.*?```", "", README, flags=re.S)
-    numbers = re.findall(r"-?\b\d\.\d{3}\b(?: ± \d\.\d{3})?", told)
-    assert len(tables) >= 5 and len(numbers) >= 50
-    assert [x for x in numbers if x not in known] == []
+    # The section on the tour tells in short what the tables below it show.
+    begin, end = RESULTS.index("## The tour"), RESULTS.index("## Claims")
+    known = RESULTS[:begin] + RESULTS[end:] + "\n".join(tables)
+    for text, at_least in ((README, 20), (FAQ, 4), (RESULTS[begin:end], 70)):
+        told = re.sub(r"```.*?```", "", text, flags=re.S)
+        numbers = re.findall(r"-?\b\d\.\d{3}\b(?: ± \d\.\d{3})?", told)
+        assert len(numbers) >= at_least
+        assert [x for x in numbers if x not in known] == []
+    assert len(tables) >= 5
+
+
+def test_the_table_at_the_head_of_the_file_is_that_of_the_tour():
+    kept = json.loads((ROOT / "notebooks" / "results" / "tour.json").read_text())["results"]
+    shown = re.findall(r"^    (\w+) +(\d\.\d\d) -> (\d\.\d\d) ", nr.__doc__, re.M)
+    assert [name for name, *_ in shown] == list(nr.METHODS)
+    for name, *both in shown:
+        mine = [{"start": r["base"]} | r for r in kept if r["loop"] == name]
+        means = [sum(r[key] for r in mine) / len(mine) for key in ("start", "final")]
+        assert both == [f"{x:.2f}" for x in means], name
+
+
+def test_links_into_the_file_lead_to_the_sections_that_they_name():
+    """`[ppo](nanoreward.py#L1409)` leads to the title of the section on ppo."""
+    lines = MAIN.splitlines()
+    links = re.findall(r"\[([^\]]+)\]\(nanoreward\.py#L(\d+)\)", README)
+    assert len(links) >= 15
+    for words, number in links:
+        title = lines[int(number) - 1]
+        assert title.startswith("# ==== "), (words, title)
+        section, name = re.fullmatch(r"# ==== (\d+)\. (.+?) =+", title).groups()
+        first = re.search(r"\w+", words)[0]
+        if words.startswith("section "):
+            first = words.split()[1]
+        assert first == section or first in name, (words, title)
+    linked = {name for words, _ in links for name in nr.METHODS if f"`{name}`" in words}
+    assert linked == set(nr.METHODS)
 
 
 def table_below(words):
@@ -251,10 +278,11 @@ def test_the_readmes_table_of_growth_is_the_committed_one():
 
 def test_the_readmes_last_lines_are_those_of_the_main_job():
     kept = json.loads((ROOT / "notebooks" / "results" / "main.json").read_text())
-    assert train_small.table(kept["results"]) in README
+    assert train_small.table(kept["results"]) in RESULTS
     seconds = kept["whole command"]
     assert f"{seconds['seconds from an empty cache']:.0f} s" in README
-    assert f"{seconds['seconds to the first trained result']:.0f} s" in README
+    assert f"{seconds['seconds from an empty cache']:.0f} s" in RESULTS
+    assert f"{seconds['seconds to the first trained result']:.0f} s" in RESULTS
 
 
 @pytest.mark.parametrize(
@@ -313,10 +341,30 @@ def test_the_tables_of_inside_rewards_and_of_denoise_are_those_of_the_committed_
 
 
 def test_every_relative_link_leads_to_a_file():
-    for path in (
-        ROOT / "README.md",
-        ROOT / "notebooks" / "results" / "README.md",
-        ROOT / "data" / "README.md",
-    ):
-        for link in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text()):
+    pages = ["README.md", "data/README.md", "notebooks/results/README.md"]
+    for path in (ROOT / name for name in [*pages, "notebooks/results/FAQ.md"]):
+        text = path.read_text()
+        links = re.findall(r"\]\(([^)#]+)[^)]*\)", text) + re.findall(
+            r"^\[\w+\]: ([^#\s]+)", text, re.M
+        )
+        assert links
+        for link in links:
             assert link.startswith("http") or (path.parent / link).exists(), (path, link)
+
+
+def test_links_to_a_heading_of_a_page_lead_to_one():
+    """As the sites that show Markdown make them: small letters, words joined by hyphens."""
+
+    def headings(path):
+        found = re.findall(r"^#+ (.+)$", path.read_text(), re.M)
+        return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in found}
+
+    pages = ["README.md", "data/README.md", "notebooks/results/README.md"]
+    checked = 0
+    for path in (ROOT / name for name in [*pages, "notebooks/results/FAQ.md"]):
+        for link, heading in re.findall(r"\]\(([^)#]*)#([\w-]+)\)", path.read_text()):
+            target = path.parent / link if link else path
+            if target.suffix == ".md":
+                checked += 1
+                assert heading in headings(target), (path, link, heading)
+    assert checked >= 20
