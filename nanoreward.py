@@ -1190,8 +1190,14 @@ def grades(task: Task, b: Rollout) -> Tensor:
 def check_rewards(reward: Tensor, task: Task, b: Rollout) -> None:
     """Rewards (B, R) or (B,) that are NaN or infinite raise UserError, which names the response.
 
-    One of them would make all weights NaN.
+    One of them would make all weights NaN. So does a reward of another shape or of whole numbers.
     """
+    shapes = (tuple(b.mask.shape), (len(b.mask),))
+    if tuple(reward.shape) not in shapes or not reward.is_floating_point():
+        raise UserError(
+            f"a reward must be a tensor of floats with the shape {shapes[0]}, a number for each "
+            f"token, or {shapes[1]}, but it is {reward.dtype} with the shape {tuple(reward.shape)}"
+        )
     total = reward.sum(1) if reward.dim() == 2 else reward
     if total.isfinite().all():
         return
@@ -1374,14 +1380,16 @@ class Method:
     starts_from: Callable | None = None
     # (base, task, c, train) -> the models that its reward asks, by name.
     reward_models: Callable = no_models
-    # What its first update begins with, if that takes long. It may name its numbers.
+    # What the first update does before it learns, if that takes long; `{prompts}` stands for the
+    # method's number.
     first: str = ""
     # (state, task, prompts, c, generator) -> what the trained method answers, as texts.
     answer: Callable = answer_by_policy
     # (state, task, b, c) -> what the reward says about the inside of each response, or for denoise
     # of a new response to the same problem.
     explain: Callable = nothing_inside
-    # Whether `explain` does so: it shows how the state's policy writes.
+    # Whether `explain` does not read the given responses, but lets the state's policy answer again.
+    # The state then keeps the policy of the start as its `reference`.
     writes_again: bool = False
     # (state, task, c) -> some of the pairs of responses that it learns from.
     pairs: Callable = no_pairs
@@ -1445,7 +1453,7 @@ class PolicyGradientConfig(Config):
 
     def rules(self) -> list[tuple[bool, str]]:
         """An arm without a critic compares the samples of a prompt with each other."""
-        enough = self.samples > 1 or PPO_ARMS[self.arm].critic
+        enough = self.samples > 1 or self.arm not in PPO_ARMS or PPO_ARMS[self.arm].critic
         return [(enough, f"--arm {self.arm} compares samples of one prompt: --samples 2 or more")]
 
 
@@ -1698,6 +1706,8 @@ def annotate(state: PPOState, b: Rollout, c: Config, estimate: Callable = estima
     is_read = compared(b, c)
     in_order = alike(state.policy, b).argsort(stable=True)
     for rows in own_rows(in_order).split(c.micro):
+        if len(rows) == 0:
+            break  # there are more processes than rollouts
         part = b.select(rows)
         if b.logp is None or state.policy.config.causal:
             logp, hidden = estimate(state.policy, part, c)
@@ -1779,6 +1789,7 @@ def ppo(
         truth = grades(task, b)
         reward = signal(state, task, b, truth, c)
         check_rewards(reward, task, b)
+        reward = reward * b.mask  # what stands behind the end earns nothing
 
         # 3. credit
         b.adv, b.ret = arm.credit(b, reward, c)
@@ -2131,12 +2142,13 @@ def pairs_of_the_round(state: RoundsState, task: Task, c: DPOConfig) -> list[Met
     group = torch.arange(len(rows)).repeat_interleave(2)
     b = Rollout(prompt, response, up_to_eos(response, c), response, group)
     texts = texts_of(task, response, b.mask)
-    sides = []
     inside = token_likelihoods(state, task, b, c)
-    before = state.pairs["ref"][rows].flatten().tolist()
-    for text, about, logp_before in zip(texts, inside, before, strict=True):
-        gain = round(sum(about["logp"]) - logp_before, 3)
-        sides.append({"response": text, **about, "gain": gain})
+    logp = torch.cat([pair_logprobs(state.policy, state.pairs, i) for i in rows.split(c.micro)])
+    gains = rounded((logp - state.pairs["ref"][rows]).flatten())
+    sides = []
+    for i, text in enumerate(texts):
+        ids = response[i][b.mask[i] > 0].tolist()
+        sides.append({"response": text, "ids": ids, **inside[i], "gain": gains[i]})
     found = []
     for ids, chosen, rejected in zip(prompt[::2].tolist(), sides[::2], sides[1::2], strict=True):
         margin = round(chosen["gain"] - rejected["gain"], 3)
@@ -3853,8 +3865,9 @@ def explain_denoising(state: PPOState, task: Task, b: Rollout, c: DenoiseConfig)
     """How each response was written, pass by pass. The problems are answered again, greedily.
 
     order (R): in which pass each token was written; sure (R): its probability then; said: what the
-    model would have written at once before each pass; value: how often the policy ends each canvas
-    well if it goes on there; branches: what it writes then, and whether that is right.
+    model would have written at once before each pass; prospects: how often the policy ends each
+    canvas well if it goes on there, V(x_t); branches: what it writes then, and whether that is
+    right; ids: the response.
     """
     policy = state.policy
     b = sample(policy, b.prompt, replace(c, temperature=0.0))
@@ -3864,15 +3877,20 @@ def explain_denoising(state: PPOState, task: Task, b: Rollout, c: DenoiseConfig)
     row = torch.arange(B, device=b.order.device).repeat_interleave(passes)
     p = torch.arange(passes, device=b.order.device).repeat(B)
     canvas = canvas_before(b.response[row], b.order[row], p, c)
-    guess = fill_at_once(policy, b.prompt[row], canvas, c)
+    parts = torch.arange(len(row)).split(c.micro)
+    guess = torch.cat([fill_at_once(policy, b.prompt[row[i]], canvas[i], c) for i in parts])
     sure = b.logp.exp().masked_fill(b.response == c.pad_id, 0.0)  # PAD was never written
 
     generator = rng(c.seed, "trajectory", state.update)
-    more = same_canvas(state, b.select(row), p, c, generator)
-    right = grades(task, more)
-    value = right.view(B, passes, c.branches).mean(2)
-    texts = texts_of(task, more.response, more.mask)
-    ends = list(zip(texts, (right == 1).tolist(), strict=True))
+    shares = []
+    ends: list[tuple[str, bool]] = []
+    for i in torch.arange(len(row)).split(SAMPLED_AT_ONCE):
+        more = same_canvas(state, b.select(row[i]), p[i], c, generator)
+        right = grades(task, more)
+        shares.append(right.view(-1, c.branches).mean(1))
+        texts = texts_of(task, more.response, more.mask)
+        ends += zip(texts, (right == 1).tolist(), strict=True)
+    share = torch.cat(shares).view(B, passes)
     found = []
     for i in range(B):
         own = int((b.order[i] * b.mask[i]).max()) + 1  # the passes of this response
@@ -3880,10 +3898,11 @@ def explain_denoising(state: PPOState, task: Task, b: Rollout, c: DenoiseConfig)
         first = [(i * passes + k) * c.branches for k in range(own)]
         found.append(
             {
+                "ids": b.response[i][b.mask[i] > 0].tolist(),
                 "order": b.order[i].tolist(),
                 "sure": rounded(sure[i]),
                 "said": [task.decode(ids) for ids in said],
-                "value": rounded(value[i, :own]),
+                "prospects": rounded(share[i, :own]),
                 "branches": [ends[at : at + c.branches] for at in first],
             }
         )

@@ -33,9 +33,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -62,6 +63,8 @@ TASKS = {
     "gsm8k": gsm8k,
     "sums": sums,
 }
+# Those of this project: whose numbers are known.
+OWN_TASKS = tuple(TASKS)
 # Without a home folder this stays "~/.cache/nanoreward", and `claim_cache` asks for --cache.
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "nanoreward"
 
@@ -248,6 +251,8 @@ def make_config(name: str, preset: str = "laptop", **numbers: Any) -> Any:
 
 def make_task(c: Config, careful: bool = False) -> nr.Task:
     """The task that the config names; careful: with the demonstrator that makes no errors."""
+    if not getattr(TASKS[c.task], "__file__", None):
+        raise UserError(f"the task {c.task} must be a module, whose file decides what is cached")
     try:
         return TASKS[c.task].make(c, careful)
     except ValueError as error:
@@ -358,7 +363,7 @@ def build_parser() -> Parser:
     add("loops", nargs="*", metavar="METHOD", help=f"any of {', '.join(METHODS)}; none: all")
     add("--config", help=f"one of {', '.join(PRESETS)} (default: {PRESET})")
     add("--out", type=Path, help="folder of the run (default: runs/METHOD-1, -2, ...)")
-    add("--cache", type=Path, default=CACHE, help="folder of the base models")
+    add("--cache", type=Path, help=f"folder of the base models (default: {CACHE})")
     add("--seeds", type=int, help="repeat with seed, seed+1, ... (default: 1)")
     add("--target", action="append", default=[], metavar="METHOD=X", help="exit 1 if missed")
     add("--resume", type=Path, help="go on with the run in this folder")
@@ -396,7 +401,8 @@ def why_unread(name: str, given: str, c: Config) -> str:
         return f"{name} does not read it, but {', '.join(readers)}"
     if c.model and given in OF_OWN_BASE:
         return "the folder of --model decides it"
-    condition = (TASK_ONLY | METHODS[name].only_with).get(given)
+    of_tasks = TASK_ONLY if c.task in OWN_TASKS else {}  # another task may read what it likes
+    condition = (of_tasks | METHODS[name].only_with).get(given)
     if condition is None:
         return ""
     other, *values = condition.split()
@@ -514,6 +520,13 @@ def check_methods() -> None:
     """Refuse an entry of METHODS that names a number that is not there, or a value of one."""
     for name, method in METHODS.items():
         known = {f.name for f in fields(method.config)}
+        try:
+            method.first.format(**vars(method.config()))
+        except (KeyError, ValueError, IndexError, TypeError) as error:
+            raise UserError(
+                f"METHODS[{name!r}]: first is {method.first!r}, which cannot be filled in with the "
+                f"numbers of {method.config.__name__} ({error!r})"
+            ) from None
         named = list(method.choices)
         for number, condition in method.only_with.items():
             other, *values = condition.split() or [""]
@@ -844,6 +857,7 @@ class Run:
             "ceiling": self.ceiling,
             "command": self.command,
             "commit": self.commit,
+            "cache": str(self.cache.absolute()),
         }
 
     @property
@@ -936,11 +950,12 @@ def new_run(a: argparse.Namespace) -> Run:
     configs = checked_configs(a, loops)
     targets = parse_targets(a.target, loops)
     inputs = inputs_of(next(iter(configs.values())))
+    a.cache = a.cache or CACHE
     claim_cache(a.cache)
     # This comes last: large files have been read, and another run may have begun meanwhile.
     out = a.out or free_folder("-".join(a.loops) or "tour")
     run = Run(out, configs, a.config, a.seeds, targets, inputs, a.ceiling, cache=a.cache)
-    run.command = shlex.join(["python", "train_small.py", *a.words])
+    run.command = a.command
     run.commit = commit_of(Path(__file__).parent)
     run.lock = claim_run(out)
     if (out / "config.json").exists():
@@ -958,23 +973,38 @@ def new_run(a: argparse.Namespace) -> Run:
 
 def commit_of(folder: Path) -> str:
     """The commit of a checkout, with a + if files differ from it; empty where there is none."""
+    there = {name: x for name, x in os.environ.items() if not name.startswith("GIT_")}
+
+    def ask(*words: str) -> str:
+        """What git says, or a UserError."""
+        command = ["git", "-C", str(folder), *words]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=5, env=there)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise UserError(str(error)) from None
+        if done.returncode != 0:
+            raise UserError(done.stderr)
+        return done.stdout.strip()
+
     try:
-        asked = ["git", "-C", str(folder), "describe", "--always", "--dirty=+", "--exclude=*"]
-        done = subprocess.run(asked, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
+        ask(
+            "ls-files", "--error-unmatch", "train_small.py"
+        )  # else it is another project's checkout
+        return ask("describe", "--always", "--dirty=+", "--exclude=*")
+    except UserError:
         return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def old_run(a: argparse.Namespace) -> Run:
     """The run of --resume: see that it is one, then claim its folder."""
     read_json(a.resume / "config.json")
     lock = claim_run(a.resume)
-    run = replace(open_run(a.resume), cache=a.cache, lock=lock)
+    run = replace(open_run(a.resume), lock=lock)
+    run.cache = a.cache or run.cache
     if not run.finished:
         check_layout(run)
         check_inputs(run)
-        claim_cache(a.cache)
+        claim_cache(run.cache)
     return run
 
 
@@ -1017,11 +1047,18 @@ def open_run(out: Path) -> Run:
     path = out / "config.json"
     about = read_json(path)
     try:
+        for name in about["configs"]:
+            if name not in METHODS:
+                raise UserError(
+                    f"{out} is a run of {name}, and no method is called so here; use the script "
+                    "that registers it"
+                )
         configs = {name: METHODS[name].config(**c) for name, c in about["configs"].items()}
         targets = {name: float(x) for name, x in about["targets"].items()}
         inputs = dict(about.get("inputs", {}))
         ceiling = bool(about.get("ceiling", False))
         run = Run(out, configs, about["preset"], int(about["seeds"]), targets, inputs, ceiling)
+        run.cache = Path(about.get("cache", CACHE))
         run.command = str(about.get("command", ""))
         run.commit = str(about.get("commit", ""))
         if not configs or not 1 <= run.seeds <= len(T95) + 1:
@@ -1084,7 +1121,7 @@ def cut_log(path: Path, update: int) -> float:
     return kept[-1].get("seconds", 0.0) if kept else 0.0
 
 
-# A file of the cache: how long what took long has taken last time, in seconds, by what it was.
+# A file of the cache: how many seconds each training and each first update took last time.
 TIMES = "seconds.json"
 
 
@@ -1103,8 +1140,9 @@ class Progress:
         self.key = key
         self.first = first
         self.began = time.monotonic()
-        self.last = self.read().get(key)
-        self.last_first = self.read().get(f"{key}, first update")
+        # In whole seconds; 0 is not worth telling.
+        self.last = round(self.read().get(key, 0))
+        self.last_first = round(self.read().get(f"{key}, first update", 0))
 
     def read(self) -> dict[str, float]:
         """The times of the cache; none if the file is not there or is damaged."""
@@ -1120,8 +1158,11 @@ class Progress:
         """How long it has taken until now."""
         seconds = round(time.monotonic() - self.began, 1)
         text = json.dumps(self.read() | {key: seconds}, indent=1)
+        temporary = self.times.with_suffix(f".{os.getpid()}.tmp")
         with contextlib.suppress(OSError):  # these times are no more than a courtesy
-            write_text(self.times, text)
+            if nr.is_first():
+                temporary.write_text(text, encoding="utf-8")
+                temporary.replace(self.times)
 
     def advance(self, update: int) -> None:
         """An update is done. What was begun in the middle says nothing about the whole."""
@@ -1137,9 +1178,11 @@ class Progress:
 
     def text(self, seconds: float) -> str:
         """What `workers.saying` prints."""
-        if self.done == self.begun_at:
-            what = self.first or f"the first of {self.total - self.begun_at} updates"
-            known = f", last time it took {self.last_first:.0f} s" if self.last_first else ""
+        if self.done == self.begun_at > 0:
+            return f"{self.title}: goes on behind update {self.done}; {seconds:.0f} s so far"
+        if self.done == 0:
+            what = self.first or f"the first of {self.total} updates"
+            known = f" (last time it took {self.last_first:.0f} s)" if self.last_first else ""
             return f"{self.title}: {what}; {seconds:.0f} s so far{known}"
         if workers.console.shows_bars():
             return ""
@@ -1184,6 +1227,10 @@ def drive(
 NOT_OF_A_BASE = set("eval_every eval_problems prompts samples temperature updates lr".split())
 
 
+# Files that may lie beside a task of somebody's own and decide nothing of it.
+NO_TASK = ("nanoreward.py", "train_small.py", "workers.py")
+
+
 @functools.cache
 def source_of(path: str) -> str:
     """The text of a source file as it was when it was first asked for.
@@ -1200,11 +1247,20 @@ CODE = hashlib.sha256(
 
 
 def code_of_task(name: str) -> str:
-    """The source of a task, and of the files of data/ that it imports something from."""
-    text = source_of(TASKS[name].__file__)
-    others = sorted(set(re.findall(r"^from data\.(\w+) import", text, re.M)))
-    data = Path(gsm8k.__file__).parent
-    return text + "".join(source_of(str(data / f"{other}.py")) for other in others)
+    """The source of a task, and of all that it uses of files in its own folder."""
+    used = {str(Path(TASKS[name].__file__).resolve()): TASKS[name]}
+    folder = Path(TASKS[name].__file__).resolve().parent
+    to_read = list(used.values())
+    while to_read:
+        for thing in vars(to_read.pop()).values():
+            module = sys.modules.get(getattr(thing, "__module__", None) or "", thing)
+            file = getattr(module, "__file__", None)
+            path = Path(file).resolve() if file else folder
+            if path.parent == folder and path.name not in NO_TASK and str(path) not in used:
+                used[str(path)] = module
+                to_read.append(module)
+    own, *others = used
+    return "".join(source_of(path) for path in (own, *sorted(others)))
 
 
 def code_of(make_batches: Callable) -> str:
@@ -1311,19 +1367,48 @@ class CachedTrainer:
 
 # ---- one job: one method with one seed ----------------------------------------------------------
 
-HEALTHY = """\
-what to watch: reward and truth rise together (only reward: it is being fooled) · kl: a few nats a
-response · entropy falls slowly, not to 0 at once · clipfrac < 0.2 · ended near 1 · flat_groups < 1,
-or grpo and rloo learn nothing · pairs: hundreds a round · chosen does not fall, pair_accuracy
-rises · score rises with dev, not alone · orm, sorm: labels of steps that they know, 0.5 is
-nothing · with centred advantages a loss near 0 is no fault"""
+# What a healthy value of each metric is, and the methods that have it; none: all.
+HEALTHY = {
+    "dev": ("the share of right answers to held-out problems; it rises", ""),
+    "reward, truth": (
+        "rise together; if only reward rises, it is being fooled",
+        "ppo seq2seq denoise",
+    ),
+    "kl": ("a few nats a response; tens: the policy has left its start", "ppo seq2seq denoise"),
+    "entropy": ("falls slowly; near 0 nothing new is found", "ppo seq2seq denoise"),
+    "clipfrac": ("below 0.2; above it steps are too large", "ppo seq2seq denoise"),
+    "ended": ("near 1; at 0 no response ends", "ppo seq2seq denoise"),
+    "flat_groups": ("below 1, or the arms that compare in groups learn nothing", "ppo denoise"),
+    "pairs": ("hundreds a round", "iterative_dpo self_rewarding"),
+    "chosen": ("does not fall; pair_accuracy rises", "iterative_dpo self_rewarding"),
+    "score": ("rises, and dev with it", "self_rewarding"),
+    "orm, sorm": ("rise from 0.5 to 0.8; at 0.5 they know nothing", "refine"),
+}
 WATCHED = """reward truth score kl entropy clipfrac ended flat_groups pairs chosen rejected
 pair_accuracy orm sorm""".split()
 
 
+def what_to_watch(names: Collection[str]) -> str:
+    """A line for each metric that these methods have, no wider than the terminal."""
+    width = shutil.get_terminal_size().columns
+    lines = ["what to watch:"]
+    for metric, (healthy, owners) in HEALTHY.items():
+        if not owners or not set(names).isdisjoint(owners.split()):
+            lines += textwrap.wrap(
+                f"{metric}: {healthy}",
+                max(width, 40),
+                initial_indent="  ",
+                subsequent_indent="      ",
+            )
+    return "\n".join(lines)
+
+
 def notes(m: dict[str, Any], c: Any) -> dict[str, str]:
     """What a person should be told about an update, in plain words. Each is said once."""
+    m = {name: x for name, x in m.items() if isinstance(x, int | float)}
     found = {}
+    if m.get("grad_norm") == 0:
+        found["gradient"] = "the gradient is 0: every response earned the same, nothing is learned"
     if m.get("flat_groups") == 1 and vars(c).get("arm") != "gae":
         found["flat"] = "equal rewards in every group, nothing to learn from"
     if m.get("ended") == 0:
@@ -1344,7 +1429,7 @@ def notes(m: dict[str, Any], c: Any) -> dict[str, str]:
     return found
 
 
-# Lists of what the reward says inside of a response that have an entry for each of its tokens.
+# The names of lists that have one number for each token.
 OF_TOKENS = ("token_rewards", "value", "shift", "logp", "order", "sure")
 
 
@@ -1359,10 +1444,16 @@ def as_rollout(task: nr.Task, prompts: list[str], texts: list[str], c: Config) -
 
 
 def of_tokens(task: nr.Task, ids: list[int], inside: dict[str, Any]) -> dict[str, Any]:
-    """What is said inside of a response, beside its tokens, in the order in which people read."""
+    """What is said inside of a response, beside its tokens, in the order in which people read.
+
+    inside may name the response's own `ids`: its text, encoded again, may give others.
+    """
+    ids = inside.get("ids", ids)
     places = task.reading_order(ids) if "reading_order" in dir(task) else list(range(len(ids)))
     found = {"tokens": [task.decode([ids[place]]) for place in places]}
     for name, numbers in inside.items():
+        if name == "ids":
+            continue
         if name in OF_TOKENS:
             behind = numbers[len(ids) :]
             numbers = [numbers[place] for place in places if place < len(numbers)] + behind
@@ -1379,6 +1470,8 @@ def explained(
     c: Config,
 ) -> list[dict[str, Any]]:
     """What the reward says of each token, step or pass of these responses."""
+    if not texts:
+        return []
     b = as_rollout(task, prompts, texts, c)
     lengths = b.mask.sum(1).int().tolist()
     found = []
@@ -1481,7 +1574,7 @@ class Job:
         inside = explained(self.state, self.method, self.task, prompts, texts, self.c)
         for x, y, more in zip(prompts, texts, inside, strict=True):
             line = {"prompt": x, "response": y, "reward": self.task.grade(x, y)}
-            append(self.folder / "samples.jsonl", self.head() | line | more)
+            append(self.folder / "samples.jsonl", self.head() | more | line | self.head())
         for pair in self.method.pairs(self.state, self.task, self.c):
             for name in ("chosen", "rejected"):
                 [ids] = self.task.encode([pair[name]["response"]])
@@ -1511,30 +1604,43 @@ class Job:
         result["mended"], result["broken"] = len(mended), len(broken)
         told = mended[: 4 * few] + broken[: 4 * few]
         told += kinds.get((False, False), [])[: 2 * few] + kinds.get((True, True), [])[:few]
-        prompts = [lines[i]["prompt"] for i in told]
-        for name in ("before", "after"):
-            state = self.state
-            if name == "before" and self.method.writes_again:
-                state = replace(state, policy=state.reference)  # it writes as it did then
-            texts = [lines[i][name]["response"] for i in told]
-            found = explained(state, self.method, task, prompts, texts, self.c)
-            for i, inside in zip(told, found, strict=True):
-                lines[i][name] |= inside
+        try:
+            for name in ("before", "after"):
+                self.explain(name, [lines[i] for i in told])
+        except Exception as error:  # the training was long, and its result is what counts
+            if dist.is_initialized():
+                raise  # the other processes would wait for ever
+            tqdm.write(f"{self.title}: its answers are not explained: {error!r:.200}")
         write_lines(self.folder / "answers.jsonl", [self.head() | line for line in lines])
+
+    def explain(self, name: str, lines: list[dict[str, Any]]) -> None:
+        """What the reward says of the answers of this name, "before" or "after", into these lines.
+
+        The trained models read both. But a method that writes again writes as it did then.
+        """
+        state = self.state
+        if name == "before" and self.method.writes_again:
+            state = replace(state, policy=state.reference)
+        prompts = [line["prompt"] for line in lines]
+        texts = [line[name]["response"] for line in lines]
+        found = explained(state, self.method, self.task, prompts, texts, self.c)
+        for line, inside in zip(lines, found, strict=True):
+            line[name] |= inside
 
     def log(self, m: dict[str, Any]) -> None:
         """One update -> metrics.jsonl; now and then a look at dev; warnings in plain words."""
         u = self.state.update
         seconds = round(self.offset + time.time() - self.began, 3)
-        head = {"loop": self.name, "seed": self.seed, "step": u, "seconds": seconds}
-        line = head | {"samples": self.state.samples} | m
+        head = self.head() | {"seconds": seconds, "samples": self.state.samples}
+        line = head | m | head  # in this order, whatever a method calls its own numbers
         title = f"{self.title} {u:4d}"
         if u % self.every == 0 or u in (1, self.total):
             with self.saying(f"answers {len(self.dev)} problems of dev after update {u}"):
                 line["dev_greedy"] = self.right(self.dev)
                 self.show()
-            numbers = "  ".join(f"{key} {m[key]:.3f}" for key in WATCHED if key in m)
-            tqdm.write(f"{title}  dev {line['dev_greedy']:.3f}  {numbers}")
+            numbers = [(key, m.get(key)) for key in WATCHED]
+            parts = [f"{key} {x:.3f}" for key, x in numbers if isinstance(x, int | float)]
+            tqdm.write("  ".join([f"{title}  dev {line['dev_greedy']:.3f}", *parts]))
         new = {kind: x for kind, x in notes(m, self.c).items() if kind not in self.told}
         self.told |= new.keys()
         for text in new.values():
@@ -1551,8 +1657,7 @@ class Job:
             cut_log(folder / log, state.update)
         self.began = time.time()
         for line in lines_there(folder / "metrics.jsonl"):
-            numbers = {name: x for name, x in line.items() if x is not None}
-            self.told |= notes(numbers, self.c).keys()
+            self.told |= notes(line, self.c).keys()
         if state.update == 0:
             with self.saying("shows what it starts from"):
                 self.show()
@@ -1891,9 +1996,8 @@ def write_page(runs: list[Path], path: Path) -> None:
     """One page with all that there is to see of one or several runs."""
     try:
         from notebooks import report
-    except ImportError as error:  # installed without the folder notebooks/
-        print(f"no page: {error}")
-        return
+    except ModuleNotFoundError as error:  # installed without the folder notebooks/
+        raise UserError(f"no page can be made: {error}") from None
     try:
         write_text(path, report.page(runs, report.REFERENCE, path.parent))
     except report.BadRun as error:
@@ -1906,7 +2010,10 @@ def show_run(out: Path, again: bool = True) -> None:
     if again or not (out / "curves.png").exists():
         draw_picture([out], out / "curves.png")
     if again or not (out / PAGE).exists():
-        write_page([out], out / PAGE)
+        try:
+            write_page([out], out / PAGE)
+        except Exception as error:  # the run is done and saved, whatever is wrong with its page
+            print(f"no page: {error!r:.300}")
 
 
 def verdict(run: Run) -> int:
@@ -1991,12 +2098,22 @@ def train_command(argv: list[str], alone: bool) -> int:
     """The main command. alone: one worker, unless the flags say otherwise."""
     check_methods()
     a = build_parser().parse_args(argv)
-    a.words = argv
+    a.command = command_of(argv, alone)
     check_workers(a.workers)
     run = find_run(a)
     with run.lock:
         run.workers = a.workers or (1 if alone else usual_workers(run))
         return finish_run(run)
+
+
+def command_of(argv: list[str], alone: bool) -> str:
+    """How to begin the same run again. alone: the words come from a script that called `main`."""
+    if alone:
+        return f"train_small.main({argv})"
+    program = ["python", "train_small.py"]
+    if own_rank() >= 0:
+        program = ["torchrun", "--nproc-per-node", os.environ["WORLD_SIZE"], "train_small.py"]
+    return shlex.join([*program, *argv])
 
 
 def finish_run(run: Run) -> int:
@@ -2014,12 +2131,16 @@ def finish_run(run: Run) -> int:
         "torch": torch.__version__,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
     }
-    print(f"run {run.out} · base models {run.cache} · {about}\n{HEALTHY}", flush=True)
+    print(
+        f"run {run.out} · base models {run.cache} · {about}\n{what_to_watch(run.configs)}",
+        flush=True,
+    )
     about["changed"] = {name: changed_numbers(c) for name, c in run.configs.items()}
     if note := getattr(make_task(c), "note", ""):
         print(note, flush=True)
     out, cache = shlex.quote(str(run.out)), shlex.quote(str(run.cache))
-    again = f"python train_small.py --resume {out} --cache {cache}"
+    script = shlex.quote(os.path.basename(sys.argv[0]) or "train_small.py")
+    again = f"python {script} --resume {out} --cache {cache}"
     try:
         take_over_all(run, about)
         do_jobs(run, about)
@@ -2048,13 +2169,13 @@ class Trained:
     # How it answers; 0 is greedy.
     temperature: float
 
-    def answer(self, prompt: str) -> str:
-        """What it answers. A text that is no problem is a UserError."""
+    def answer(self, prompt: str, index: int = 0) -> str:
+        """What it answers; another index draws anew. A text that is no problem is a UserError."""
         method = METHODS[self.name]
         c = replace(self.c, temperature=self.temperature)
         try:
             self.task.grade(prompt, "")
-            generator = nr.rng(c.seed, "evaluate")
+            generator = nr.rng(c.seed, "evaluate", index)
             return method.answer(self.state, self.task, [prompt], c, generator)[0]
         except ValueError as error:
             raise UserError(str(error)) from None
@@ -2065,17 +2186,23 @@ def open_trained(out: Path, name: str, seed: int | None, temperature: float) -> 
     run = open_run(out)
     name = name or next(iter(run.configs))
     seed = run.shared.seed if seed is None else seed
+    if name not in run.configs:
+        raise UserError(f"{out} has no method {name!r}; it has {', '.join(run.configs)}")
     folder = out / "models" / f"{name}-{seed}"
-    if name not in run.configs or not folder.exists():
+    if not folder.exists():
         there = sorted(path.name for path in (out / "models").glob("*-*"))
         raise UserError(
-            f"{folder} does not exist: that loop and seed has not finished in this run "
+            f"{folder} does not exist: that method and seed has not finished in this run "
             f"(there are {', '.join(there) or 'none'})"
         )
     c = replace(run.configs[name], seed=seed)
+    try:
+        nr.pick_device(c.device)
+    except UserError:
+        c = replace(c, device="cpu")  # it was trained on another machine
     task = make_task(c)
     method = METHODS[name]
-    policy = Transformer.load(folder)
+    policy = Transformer.load(folder).to(c.device)
     for f in fields(nr.Architecture):
         # A diffusion LM looks ahead, and it may have one token more than its base: MASK.
         may_differ = f.name in ("vocab", "causal", "bf16")
@@ -2098,23 +2225,23 @@ def sample_command(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, help="default: the run's first")
     parser.add_argument("--prompt", help="one problem; without it you type one after the other")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--cache", type=Path, default=CACHE, help="folder of the base models")
+    parser.add_argument("--cache", type=Path, help="folder of the base models (default: the run's)")
     a = parser.parse_args(argv)
     if a.temperature != 0:
         check_number("temperature", a.temperature)
     trained = open_trained(a.run, a.loop, a.seed, a.temperature)
     if a.prompt is None:
-        return Conversation(a.run, a.cache, trained).hold()
+        return Conversation(a.run, a.cache or open_run(a.run).cache, trained).run()
     text = trained.answer(a.prompt)
     right = trained.task.grade(a.prompt, text)
     print(f"{a.prompt} {text}  {'right' if right else 'wrong'}")
     return 0
 
 
-# What is said of the tokens of an answer: the first of these that a method tells. Each has the
-# number from which on a token is blue, the one below which it is orange, and what they mean.
+# Tokens are coloured by the first of these numbers that a method gives: blue from the first bound
+# on, orange below the second one. The words say what that means.
 COLOURS = {
-    "orm": (0.5, 0.5, "blue: a step that the SORM believes in; orange: one that it blames"),
+    "sorm": (0.5, 0.5, "blue: a step that the SORM believes in; orange: one that it blames"),
     "sure": (0.9, 0.5, "blue: it was sure of the token when it wrote it; orange: it was not"),
     "logp": (-0.1, -0.7, "blue: a token that it finds likely (above 0.9); orange: below 0.5"),
     "token_rewards": (1e-9, 0.0, "blue: a token that the reward pays for; orange: one that costs"),
@@ -2125,10 +2252,11 @@ BLUE = "\033[1;94m"
 ORANGE = "\033[38;5;208m"
 
 HELP = """\
-type a problem, as {example}
+Type a problem, for example {example}
+It is answered as before the training and as now. In a terminal the tokens have colours.
 :loop NAME      another method of this run ({names})
 :seed N         another seed
-:temperature T  0 is greedy, 1 samples as in training
+:temperature T  0 takes the likeliest token, {temperature:g} draws as in training
 :quit           or Ctrl-D"""
 
 
@@ -2140,9 +2268,12 @@ class Conversation:
         self.cache = cache
         self.coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         self.asks = sys.stdin is not None and sys.stdin.isatty()
-        self.meet(trained)
+        self.questions = 0
+        # Of which colours it was said what they mean.
+        self.explained: set[str] = set()
+        self.switch_to(trained)
 
-    def meet(self, trained: Trained) -> None:
+    def switch_to(self, trained: Trained) -> None:
         """Talk with this one from now on."""
         method = METHODS[trained.name]
         claim_cache(self.cache)
@@ -2156,11 +2287,18 @@ class Conversation:
             trained.state.models = models
         if "reference" in vars(trained.state):
             trained.state.reference = nr.frozen_copy(self.before)
+        if vars(c).get("judge") == "frozen":
+            trained.state.judge = nr.frozen_copy(self.before)
         self.trained = trained
         self.example = task.prompts(1, nr.rng(trained.c.seed, "example"), "dev")[0]
-        print(f"{self.out}: {trained.name}, seed {trained.c.seed}. :help says what there is.")
+        if "question" in dir(task):
+            self.example = task.question(self.example)
+        who = f"{trained.name}, seed {trained.c.seed}"
+        print(f"{self.out}: {who}. Type a problem, for example {self.example} (:help tells more)")
+        if note := getattr(task, "note", ""):
+            print(note)
 
-    def hold(self) -> int:
+    def run(self) -> int:
         """Talk until there are no more lines: the exit code."""
         while True:
             try:
@@ -2169,15 +2307,21 @@ class Conversation:
                 if self.asks:
                     print()
                 return 0
+            except UnicodeDecodeError:
+                print("error: this line is no text")
+                continue
+            except KeyboardInterrupt:
+                print()
+                raise
             if line in (":quit", ":q"):
                 return 0
             try:
-                self.hear(line)
+                self.handle(line)
             except UserError as error:  # one line, and the next problem
                 print(f"error: {error}")
             sys.stdout.flush()
 
-    def hear(self, line: str) -> None:
+    def handle(self, line: str) -> None:
         """Do what a line asks for."""
         name, _, value = line.partition(" ")
         t = self.trained
@@ -2185,47 +2329,79 @@ class Conversation:
             return
         if name == ":help":
             names = ", ".join(open_run(self.out).configs)
-            print(HELP.format(example=self.example, names=names))
+            print(HELP.format(example=self.example, names=names, temperature=t.c.temperature))
         elif name == ":loop":
-            self.meet(open_trained(self.out, value.strip(), t.c.seed, t.temperature))
+            if not value:
+                raise UserError(f":loop wants a method: {', '.join(open_run(self.out).configs)}")
+            self.switch_to(open_trained(self.out, value.strip(), t.c.seed, t.temperature))
         elif name in (":seed", ":temperature"):
             try:
                 number = float(value) if name == ":temperature" else int(value)
             except ValueError:
                 raise UserError(f"{name} wants a number, not {value!r}") from None
             if name == ":seed":
-                self.meet(open_trained(self.out, t.name, number, t.temperature))
+                self.switch_to(open_trained(self.out, t.name, number, t.temperature))
                 return
             if number != 0:
                 check_number("temperature", number)
             t.temperature = number
         elif name.startswith(":"):
-            raise UserError(f"there is no {name}; :help says what there is")
+            raise UserError(f"there is no {name}; type :help for the commands")
         else:
             self.answer(line)
 
-    def answer(self, prompt: str) -> None:
+    def understood(self, line: str) -> str:
+        """The problem that was typed. A missing end, as the `=`, or spaces are forgiven."""
+        task = self.trained.task
+        if "question" in dir(task):  # a question is typed without the solved ones before it
+            try:
+                return task.prompt(task.question(line))
+            except ValueError as error:
+                raise UserError(str(error)) from None
+        joined = "".join(line.split())
+        for text in (line, joined, joined + self.example[-1]):
+            try:
+                task.grade(text, "")
+                return text
+            except ValueError:
+                continue
+        return line
+
+    def answer(self, line: str) -> None:
         """The answers of both to a problem, and the right way if one of them is wrong."""
+        prompt = self.understood(line)
         t = self.trained
-        now = t.answer(prompt)
+        # Sampled answers differ from one question to the next.
+        self.questions += 1
+        index = self.questions if t.temperature > 0 else 0
+        now = t.answer(prompt, index)
         c = replace(t.c, temperature=t.temperature)
-        [before] = nr.respond(self.before, t.task, [prompt], c, nr.rng(c.seed, "evaluate"))
+        [before] = nr.respond(self.before, t.task, [prompt], c, nr.rng(c.seed, "evaluate", index))
         right = [t.task.grade(prompt, text) == 1 for text in (before, now)]
-        [inside] = explained(t.state, METHODS[t.name], t.task, [prompt], [now], t.c)
-        self.tell("before", before, right[0])
-        self.tell(t.name, self.in_colours(now, inside), right[1])
+        inside: dict[str, Any] = {}
+        shown = before
+        if not METHODS[t.name].writes_again:
+            both = [before, now]
+            first, inside = explained(t.state, METHODS[t.name], t.task, [prompt] * 2, both, t.c)
+            shown = self.in_colours(before, first)
+        elif t.temperature == 0:  # else it would write another answer than it gave
+            [inside] = explained(t.state, METHODS[t.name], t.task, [prompt], [now], t.c)
+        self.print_answer("before", shown, right[0])
+        self.print_answer(t.name, self.in_colours(now, inside), right[1])
         for name in ("orm", "sorm"):
             if name in inside:
                 numbers = "  ".join(f"{p:.2f}" for p in inside[name])
-                print(f"{name.upper():15} {numbers}  (behind each step, and at the end)")
+                print(f"{name.upper():15} {numbers}  (after each step, and after the answer)")
         if "judgements" in inside:
             print(f"{'its judge':15} {' '.join(inside['judgements'])}".replace("<eos>", ""))
         if not all(right) and "solution" in dir(t.task):
-            self.tell("the right way", t.task.solution(prompt), None)
-        if self.coloured and (kind := self.kind_of(inside)):
+            self.print_answer("the right way", t.task.solution(prompt), None)
+        kind = self.kind_of(inside)
+        if self.coloured and kind and kind not in self.explained:
             print(f"{'':15} {COLOURS[kind][2]}")
+            self.explained.add(kind)
 
-    def tell(self, who: str, text: str, right: bool | None) -> None:
+    def print_answer(self, who: str, text: str, right: bool | None) -> None:
         """A line for each line of the text."""
         word = {None: "", True: "   right", False: "   wrong"}[right]
         lines = f"{text.replace('<eos>', '')}{word}".split("\n")
@@ -2242,11 +2418,11 @@ class Conversation:
     def in_colours(self, text: str, inside: dict[str, Any]) -> str:
         """The tokens of the answer, coloured by what the reward says; plain text for a pipe."""
         kind = self.kind_of(inside)
-        tokens = inside["tokens"]
+        tokens = inside.get("tokens", [])
         if not self.coloured or not kind or "".join(tokens) != text:
             return text
         numbers = inside[kind]
-        if kind == "orm":
+        if kind == "sorm":
             numbers = []
             begin = 0
             for end, p in zip(inside["step_ends"], inside["sorm"], strict=True):
@@ -2281,8 +2457,6 @@ def report_command(argv: list[str]) -> int:
     path = a.html or (a.runs[0] / PAGE if len(a.runs) == 1 else Path("compare.html"))
     if path.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--html {path} is no page's name; it ends with .html")
-    for run in a.runs:
-        open_run(run)
     write_page(a.runs, path)
     return 0
 

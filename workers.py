@@ -80,7 +80,7 @@ def in_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
 
 
-# What takes longer than so many seconds is said, and then again each time that so many more passed.
+# Work that takes longer than FIRST_WORD seconds prints a line, then one every NEXT_WORD seconds.
 FIRST_WORD = 1.5
 NEXT_WORD = 20.0
 
@@ -103,12 +103,13 @@ def saying(text: Callable[[float], str]) -> Iterator[None]:
             wait = NEXT_WORD
 
     thread = threading.Thread(target=speak, daemon=True)
-    thread.start()
     try:
+        thread.start()
         yield
     finally:
         over.set()
-        thread.join()
+        if thread.is_alive():
+            thread.join()
 
 
 class Terminal:
@@ -210,7 +211,8 @@ class Lines(io.TextIOBase):
     def __init__(self, wire: Wire, is_error: bool):
         self.wire = wire
         self.is_error = is_error
-        self.rest = ""
+        # What each thread has written of a line that is not whole yet.
+        self.begun = threading.local()
 
     def writable(self) -> bool:
         """Python asks that of a stream."""
@@ -218,7 +220,8 @@ class Lines(io.TextIOBase):
 
     def write(self, text: str) -> int:
         """Send the lines that are whole now."""
-        *whole, self.rest = (self.rest + text).split("\n")
+        rest = getattr(self.begun, "text", "")
+        *whole, self.begun.text = (rest + text).split("\n")
         for line in whole:
             self.wire.send("line", line, self.is_error)
         return len(text)

@@ -310,6 +310,7 @@ class Arithmetic(CharacterTask):
 
     tokenizer = TOKENIZER
     letters = LETTERS
+    note = "problems: operations go from left to right, and every result is taken mod 100"
 
     # ---- problems and demonstrations ------------------------------------------------------------
 

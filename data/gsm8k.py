@@ -627,7 +627,11 @@ class GSM8K(WordTask):
             chosen = draw.choices(pool, k=n)
         else:
             chosen = draw.sample(pool, min(n, len(pool)))
-        return [f"{self.shown}{ASK}{question}{ANSWER}" for question in chosen]
+        return [self.prompt(question) for question in chosen]
+
+    def prompt(self, question: str) -> str:
+        """The whole problem: the solved examples and the question."""
+        return f"{self.shown}{ASK}{question}{ANSWER}"
 
     def problem(self, text: str) -> str | None:
         """The problem that a text holds, or None if it must not be trained on.
@@ -637,7 +641,7 @@ class GSM8K(WordTask):
         question = " ".join(text.removesuffix("<eos>").removeprefix(ASK).split())
         if question not in self.gold or self.split(question) != "train":
             return None
-        return f"{self.shown}{ASK}{question}{ANSWER}"
+        return self.prompt(question)
 
     def demo(self, generator: torch.Generator) -> tuple[str, str]:
         """A problem and its solution, without the marks."""

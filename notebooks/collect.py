@@ -25,7 +25,7 @@ def transcripts(folder: Path) -> dict:
 
     How many got right and how many wrong; some of both as (problem, before, after).
     """
-    lines = [x for x in front.read_lines(folder / "answers.jsonl") if x["loop"] == "ppo"]
+    lines = [x for x in front.lines_there(folder / "answers.jsonl") if x["loop"] == "ppo"]
     lines = [x for x in lines if x["seed"] == lines[0]["seed"]]
     mended = []
     broken = []
@@ -59,7 +59,9 @@ def main(name: str, command: str, *folders: str) -> None:
     summaries = [front.read_json(path / "summary.json") for path in paths]
     results = [result for summary in summaries for result in summary["results"]]
     asked = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(asked, capture_output=True, encoding="utf-8").stdout.strip()
+    commit = front.read_json(paths[0] / "config.json").get("commit")
+    if not commit:  # a run of an older version does not say it
+        commit = subprocess.run(asked, capture_output=True, encoding="utf-8").stdout.strip()
     kept = {"command": command, "commit": commit, **summaries[0]}
     kept |= {"results": results, "curves": dev_curves(paths)}
     if any(result["loop"] == "ppo" for result in summaries[0]["results"]):

@@ -878,9 +878,9 @@ def draw_response(shown: dict, top: Any, low: Any) -> Any:
     order, sure = (shown[key][: len(tokens)] for key in ("order", "sure"))
     last = max(order) + 1
     right = [task.grade(shown["prompt"], said) == 1 for said in shown["said"][:last]]
-    top.plot(range(last), shown["value"][:last], color="C2")
+    top.plot(range(last), shown["prospects"][:last], color="C2")
     colors = ["C2" if x else "white" for x in right]
-    top.scatter(range(last), shown["value"][:last], c=colors, edgecolors="C2", zorder=3)
+    top.scatter(range(last), shown["prospects"][:last], c=colors, edgecolors="C2", zorder=3)
     ends = "right" if task.grade(shown["prompt"], shown["response"]) == 1 else "wrong"
     response = shown["response"].removesuffix("<eos>")
     top.set_title(f"{shown['prompt']}  answered {response} ({ends})", fontsize=10)
@@ -912,7 +912,7 @@ def picture(kept: dict) -> None:
     top, low = parts[0, 1].subplots(2)
     # The response whose prospects change most.
     transcripts = kept["outcome"]["transcripts"]
-    shown = max(transcripts, key=lambda t: max(t["value"]) - min(t["value"]))
+    shown = max(transcripts, key=lambda t: max(t["prospects"]) - min(t["prospects"]))
     dots = draw_response(shown, top, low)
     parts[0, 1].colorbar(dots, ax=low, label="probability of the token")
     nr.write_whole(OUT.with_suffix(".png"), lambda p: figure.savefig(p, format="png", dpi=100))

@@ -46,6 +46,10 @@ ITEM_BYTES = 50_000  # what is longer is shown as texts, without its numbers
 KEPT_OF_A_KIND = 40  # answers of one kind, method, seed and run
 DRAWN = 100  # points of a drawn line
 ROWS = 25  # rows of a curve's table
+OTHERS = 24  # curves of numbers that WATCH does not know
+OTHERS_BYTES = 60_000  # of all these curves of one method
+OWN_LISTS = 6  # lists of a transcript, a number for each token, that the page does not know
+OWN = "own:"  # how their names begin in the data of the page
 
 ANY = math.inf  # no bound
 
@@ -154,6 +158,11 @@ class Run:
     summary: dict[str, Any] = field(default_factory=dict)
     logs: dict[str, list[dict]] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
+    labels: dict[str, str] = field(default_factory=dict)  # method -> the name with what differs
+
+    def label(self, loop: str) -> str:
+        """The run's name in rows and curves of a method, with what differs if that is short."""
+        return self.labels.get(loop, self.name)
 
     def results(self, loop: str = "") -> list[dict]:
         """The finished jobs, of one method or of all."""
@@ -235,9 +244,13 @@ def read_lines(path: Path, run: Run) -> list[dict]:
             if text and at < len(texts) - 1:
                 run.missing.append(f"line {at + 1} of {path.name} cannot be read")
             continue
-        if isinstance(line.get("loop"), str):
-            found.append({"seed": 0, "step": 0, **line})
-    return [x for x in found if number(x["seed"]) is not None and number(x["step"]) is not None]
+        line = {"seed": 0, "step": 0, **line}
+        placed = number(line["seed"]) is not None and number(line["step"]) is not None
+        if isinstance(line.get("loop"), str) and placed:
+            found.append(line)
+        else:
+            run.missing.append(f"line {at + 1} of {path.name} cannot be read: it is no entry")
+    return found
 
 
 def read_run(folder: Path, name: str) -> Run:
@@ -250,7 +263,11 @@ def read_run(folder: Path, name: str) -> Run:
     for log in LOGS:
         lines = read_lines(folder / f"{log}.jsonl", run)
         merged = {(line["loop"], line["seed"]) for line in lines}
-        for path in sorted(folder.glob(f"jobs/*/{log}.jsonl")):
+        try:
+            at_work = sorted(folder.glob(f"jobs/*/{log}.jsonl"))
+        except FileNotFoundError:  # the last job has ended at this moment
+            at_work = []
+        for path in at_work:
             part = read_lines(path, run)
             lines += [line for line in part if (line["loop"], line["seed"]) not in merged]
         run.logs[log] = lines
@@ -328,17 +345,20 @@ def listed(words: Iterable[str]) -> str:
     return f"{', '.join(others)} and {last}" if others else last
 
 
-def table(caption: str, head: list[str], rows: list[list[str]]) -> str:
-    """An HTML table of escaped cells in a box that scrolls sideways; the first cell is a header."""
+def table(key: str, caption: str, head: list[str], rows: list[list[str]]) -> str:
+    """An HTML table of escaped cells in a box that scrolls sideways; the first cell is a header.
+
+    The caption stands above the box, so that it does not scroll away. key: an id of its own.
+    """
     top = "".join(f'<th scope="col">{cell}</th>' for cell in head)
     body = ""
     for first, *cells in rows:
         rest = "".join(f"<td>{cell}</td>" for cell in cells)
         body += f'<tr><th scope="row">{first}</th>{rest}</tr>\n'
-    label = escape(re.sub("<[^>]+>", "", caption), quote=True)
     return (
-        f'<div class="scroll" role="region" aria-label="{label}" tabindex="0"><table>'
-        f"<caption>{caption}</caption><thead><tr>{top}</tr></thead>\n<tbody>{body}</tbody>"
+        f'<p class="caption" id="{key}">{caption}</p>'
+        f'<div class="scroll" role="region" aria-labelledby="{key}" tabindex="0">'
+        f'<table aria-labelledby="{key}"><thead><tr>{top}</tr></thead>\n<tbody>{body}</tbody>'
         "</table></div>\n"
     )
 
@@ -382,7 +402,8 @@ class Chart:
     """Lines over updates as a picture, in words and as a table.
 
     lines: name -> points; levels: name -> height of a dashed line; healthy: a shaded range;
-    expected: points of another run as a grey band; fixed: the ends of the upright axis.
+    expected: points of another run as a grey band; fixed: the ends of the upright axis; unjudged:
+    lines to which the healthy range does not apply; drawn, rows: how much is drawn and told.
     """
 
     title: str
@@ -391,6 +412,9 @@ class Chart:
     healthy: tuple[float, float] = (-ANY, ANY)
     expected: Points = field(default_factory=dict)
     fixed: tuple[float, float] | None = None
+    unjudged: frozenset[str] = frozenset()
+    drawn: int = DRAWN
+    rows: int = ROWS
 
     def __post_init__(self) -> None:
         """Find the ends of both axes."""
@@ -431,7 +455,8 @@ class Chart:
         """The values of each line that are not in the healthy range."""
         low, high = self.healthy
         found: dict[str, Points] = {}
-        for name, points in self.lines.items():
+        judged = {n: points for n, points in self.lines.items() if n not in self.unjudged}
+        for name, points in judged.items():
             for step, values in points.items():
                 bad = [x for x in values if not low <= x <= high]
                 if bad:
@@ -450,9 +475,10 @@ class Chart:
         for level in self.levels.values():
             shapes += f'<path class="level" d="M0 {self.y(level)}H100"/>'
         for at, points in enumerate(self.lines.values()):
-            drawn = thinned(points, DRAWN)
+            drawn = thinned(points, self.drawn)
             middle = [f"{self.x(step)} {self.y(mean(values))}" for step, values in drawn.items()]
-            shapes += self.band(drawn, f"band hue-{at % 6}")
+            if any(len(values) > 1 for values in drawn.values()):
+                shapes += self.band(drawn, f"band hue-{at % 6}")
             shapes += f'<path class="line hue-{at % 6}" d="M{"L".join(middle)}"/>'
             if len(middle) <= 20:  # a look is a dot: a line without length and with a round end
                 dots = "".join(f"M{point}h0" for point in middle)
@@ -460,7 +486,7 @@ class Chart:
         for points in self.outside().values():
             marked = "".join(
                 f"M{self.x(step)} {self.y(max(values, key=abs))}h0"
-                for step, values in thinned(points, DRAWN).items()
+                for step, values in thinned(points, self.drawn).items()
             )
             shapes += f'<path class="outside" d="{marked}"/>'
         return shapes
@@ -484,7 +510,7 @@ class Chart:
         for name, height in spread_labels({n: self.height(v) for n, v in self.levels.items()}):
             marks += f'<span class="name" style="top:{100 - height:.4g}%">{escape(name)}</span>'
         for step in (0, self.last):
-            marks += f'<span class="x" style="left:{self.x(step)}%">{step}</span>'
+            marks += f'<span class="x" style="left:{self.x(step)}%">update {step}</span>'
         legend = "".join(
             f'<li class="hue-{at % 6}">{shown(name)}</li>' for at, name in enumerate(self.lines)
         )
@@ -496,10 +522,11 @@ class Chart:
             legend += '<li class="square">outside</li>'
         rows = []
         for name, points in self.lines.items():
-            for step, values in thinned(points, ROWS).items():
+            for step, values in thinned(points, self.rows).items():
                 cells = (mean(values), min(values), max(values))
                 rows.append([str(step), shown(name), *(short(float(x)) for x in cells)])
-        data = table(shown(self.title), ["update", "line", "mean", "lowest", "highest"], rows)
+        head = ["update", "line", "mean", "lowest", "highest"]
+        data = table(f"{key}-n", shown(self.title), head, rows)
         named = "named" if self.levels else ""
         return (
             f'<figure><figcaption>{shown(self.title)}</figcaption><ul class="legend">{legend}</ul>'
@@ -680,24 +707,56 @@ def example(run: Run, loop: str) -> str:
     at = next(i for i, (x, y) in enumerate(zip_longest(*both)) if x != y)
     prompt = str(chosen.get("prompt", ""))
     prompt = prompt if len(prompt) <= 400 else f"… {prompt[-400:]}"
+    lucky = ""
     rows = f"<dt>problem</dt><dd><code><bdi>{shown(prompt)}</bdi></code></dd>"
     for when in ("before", "after"):
         right = (number(chosen[when].get("reward")) or 0) >= 0.5
-        verdict = '<b class="good">✓ right</b>' if right else '<b class="bad">✗ wrong</b>'
+        luck = " by luck" if False in as_list(chosen[when].get("steps_right")) else ""
+        verdict = f'<b class="good">✓ right{luck}</b>' if right else '<b class="bad">✗ wrong</b>'
+        lucky = lucky or (luck if right else "")
         note = "the first token that differs"
         rows += f"<dt>{when}</dt><dd>{marked(chosen[when], at, note)} {verdict}</dd>"
+    told = "Marked: the first token that differs."
+    if lucky:
+        told += " Right by luck: the answer is right although a step is wrong."
     return (
         f'<div class="example"><h2>One problem, before and after {shown(loop)}</h2><dl>{rows}</dl>'
-        '<p class="quiet">Marked: the first token that differs.</p></div>'
+        f'<p class="quiet">{told}</p></div>'
     )
 
 
-def best(runs: list[Run], loops: list[str]) -> tuple[Run, str] | None:
-    """The finished run and method that end highest."""
-    pairs = [(run, loop) for run in runs for loop in loops if run.results(loop)]
-    return max(
-        pairs, key=lambda pair: average(pair[0].results(pair[1]), "final") or 0, default=None
-    )
+def ranked(runs: list[Run], loops: list[str]) -> list[tuple[Run, str, float]]:
+    """The finished runs and methods with the accuracy at their ends, the highest first."""
+    found = []
+    for run in runs:
+        for loop in loops:
+            if results := run.results(loop):
+                found.append((run, loop, average(results, "final") or 0))
+    return sorted(found, key=lambda rival: -rival[2])
+
+
+def uncertainty(problems: float) -> float:
+    """By how many points so many problems leave an accuracy uncertain, at most."""
+    return 98 / problems**0.5
+
+
+def verdict_of(rivals: list[tuple[Run, str, float]]) -> str:
+    """Which of several results is the best, and which are too close to it to tell."""
+    run, loop, highest = rivals[0]
+    problems = next(iter(numbers(run.results(loop), "problems")), 0)
+    points = uncertainty(problems) if problems > 0 else 0
+    several = len({one.name for one, _, _ in rivals}) > 1
+    close = [
+        f"{name} of {one.label(name)}" if several else name
+        for one, name, end in rivals
+        if 100 * (highest - end) <= points + 1e-9
+    ]
+    what = counted(len(rivals), "results" if several else "methods")
+    if len(close) == len(rivals):
+        return f"{listed(close)} ended too close to tell apart."
+    if len(close) > 1:
+        return f"Of {what} {listed(close)} ended highest, too close to tell apart."
+    return f"Of {what} {close[0]} ended {'higher' if len(rivals) == 2 else 'highest'}."
 
 
 def comparison(runs: list[Run], loops: list[str]) -> str:
@@ -721,34 +780,111 @@ def comparison(runs: list[Run], loops: list[str]) -> str:
             reached = numbers(results, "samples_to_80")
             late = f"{mean(reached):,.0f}" if len(reached) == len(results) else "not by all"
             late = late if reached else "never"
-            name = f"{run.name} {loop}" if len(runs) > 1 else loop
+            name = f"{run.label(loop)} {loop}" if len(runs) > 1 else loop
             cells = [str(len(results)), base, start, end, mended, broken, samples, late, seconds]
             rows.append([shown(name), *cells])
     head = ["method", "seeds", "base", "start", "end"]
     head += ["mended", "broken", "samples", "to 80 %", "seconds"]
-    caption = "Accuracies are of test, mended and broken of dev; means over seeds"
-    return table(caption, head, rows) if rows else ""
+    caption = "Accuracies are of test, mended and broken of dev"
+    if any(len(run.results(loop)) > 1 for run in runs for loop in loops):
+        caption += "; means over seeds"
+    return table("table-results", caption, head, rows) if rows else ""
+
+
+def dots_and_bar(results: list[dict], barred: bool) -> str:
+    """Which problems the picture counts. barred: whether it has bars of dev problems."""
+    total = next(iter(numbers(results, "problems")), 0)
+    told = f"Dots: {total:.0f} held-out test problems, greedy." if total > 0 else ""
+    told = told or "Dots: held-out test problems, greedy."
+    if barred:
+        dev = next(iter(numbers(results, "dev_problems")), 0)
+        told += f" Bar: {dev:.0f} other held-out problems (dev), before and after."
+        told += " Dev is asked during the training too, test only before and after it."
+    if total > 0:
+        told += f" {total:.0f} problems leave an accuracy uncertain by up to"
+        told += f" ± {uncertainty(total):.1f} points."
+    return told
+
+
+def differences(first: Run, run: Run, loop: str) -> dict[str, str] | None:
+    """What differs between two runs of a method: name -> the second run's; None if not known."""
+    both = [as_dict(one.summary.get("changed")).get(loop) for one in (first, run)]
+    if not all(isinstance(changed, dict) for changed in both):
+        return None
+    before, now = map(as_dict, both)
+    config = as_dict(as_dict(run.config.get("configs")).get(loop))
+    found = {}
+    for name in dict.fromkeys([*now, *before]):
+        if name not in now or name not in before or now[name] != before[name]:
+            value = now.get(name, config.get(name, "the default"))
+            found[name] = short(value) if number(value) is not None else str(value)
+    return found
+
+
+def apart(first: Run, run: Run) -> dict[str, str]:
+    """What differs between two runs outside of the numbers of a method."""
+    found = {"preset": run.preset()} if run.preset() != first.preset() else {}
+    seeds = run.config.get("seeds")
+    return found | ({"seeds": str(seeds)} if seeds != first.config.get("seeds") else {})
+
+
+def name_differences(runs: list[Run]) -> None:
+    """Give each run its labels: its name and what differs from the first run, if it is short."""
+    for run in runs[1:]:
+        for loop in [x for x in run.loops() if x in runs[0].loops()]:
+            told = apart(runs[0], run) | (differences(runs[0], run, loop) or {})
+            if 0 < len(told) <= 2:
+                words = listed(f"{name} {value}" for name, value in told.items())
+                run.labels[loop] = f"{run.name} ({words})" if len(words) <= 40 else run.name
+
+
+def differing(runs: list[Run]) -> str:
+    """What differs between the first run and each of the others, as paragraphs."""
+    paragraphs = ""
+    for run in runs[1:]:
+        first = runs[0]
+        shared = [loop for loop in run.loops() if loop in first.loops()]
+        words = {"preset": "its preset", "seeds": "its number of seeds"}
+        told = [f"{words[name]} is {value}" for name, value in apart(first, run).items()]
+        unknown = []
+        for loop in shared:
+            found = differences(first, run, loop)
+            if found is None:
+                unknown.append(loop)
+            of = f" of {loop}" if len(shared) > 1 else ""
+            told += [f"{name}{of} is {value}" for name, value in (found or {}).items()]
+        if set(run.loops()) != set(first.loops()):
+            told.append(f"its methods are {listed(run.loops())}")
+        sentences = []
+        if told:
+            sentences.append(f"{run.name} differs from {first.name}: {listed(told)}.")
+        if unknown:
+            what = f"numbers of {listed(unknown)}"
+            between = f"between {first.name} and {run.name}"
+            sentences.append(f"Whether {what} differ {between} is not said.")
+        if not sentences:
+            sentences.append(f"No number differs between {first.name} and {run.name}.")
+        paragraphs += f'<p class="apart">{shown(" ".join(sentences))}</p>\n'
+    return paragraphs
 
 
 def first_screen(runs: list[Run], loops: list[str]) -> str:
     """The result as a sentence, a picture and one problem."""
-    found = best(runs, loops)
-    if found is None:
-        return '<p class="lead">No job is finished yet: what is logged so far is below.</p>'
-    run, loop = found
-    rivals = [(one, name) for one in runs for name in loops if one.results(name)]
-    label = ""
-    if len(rivals) > 1:
-        where = f" of {run.name}" if len(runs) > 1 else ""
-        what = counted(len(rivals), "methods" if len(runs) == 1 else "results")
-        label = f"Of {what} {loop}{where} ended highest. "
+    rivals = ranked(runs, loops)
+    if not rivals:
+        waiting = "No job is finished yet: what is logged so far is below."
+        return f'<p class="lead">{waiting}</p>{differing(runs)}'
+    run, loop, _ = rivals[0]
+    label = f"{verdict_of(rivals)} " if len(rivals) > 1 else ""
     told = f'<p class="lead">{shown(label)}'
     told += f"{shown(sentence(loop, run.results(loop)))}</p>\n"
+    if len(runs) > 1:
+        told = f"<div>{told}{differing(runs)}</div>"
     ways = ""
     for loop_of_row in loops:
         for one in runs:
             if loop_of_row in one.loops():
-                name = f"{loop_of_row}, {one.name}" if len(runs) > 1 else loop_of_row
+                name = f"{loop_of_row}, {one.label(loop_of_row)}" if len(runs) > 1 else loop_of_row
                 ways += dumbbell(one, loop_of_row, name)
     results = [r for one in runs for r in one.results()]
     lines = []
@@ -756,17 +892,12 @@ def first_screen(runs: list[Run], loops: list[str]) -> str:
         value = average(results, level)
         if value is not None:
             lines.append(f'<li class="{level}">{level} {percent(value)}</li>')
-    total = next(iter(numbers(results, "problems")), None)
-    sure = ""
-    if total:
-        points = f"± {98 / total**0.5:.1f} points"
-        sure = f"{total:.0f} problems leave an accuracy uncertain by up to {points}."
     return (
         f'<div class="top">{told}{example(run, loop)}</div>\n'
         '<div class="picture"><h2>From start to end</h2><ul class="levels">'
         '<li class="from">before training</li><li class="to">after training</li>'
-        f'{"".join(lines)}</ul><ul class="ways">{ways}</ul><p class="quiet">'
-        f"Greedy answers to held-out test problems. {sure}</p></div>\n"
+        f'{"".join(lines)}</ul><ul class="ways">{ways}</ul>'
+        f'<p class="quiet">{dots_and_bar(results, "strip" in ways)}</p></div>\n'
         + (comparison(runs, loops) if len(runs) > 1 else "")
     )
 
@@ -801,10 +932,10 @@ def patience(expected: Points) -> str:
     for step, value in means.items():
         if value >= start + 0.05:
             return (
-                f"Flat until update {step} is normal: there the project's own run first stood "
-                f"0.05 above its first look."
+                f"A flat start is normal until update {step}: only then had the project's own run "
+                "gained 5 points."
             )
-    return "The project's own run never stood 0.05 above its first look."
+    return "A flat start is normal: the project's own run never gained 5 points."
 
 
 def accuracy(runs: list[Run], loop: str, reference: dict) -> str:
@@ -818,7 +949,7 @@ def accuracy(runs: list[Run], loop: str, reference: dict) -> str:
         if points:
             seeds = max(map(len, points.values()))
             complete = {step: xs for step, xs in points.items() if len(xs) == seeds}
-            lines[run.name if len(runs) > 1 else loop] = complete
+            lines[run.label(loop) if len(runs) > 1 else loop] = complete
     if not lines:
         return '<p class="quiet">No look at dev is logged yet, so there is no curve.</p>'
     results = [r for run in runs for r in run.results(loop)]
@@ -827,12 +958,19 @@ def accuracy(runs: list[Run], loop: str, reference: dict) -> str:
     usual = any(is_usual(run, loop) for run in runs)
     expected = expected_points(reference, loop) if usual else {}
     chart = Chart("Greedy accuracy on dev", lines, levels, expected=expected, fixed=(0, 1))
-    words = "The line is the mean over seeds, in a band that holds them all. "
+    words = ""
+    if any(len(values) > 1 for points in lines.values() for values in points.values()):
+        words = "The line is the mean over seeds, in a band that holds them all. "
     words += patience(expected) if expected else ""
     if not expected:
         words += "The project's own run is drawn behind it only where it is known that preset, "
         words += "task and all numbers are the defaults."
     return f'<div class="wide">{chart.html(slug(loop) + "-dev")}</div><p>{shown(words)}</p>'
+
+
+def has_critic(run: Run, loop: str) -> bool:
+    """Whether the arm compares with a critic, so that groups with equal rewards teach as well."""
+    return as_dict(as_dict(run.config.get("configs")).get(loop)).get("arm") == "gae"
 
 
 def watched(runs: list[Run], loop: str, folded: bool) -> str:
@@ -842,18 +980,23 @@ def watched(runs: list[Run], loop: str, folded: bool) -> str:
     for watch in WATCH:
         lines = {}
         told = []
+        unjudged = set()
         for run in runs:
             drawn = {name: points_of(run, loop, name) for name in watch.names}
             drawn = {name: points for name, points in drawn.items() if points}
             check = CHECKS.get(watch.names[0])
-            label = f"{run.name} " if len(runs) > 1 else ""
+            label = f"{run.label(loop)} " if len(runs) > 1 else ""
+            if "flat_groups" in drawn and has_critic(run, loop):
+                unjudged.add(f"{label}flat_groups")
             if check and watch.names[0] in drawn and check(drawn):
                 told.append(label + check(drawn))
             lines |= {label + name: points for name, points in drawn.items()}
         if not lines:
             continue
         title = " and ".join(watch.names)
-        chart = Chart(title, lines, healthy=(watch.low, watch.high))
+        silent = unjudged == set(lines)
+        healthy = (-ANY, ANY) if silent else (watch.low, watch.high)
+        chart = Chart(title, lines, healthy=healthy, unjudged=frozenset(unjudged))
         for name, points in chart.outside().items():
             step, values = next(iter(points.items()))
             count = f"{len(points)} of {plural(len(lines[name]), 'update')}"
@@ -866,6 +1009,11 @@ def watched(runs: list[Run], loop: str, folded: bool) -> str:
         flag = r'<code class="flag">\g<0></code>'
         advice = re.sub(r"--\w+", flag, shown(watch.advice))
         words = f"<p>{verdict} <b>Healthy:</b> {watch.healthy} <b>If not:</b> {advice}</p>"
+        critic = "Says nothing about this arm, which compares with a critic."
+        if silent:
+            words = f"<p>{critic}</p>"
+        elif unjudged:
+            words += f"<p>{shown(listed(sorted(unjudged)))}: {critic}</p>"
         figures[bool(told)].append(f'<div class="watch">{figure}{words}</div>\n')
     calm = len(figures[False])
     if not calm and not unusual:
@@ -878,27 +1026,60 @@ def watched(runs: list[Run], loop: str, folded: bool) -> str:
     return f"<p>{shown(told_first)}</p>\n{strange}{rest if calm else ''}"
 
 
+def others(runs: list[Run], loop: str) -> str:
+    """Folded small curves of the numbers that WATCH does not know, as a researcher's own."""
+    known = {name for watch in WATCH for name in watch.names}
+    known |= {"loop", "seed", "step", "seconds", "samples", "dev_greedy", "lr"}
+    lines = [line for run in runs for line in run.lines("metrics", loop)]
+    names = dict.fromkeys(name for line in lines for name in line if name not in known)
+    names = [name for name in names if numbers(lines, name)]
+    figures = ""
+    kept = 0
+    for name in names[:OTHERS]:
+        drawn = {}
+        for run in runs:
+            label = f"{run.label(loop)} {name}" if len(runs) > 1 else name
+            drawn[label] = points_of(run, loop, name)
+        drawn = {label: points for label, points in drawn.items() if points}
+        figure = Chart(name, drawn, drawn=40, rows=10).html(f"{slug(loop)}-other-{kept}")
+        if len(figures) + len(figure) > OTHERS_BYTES:
+            break
+        figures += figure
+        kept += 1
+    if not names:
+        return ""
+    left = len(names) - kept
+    more = f"<p>{left} more are left out of this page and are in metrics.jsonl.</p>" if left else ""
+    return (
+        f'<details class="others"><summary>Other numbers ({len(names)})</summary>'
+        f'<div class="grid">{figures}</div>{more}</details>\n'
+    )
+
+
 def warnings(runs: list[Run], loop: str) -> str:
     """The notes that were printed while the method learned."""
     told = ""
     for run in runs:
         for line in run.lines("metrics", loop):
             if line.get("note"):
-                where = f"{run.name}, " if len(runs) > 1 else ""
+                where = f"{run.label(loop)}, " if len(runs) > 1 else ""
                 where += f"{loop}, seed {line['seed']}, update {line['step']}"
                 told += f"<li><b>{shown(where)}:</b> {shown(str(line['note'])[:1000])}</li>\n"
     if not told:
         return "<p>No warning was printed.</p>"
     items = told.splitlines(keepends=True)
-    more = f"<p>{len(items) - 50} more stand in metrics.jsonl.</p>" if len(items) > 50 else ""
+    more = f"<p>{len(items) - 50} more are in metrics.jsonl.</p>" if len(items) > 50 else ""
     return f'<ul class="warnings">{"".join(items[:50])}</ul>{more}'
 
 
-def method_section(runs: list[Run], loop: str, reference: dict, folded: bool) -> str:
-    """Everything about one method that does not move, and the place for what does."""
+def method_section(runs: list[Run], loop: str, reference: dict, folded: bool, alone: bool) -> str:
+    """Everything about one method that does not move, and the place for what does.
+
+    alone: whether the page has no other result, so that the first screen has said it already.
+    """
     own = [run for run in runs if loop in run.loops()]
     told = [
-        f"{run.name}: {sentence(loop, run.results(loop))}"
+        f"{run.label(loop)}: {sentence(loop, run.results(loop))}"
         if len(runs) > 1
         else sentence(loop, run.results(loop))
         for run in own
@@ -907,10 +1088,11 @@ def method_section(runs: list[Run], loop: str, reference: dict, folded: bool) ->
     return (
         f'<section class="method" id="{key}" aria-labelledby="{key}-title">'
         f'<h2 id="{key}-title">{shown(loop)}</h2>\n'
-        + "".join(f"<p>{shown(text)}</p>\n" for text in told)
+        + "".join(f"<p>{shown(text)}</p>\n" for text in ([] if alone else told))
         + f"<h3>How it learned</h3>\n{accuracy(own, loop, reference)}\n"
-        f"<h3>What to watch</h3>\n{watched(own, loop, folded)}\n"
+        f"<h3>What to watch</h3>\n{watched(own, loop, folded)}{others(own, loop)}\n"
         f"<h3>Warnings</h3>\n{warnings(own, loop)}\n"
+        "<h3>Answers and what the reward says of them</h3>\n"
         f'<div class="moving" data-method="{escape(loop, quote=True)}">'
         "<noscript><p>The transcripts need JavaScript.</p></noscript></div></section>\n"
     )
@@ -920,7 +1102,7 @@ def method_section(runs: list[Run], loop: str, reference: dict, folded: bool) ->
 
 INSIDE = (
     "tokens token_rewards value shift logp judgements scores step_ends orm sorm steps_right "
-    "order sure said branches"
+    "order sure said prospects branches"
 ).split()
 
 
@@ -935,14 +1117,31 @@ def plain(value: Any) -> Any:
     return value
 
 
+def own_lists(line: dict) -> dict[str, list]:
+    """Lists that the page does not know and that hold a number for each token."""
+    count = len(as_list(line.get("tokens")))
+    found: dict[str, list] = {}
+    for name, values in line.items():
+        several = as_list(values)
+        if name in INSIDE or not several or len(several) != count or len(found) == OWN_LISTS:
+            continue
+        told = [x for x in several if x is not None]
+        if told and all(number(x) is not None for x in told):
+            found[OWN + name] = several
+    return found
+
+
 def transcript(line: dict, path: bool) -> dict:
     """What the page shows of a response. path: with what was drawn on the way, which is long."""
     kept = {name: line[name] for name in INSIDE if as_list(line.get(name))}
+    if "order" in kept and "value" in kept:  # an older run's name of the prospects
+        kept.setdefault("prospects", kept.pop("value"))
     if len(kept.keys() - {"tokens"}) and "tokens" not in kept:
         kept["tokens"] = split(line)  # an older run names none
     if not path:
-        kept = {name: x for name, x in kept.items() if name not in ("said", "branches")}
-        kept.pop("value", None) if "order" in kept else None
+        long = ("said", "branches", "prospects")
+        kept = {name: x for name, x in kept.items() if name not in long}
+    kept |= own_lists(line)
     right = (number(line.get("reward")) or 0) >= 0.5
     return plain({"response": str(line.get("response", "")), "right": right, **kept})
 
@@ -993,7 +1192,8 @@ def texts_of(item: Any) -> Any:
     if isinstance(item, list):
         return [texts_of(x) for x in item]
     if isinstance(item, dict):
-        return {name: texts_of(x) for name, x in item.items() if name not in INSIDE}
+        texts = {n: x for n, x in item.items() if n not in INSIDE and not n.startswith(OWN)}
+        return {name: texts_of(x) for name, x in texts.items()}
     return item
 
 
@@ -1006,7 +1206,7 @@ def page_data(runs: list[Run], loops: list[str], room: int) -> dict:
             lines = [line for log in LOGS for line in run.lines(log, loop)]
             for seed in sorted({line["seed"] for line in lines}):
                 job = job_data(run, loop, seed)
-                name = f"{run.name}, seed {seed}" if len(runs) > 1 else f"seed {seed}"
+                name = f"{run.label(loop)}, seed {seed}" if len(runs) > 1 else f"seed {seed}"
                 kept = {"name": name, "counts": job["counts"], "kinds": KINDS, "left_out": {}}
                 data.setdefault(loop, []).append(kept)
                 # Of four answers, a followed problem and two pairs each comes in its turn.
@@ -1032,7 +1232,7 @@ def page_data(runs: list[Run], loops: list[str], room: int) -> dict:
 def foot(runs: list[Run], loops: list[str], at: Path | None) -> str:
     """How each run was made, what is missing of it, and links to its files from the folder at."""
     told = ""
-    for run in runs:
+    for at_run, run in enumerate(runs):
         facts = {
             "command": run.config.get("command"),
             "preset": run.preset(),
@@ -1042,10 +1242,12 @@ def foot(runs: list[Run], loops: list[str], at: Path | None) -> str:
             "threads": run.summary.get("threads"),
             "torch": run.summary.get("torch"),
         }
-        rows = "".join(
-            f"<dt>{name}</dt><dd>{shown(value) if value else 'not said'}</dd>"
-            for name, value in facts.items()
-        )
+        rows = ""
+        for name, value in facts.items():
+            text = shown(value) if value else "not said"
+            if name == "command" and value:
+                text = f"<code>{text}</code>"
+            rows += f"<dt>{name}</dt><dd>{text}</dd>"
         changed = run.summary.get("changed")
         words = "Which numbers differ from the defaults is not said (an older run)."
         if isinstance(changed, dict):
@@ -1056,9 +1258,16 @@ def foot(runs: list[Run], loops: list[str], at: Path | None) -> str:
             for name, value in as_dict(several).items()
         ]
         if cells:
-            words = table("Numbers that differ", ["method", "number", "value"], cells)
+            words = table(
+                f"table-changed-{at_run}",
+                "Numbers that differ",
+                ["method", "number", "value"],
+                cells,
+            )
         missing = "".join(f"<li>{shown(text)}</li>" for text in run.missing[:30])
-        missing = f"<ul>{missing}</ul>" if missing else "<p>Nothing is missing.</p>"
+        if len(run.missing) > 30:
+            missing += f"<li>and {len(run.missing) - 30} more of the same kinds</li>"
+        missing = f"<ul>{missing}</ul>" if missing else "<p>No file is missing.</p>"
         links = ""
         for file, what in LINKED if at else ():
             if (run.folder / file).exists():
@@ -1098,6 +1307,8 @@ def page(runs: list[Path], reference: Path | None = None, at: Path | None = None
     own: dict = {}
     if reference is not None:
         own = read_object(reference, Run(reference.parent, "reference"))
+    name_differences(several)
+    alone = len(several) == len(loops) == 1
     seeds = max(int(number(run.config.get("seeds")) or 1) for run in several)
     presets = listed(dict.fromkeys(run.preset() for run in several))
     script = (PARTS / "page.js").read_text(encoding="utf-8")
@@ -1114,7 +1325,9 @@ def page(runs: list[Path], reference: Path | None = None, at: Path | None = None
         "under": shown(f"{what}. Preset {presets}, {plural(seeds, 'seed')}, {which}."),
         "links": links + '<li><a href="#made">How it was made</a></li>',
         "first": first_screen(several, loops),
-        "methods": "".join(method_section(several, loop, own, len(loops) > 2) for loop in loops),
+        "methods": "".join(
+            method_section(several, loop, own, len(loops) > 2, alone) for loop in loops
+        ),
         "foot": foot(several, loops, at),
         "css": (PARTS / "page.css").read_text(encoding="utf-8"),
         "script": script,

@@ -85,6 +85,31 @@ def write_word_folder(path, lines, special, size, **ids):
     words.save(str(path / "tokenizer.json"))
 
 
+def check_transcripts(out):
+    """Every number of a run's transcripts stands at its own token."""
+    checked = 0
+
+    def check(inside):
+        nonlocal checked
+        for name in ("token_rewards", "shift", "value", "logp"):
+            if name in inside:
+                checked += 1
+                assert len(inside[name]) == len(inside["tokens"]), name
+        if "order" in inside:
+            passes = 1 + max(inside["order"][: len(inside["tokens"])])
+            assert len(inside["said"]) == len(inside["prospects"]) == passes
+
+    for name in ("samples.jsonl", "pairs.jsonl", "answers.jsonl"):
+        if name == "pairs.jsonl" and not (out / name).exists():
+            continue  # random weights rarely give a better and a worse response
+        for line in (out / name).read_text().splitlines():
+            parts = json.loads(line)
+            for part in (parts, *(x for x in parts.values() if isinstance(x, dict))):
+                check(part)
+    assert checked > 20
+    assert 10_000 < (out / "report.html").stat().st_size < 2_000_000
+
+
 def golden(library):
     """Records of tests/golden/<library>.json by name; inputs as float64 tensors."""
     records = json.loads((ROOT / "tests" / "golden" / f"{library}.json").read_text())

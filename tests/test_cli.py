@@ -1,6 +1,7 @@
 """The scripts as a user meets them: runs, resume, bad input, outputs, and the smallest example."""
 
 import ast
+import importlib
 import json
 import math
 import os
@@ -89,7 +90,7 @@ def test_a_run_leaves_what_the_design_promises(smoke):
     } <= names and not {"jobs", "pairs.jsonl"} & names
     about = json.loads((out / "config.json").read_text())
     assert set(about) == set(
-        "configs preset seeds targets inputs ceiling command commit sha256".split()
+        "configs preset seeds targets inputs ceiling command commit cache sha256".split()
     )
     assert set(about["configs"]) == {"ppo"} and about["inputs"] == {}
     config = about["configs"]["ppo"]
@@ -396,7 +397,7 @@ def test_killed_anywhere_and_resumed_bit_for_bit(cache, tmp_path, loop, flags):
         "ppo": {"token_rewards"},
         "seq2seq": {"token_rewards"},
         "refine": {"orm", "sorm"},
-        "denoise": {"order", "sure", "said", "value"},
+        "denoise": {"order", "sure", "said", "prospects"},
     }.get(loop, set())
     assert inner <= set(shown) and all(len(shown[k]) > 0 for k in inner)
     if loop not in ("ppo", "seq2seq", "denoise"):
@@ -541,6 +542,19 @@ def test_a_base_is_keyed_by_the_code_that_was_imported_and_not_by_what_is_saved_
     assert front.code_of_task("arithmetic") == texts["arithmetic"]
     assert front.code_of_task("sums").startswith(texts["sums"])
     assert texts["gsm8k"] in front.code_of_task("sums")
+
+
+def test_a_task_of_ones_own_is_keyed_by_what_lies_beside_it(tmp_path, monkeypatch):
+    """However it takes something from there, and whatever that takes in turn; nothing else."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_a.py").write_text("import json, own_b\nfrom own_c import C\n")
+    (tmp_path / "own_b.py").write_text("from own_d import f as g\n")
+    (tmp_path / "own_c.py").write_text("class C:\n    pass\n")
+    (tmp_path / "own_d.py").write_text("def f():\n    pass\n")
+    (tmp_path / "own_e.py").write_text("nobody = 'uses this'\n")
+    monkeypatch.setitem(front.TASKS, "own", importlib.import_module("own_a"))
+    texts = [(tmp_path / f"own_{x}.py").read_text() for x in "abcd"]
+    assert front.code_of_task("own") == "".join(texts)
 
 
 def test_two_runs_that_begin_at_once_have_two_folders(tmp_path, monkeypatch):
@@ -803,7 +817,8 @@ def test_sample_answers_and_says_what_is_wrong_with_a_prompt(smoke, capsys):
         (["--prompt", "3+4"], "not a problem"),
         (["--prompt", "3+4=", "--seed", 9], "does not exist"),
         (["--prompt", "3+4=", "--temperature", "nan"], "--temperature"),
-        (["--prompt", "3+4=", "--loop", "dpo"], "there are ppo-0, ppo-1"),
+        (["--prompt", "3+4=", "--loop", "dpo"], "has no method 'dpo'; it has ppo"),
+        (["--prompt", "3+4=", "--seed", "9"], "there are ppo-0, ppo-1"),
     ]:
         assert inside("sample", out, *argv) == 2
         assert says in capsys.readouterr().err

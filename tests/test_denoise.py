@@ -447,7 +447,7 @@ def test_a_trajectory_says_what_was_seen_said_and_expected_before_every_pass():
     right = nr.grades(Odd(1, 1), b).tolist()
     texts = nr.texts_of(TASK, b.response, b.mask)
     for x, truth, text, own in zip(found, right, texts, passes, strict=True):
-        assert x["value"] == [truth] * own  # greedy: no doubt
+        assert x["prospects"] == [truth] * own  # greedy: no doubt
         assert x["branches"] == [[(text, truth == 1)] * greedy.branches] * own
         assert len(x["said"]) == own and len(x["sure"]) == 12
 

@@ -165,3 +165,33 @@ def test_a_response_without_any_token_has_its_rewards_and_no_crash():
     found = nr.token_rewards(state, TASK, b, TINY)
     assert found[0] == {"token_rewards": [], "shift": [], "value": []}
     assert [len(numbers) for numbers in found[1].values()] == [2, 2, 2]
+
+
+@pytest.mark.parametrize("arm", list(nr.PPO_ARMS))
+def test_what_stands_behind_the_end_earns_nothing_whoever_gives_the_reward(arm, monkeypatch):
+    """A reward of one's own that also pays for PAD is the same as one that does not."""
+
+    def everywhere(state, task, b, truth, c):
+        return torch.ones_like(b.mask)
+
+    def for_tokens(state, task, b, truth, c):
+        return b.mask.clone()
+
+    c = tiny("ppo", arm=arm, updates=2)
+    logs = []
+    for signal in (everywhere, for_tokens):
+        state = nr.start_ppo(rough(c), c)
+        logs.append(list(nr.ppo(state, TASK, c, signal)))
+    assert logs[0] == logs[1]
+    assert logs[0][0]["reward"] == pytest.approx(logs[0][0]["length"])
+    assert 0 < logs[0][0]["length"] < c.response
+
+
+@pytest.mark.parametrize(
+    "reward", [torch.ones(8), torch.ones(32, 3), torch.ones(32, 12, dtype=torch.long)]
+)
+def test_a_reward_of_another_shape_or_kind_is_one_line(reward):
+    c = tiny("ppo")
+    state = nr.start_ppo(rough(c), c)
+    with pytest.raises(nr.UserError, match=r"tensor of floats with the shape \(32, 12\)"):
+        next(nr.ppo(state, TASK, c, lambda *given: reward))

@@ -81,7 +81,7 @@ def inside(loop, response, right, dice):
         order = [4 * (i // 4) + (i * 3) % 4 for i in range(places)]
         found |= {"order": order, "sure": [round(dice.uniform(0.6, 1), 3) for _ in range(places)]}
         found["said"] = [response] * (places - 5) + ["#1<eos>"] * 5
-        found["value"] = [round(dice.random(), 3) for _ in range(places)]
+        found["prospects"] = [round(dice.random(), 3) for _ in range(places)]
         found["branches"] = [[[response, right], ["#1<eos>", False]] for _ in range(places)]
     return found
 
@@ -187,7 +187,8 @@ def read_data(html):
 
 
 def words(html):
-    """A page's text without tags, with plain spaces."""
+    """A page's text without tags, styles and scripts, with plain spaces."""
+    html = re.sub(r"<(script|style)\b.*?</\1>", "", html, flags=re.DOTALL)
     return unescape(re.sub(r"<[^>]+>", "", html)).replace("\u00a0", " ")
 
 
@@ -233,7 +234,9 @@ def test_the_sentence_says_the_numbers_of_the_summary(tmp_path):
 def test_several_seeds_give_their_mean_and_their_spread(tmp_path):
     folder = write_run(tmp_path / "x", loops=("ppo", "refine"), seeds=5, answers=10)
     told = words(report.page([folder]))
-    assert "Of two methods ppo ended highest." in told
+    assert "ppo and refine ended too close to tell apart. Before training" in told
+    assert "The line is the mean over seeds, in a band that holds them all." in told
+    assert "mended and broken of dev; means over seeds" in told
     assert "after 40 updates of ppo it is 96 % (mean of 5 seeds)" in told
     assert "refine starts from another model, at 41 %" in told
     assert "94 to 98 over 5 seeds" in told and "0.938 to 0.978" in told
@@ -246,7 +249,7 @@ def test_every_part_is_written_without_a_script(html):
         section = section[: section.index("</section>")]
         assert "Greedy accuracy on dev" in section and 'role="img"' in section
         assert "five seeds of the project" in section
-        assert re.search(r"Flat until update \d+ is normal", section)
+        assert re.search(r"A flat start is normal until update \d+: only then", section)
         assert f'href="#{loop}"' in html
     assert "clipfrac is outside at 1 of 40 updates, first at update 3 (0.3)" in told
     assert "ppo, seed 0, update 7: KL runs away" in told and "No warning was printed." in told
@@ -274,14 +277,20 @@ def test_the_projects_own_run_is_drawn_only_behind_its_own_numbers(folder, tmp_p
         page = report.page([other], report.REFERENCE)
         ppo = page[page.index('id="ppo"') : page.index('id="iterative_dpo"')]
         assert "five seeds of the project" not in ppo and "expected" not in ppo
+        assert "flat start" not in ppo
     change(other / "summary.json", changed={})
     change(other / "config.json", preset="smoke")
     assert "five seeds of the project" not in report.page([other], report.REFERENCE)
 
 
 def test_patience_is_the_first_look_that_stands_higher():
-    assert "until update 10 " in report.patience({1: [0.4, 0.5], 5: [0.49], 10: [0.5], 20: [0.9]})
-    assert "never" in report.patience({1: [0.4], 5: [0.44]})
+    told = report.patience({1: [0.4, 0.5], 5: [0.49], 10: [0.5], 20: [0.9]})
+    assert told == (
+        "A flat start is normal until update 10: only then had the project's own run gained 5 "
+        "points."
+    )
+    told = report.patience({1: [0.4], 5: [0.44]})
+    assert told == "A flat start is normal: the project's own run never gained 5 points."
 
 
 @pytest.mark.parametrize(
@@ -316,6 +325,212 @@ def test_the_table_of_what_is_healthy_is_whole():
         assert watch.low < watch.high and watch.healthy and watch.advice
     high = {watch.names[0]: watch.high for watch in report.WATCH}
     assert high["clipfrac"] == 0.2 and high["kl"] == 10 and high["flat_groups"] < 1
+
+
+def finals(folder, **ends):
+    """Write other accuracies for the ends of the methods into a run's summary."""
+    results = results_of(folder)
+    for result in results:
+        result["final"] = ends.get(result["loop"], result["final"])
+    change(folder / "summary.json", results=results)
+
+
+def test_methods_that_end_close_to_each_other_are_not_told_apart(tmp_path):
+    folder = write_run(tmp_path / "x", ("ppo", "iterative_dpo", "refine"), answers=8)
+    finals(folder, ppo=0.90, iterative_dpo=0.857, refine=0.6)  # 500 problems: ± 4.4 points
+    lead = "Of three methods ppo and iterative_dpo ended highest, too close to tell apart. Before"
+    told = words(report.page([folder]))
+    assert lead in told and "of ppo it is 90 %" in told
+    finals(folder, iterative_dpo=0.855)
+    assert "Of three methods ppo ended highest. Before" in words(report.page([folder]))
+    finals(folder, iterative_dpo=0.91)
+    told = words(report.page([folder]))
+    assert "Of three methods iterative_dpo and ppo ended highest, too close" in told
+    assert "Of three" not in words(report.page([write_run(tmp_path / "y", ("ppo",), answers=8)]))
+
+
+def test_of_two_methods_one_ends_higher(tmp_path):
+    folder = write_run(tmp_path / "x", ("ppo", "refine"), answers=8)
+    finals(folder, ppo=0.9, refine=0.8)
+    told = words(report.page([folder]))
+    assert "Of two methods ppo ended higher. Before" in told and "ended highest" not in told
+
+
+def test_the_picture_says_what_its_dots_and_its_bar_count(tmp_path):
+    folder = write_run(tmp_path / "x", ("ppo",), answers=12)
+    told = words(report.page([folder]))
+    assert (
+        "Dots: 500 held-out test problems, greedy. Bar: 12 other held-out problems (dev), before "
+        "and after. Dev is asked during the training too, test only before and after it. "
+        "500 problems leave an accuracy uncertain by up to ± 4.4 points."
+    ) in told
+    results = [{k: v for k, v in r.items() if k != "mended"} for r in results_of(folder)]
+    change(folder / "summary.json", results=results)
+    told = words(report.page([folder]))
+    assert "Dots: 500 held-out" in told and "Bar:" not in told  # there is no bar
+
+
+def test_what_is_said_once_is_enough(tmp_path):
+    one = write_run(tmp_path / "one", ("ppo",), answers=8)
+    assert words(report.page([one])).count("Before training the base model") == 1
+    two = write_run(tmp_path / "two", ("ppo", "refine"), answers=8)
+    assert words(report.page([two])).count("Before training the base model") == 3
+    assert words(report.page([one, two])).count("Before training the base model") == 4
+
+
+def test_one_seed_is_not_called_a_mean(html):
+    assert "over seeds" not in words(html[: html.index('<script type="application/json"')])
+
+
+def test_an_axis_says_what_it_counts(html):
+    ends = re.findall(r'<span class="x" style="left:(\d+)%">([^<]*)</span>', html)
+    assert {at: text for at, text in ends[:2]} == {"0": "update 0", "100": "update 40"}
+    assert len(ends) > 40 and all(re.fullmatch(r"update \d+", text) for _, text in ends)
+
+
+def test_a_caption_stands_outside_of_the_box_that_scrolls(html):
+    boxes = re.findall(
+        r'<p class="caption" id="([^"]+)">[^<]+</p><div class="scroll" role="region" '
+        r'aria-labelledby="([^"]+)" tabindex="0">',
+        html,
+    )
+    assert len(boxes) == html.count('<div class="scroll"') > 30 and "<caption" not in html
+    assert all(caption == named for caption, named in boxes)
+
+
+def test_headings_tell_the_parts_apart(html):
+    part = html[html.index("<h3>Warnings</h3>") :]
+    part = part[: part.index('<div class="moving"')]
+    assert "<h3>Answers and what the reward says of them</h3>" in part
+    told = words(html[html.index("What this page cannot show") :])
+    assert "No file is missing." in told and "Nothing is missing" not in html
+    assert "stand in" not in html
+
+
+def test_right_by_luck_is_said_of_the_first_problem(tmp_path):
+    folder = write_run(tmp_path / "x", ("ppo",), answers=8)
+    lines = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+    assert "by luck" not in report.example(report.read_run(folder, "x"), "ppo")
+    for line in lines:
+        line["after"]["steps_right"] = [False, True]
+        line["before"]["steps_right"] = [False, True]
+    dump(folder / "answers.jsonl", lines)
+    told = words(report.example(report.read_run(folder, "x"), "ppo"))
+    assert "✗ wrong" in told and told.count("✓ right by luck") == 1
+    assert "Right by luck: the answer is right although a step is wrong." in told
+
+
+@pytest.mark.parametrize("arm, judged", [("gae", False), ("grpo", True)])
+def test_flat_groups_are_not_judged_where_a_critic_compares(tmp_path, arm, judged):
+    folder = write_run(tmp_path / arm, ("ppo",), answers=8)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    dump(folder / "metrics.jsonl", [line | {"flat_groups": 1.0} for line in lines])
+    change(folder / "config.json", configs={"ppo": {"arm": arm, "samples": 1}})
+    html = report.page([folder])
+    told = words(html)
+    silent = "Says nothing about this arm, which compares with a critic."
+    assert ("flat_groups is outside at 40" in told) == judged
+    assert ("Look at clipfrac and flat_groups" in told) == judged
+    assert (silent in told) == (not judged) == ("all groups are dead" not in told)
+    assert 'id="ppo-flat_groups-t"' in html  # the curve is there all the same
+
+
+def test_of_two_arms_only_the_one_without_a_critic_is_judged(tmp_path):
+    runs = [write_run(tmp_path / arm, ("ppo",), answers=8) for arm in ("gae", "grpo")]
+    for run in runs:
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        dump(run / "metrics.jsonl", [line | {"flat_groups": 1.0} for line in lines])
+        change(run / "config.json", configs={"ppo": {"arm": run.name}})
+    told = words(report.page(runs))
+    assert "grpo flat_groups is outside at 40" in told
+    assert "gae flat_groups is outside" not in told
+    assert "gae flat_groups: Says nothing about this arm" in told
+
+
+def test_numbers_of_ones_own_get_small_curves(tmp_path):
+    folder = write_run(tmp_path / "x", ("ppo",), answers=8)
+    assert "Other numbers" not in report.page([folder])
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    own = {"<b>surprise": 0.25, "note_of_mine": "text", "lr": 0.1}
+    dump(folder / "metrics.jsonl", [line | own for line in lines])
+    html = report.page([folder])
+    part = html[html.index("Other numbers (1)") :]
+    part = part[: part.index("<h3>Warnings")]
+    assert part.count("<figure>") == 1 and "<figcaption>&lt;b&gt;surprise</figcaption>" in part
+    assert "&lt;b&gt;surprise: 0.25 at update 1, 0.25 at update 40." in part
+    own = {f"own_{at}": 1.5 * at for at in range(30)}
+    dump(folder / "metrics.jsonl", [line | own for line in lines])
+    html = report.page([folder])
+    part = html[html.index("Other numbers (30)") :]
+    part = part[: part.index("<h3>Warnings")]
+    kept = part.count("<figure>")
+    assert 8 <= kept <= 24 and len(part) < 70_000
+    assert f"{30 - kept} more are left out of this page and are in metrics.jsonl." in part
+
+
+def test_lists_of_ones_own_are_kept_for_their_tokens():
+    line = {"response": "abc", "reward": 1.0, "tokens": ["a", "b", "c"], "length": [1, 2]}
+    line |= {"doubt": [0.5, None, -0.25], "words": ["x", "y", "z"], "empty": [None] * 3}
+    kept = report.transcript(line, path=True)
+    assert kept["own:doubt"] == [0.5, None, -0.25]
+    assert [name for name in kept if name.startswith("own:")] == ["own:doubt"]
+    assert report.texts_of(kept) == {"response": "abc", "right": True}
+    many = report.transcript(line | {f"own {at}": [1, 2, 3] for at in range(9)}, path=True)
+    assert sum(name.startswith("own:") for name in many) == 6
+
+
+# ==== several runs ====
+
+
+def two_runs(tmp_path, loops=("ppo",), **changed):
+    """Two runs, ppo-1 with the defaults and ppo-2 with other numbers."""
+    runs = [write_run(tmp_path / name, loops, answers=8) for name in ("ppo-1", "ppo-2")]
+    change(runs[0] / "summary.json", changed={loop: {} for loop in loops})
+    change(runs[1] / "summary.json", changed={loop: {} for loop in loops} | changed)
+    return runs
+
+
+def test_what_differs_between_runs_is_said_and_labels_them(tmp_path):
+    runs = two_runs(tmp_path, ppo={"arm": "grpo"})
+    finals(runs[0], ppo=0.5)
+    html = report.page(runs)
+    told = words(html)
+    assert "ppo-2 differs from ppo-1: arm is grpo." in told
+    assert "Of two results ppo of ppo-2 (arm grpo) ended higher." in told
+    assert '<th scope="row">ppo-1 ppo</th>' in html
+    assert '<th scope="row">ppo-2 (arm grpo) ppo</th>' in html
+    assert '<li class="hue-0">ppo-1</li><li class="hue-1">ppo-2 (arm grpo)</li>' in html
+    assert ">ppo, ppo-2 (arm grpo)</a>" in html
+    assert read_data(html)["ppo"][1]["name"] == "ppo-2 (arm grpo), seed 0"
+    change(runs[0] / "config.json", configs={"ppo": {"arm": "gae"}})
+    told = words(report.page(runs[::-1]))  # the default stands in the configuration
+    assert "ppo-1 differs from ppo-2: arm is gae." in told
+
+
+def test_a_long_difference_is_said_but_is_no_label(tmp_path):
+    runs = two_runs(tmp_path, ppo={"arm": "grpo", "beta": 0.1, "lr": 0.001})
+    told = words(report.page(runs))
+    assert "ppo-2 differs from ppo-1: arm is grpo, beta is 0.1 and lr is 0.001." in told
+    assert "ppo-2 (" not in told
+
+
+def test_the_method_that_differs_is_named(tmp_path):
+    html = report.page(two_runs(tmp_path, ("ppo", "refine"), refine={"beta": 0.5}))
+    assert "ppo-2 differs from ppo-1: beta of refine is 0.5." in words(html)
+    assert ">refine, ppo-2 (beta 0.5)</a>" in html and ">ppo, ppo-2</a>" in html
+
+
+def test_it_is_said_that_nothing_differs_or_that_it_is_not_known(tmp_path):
+    runs = two_runs(tmp_path)
+    assert "No number differs between ppo-1 and ppo-2." in words(report.page(runs))
+    assert "differs between" not in words(report.page(runs[:1]))
+    change(runs[1] / "config.json", seeds=3)
+    told = words(report.page(runs))
+    assert "ppo-2 differs from ppo-1: its number of seeds is 3." in told
+    change(runs[0] / "summary.json", changed=None)
+    told = words(report.page(runs))
+    assert "Whether numbers of ppo differ between ppo-1 and ppo-2 is not said." in told
+    assert "No number differs between" not in told
 
 
 # ==== other people's text ====
@@ -409,6 +624,25 @@ def test_a_torn_last_line_is_left_out_and_another_is_named(folder, tmp_path):
     assert "line 1 of metrics.jsonl cannot be read" in report.page([torn])
 
 
+@pytest.mark.parametrize(
+    "entry", ["[1]", "3", "null", "{}", '{"seed": "0"}', '{"loop": "ppo", "seed": "0"}']
+)
+def test_a_line_that_is_no_entry_is_named(tmp_path, entry):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"loop": "ppo", "step": 1}\n' + entry + "\n")
+    run = report.read_run(tmp_path, "x")
+    assert "line 2 of metrics.jsonl cannot be read: it is no entry" in run.missing
+    assert [line["step"] for line in run.logs["metrics"]] == [1]
+    assert "line 2 of metrics.jsonl" in report.page([tmp_path])
+
+
+def test_what_is_missing_is_counted_where_it_is_long(folder, tmp_path):
+    other = shutil.copytree(folder, tmp_path / "x")
+    path = other / "metrics.jsonl"
+    path.write_text("[1]\n" * 40 + path.read_text())
+    assert "and 10 more of the same kinds" in report.page([other])
+
+
 def test_jobs_that_are_at_work_are_read_where_they_write(folder, tmp_path):
     other = shutil.copytree(folder, tmp_path / "x")
     lines = (other / "metrics.jsonl").read_text().splitlines()
@@ -452,9 +686,9 @@ def test_several_runs_are_compared(tmp_path):
     assert html.count('<th scope="row">gae ppo</th>') == 1
     assert html.count('<th scope="row">grpo refine</th>') == 1
     ppo = html[html.index('id="ppo"') : html.index('id="refine"')]
-    assert '<li class="hue-0">gae</li><li class="hue-1">grpo</li>' in ppo
+    assert '<li class="hue-0">gae</li><li class="hue-1">grpo (seeds 1)</li>' in ppo
     names = [job["name"] for job in read_data(html)["ppo"]]
-    assert names == ["gae, seed 0", "gae, seed 1", "grpo, seed 0"]
+    assert names == ["gae, seed 0", "gae, seed 1", "grpo (seeds 1), seed 0"]
     assert 'href="metrics.jsonl"' in html and 'href="../grpo/metrics.jsonl"' in html
 
 
@@ -620,12 +854,19 @@ def test_every_tokens_numbers_can_be_read(visit):
 def test_a_problem_can_be_followed_over_training(visit):
     part = visit.locator("#refine .followed")
     slider = part.locator("input[type=range]")
+    assert part.locator("h3").inner_text() == "A few problems, look by look"
+    told = part.locator("p").first.inner_text()
+    assert "The same 4 problems were asked before training and at every look at dev since." in told
+    assert "At a look training pauses" in told
     assert "update 40" in part.locator("h4").inner_text()
+    assert re.fullmatch("update 40, (right|wrong)", slider.get_attribute("aria-valuetext"))
     slider.focus()
     visit.keyboard.press("Home")
     assert "update 0" in part.locator("h4").inner_text()
     visit.keyboard.press("ArrowRight")
     assert "update 5" in part.locator("h4").inner_text()
+    verdict = "right" if "✓" in part.locator("h4").inner_text() else "wrong"
+    assert slider.get_attribute("aria-valuetext") == f"update 5, {verdict}"
 
 
 def test_the_canvas_fills_with_the_slider(visit):
@@ -640,6 +881,9 @@ def test_the_canvas_fills_with_the_slider(visit):
         assert part.locator(".cell.fresh").count() == 1
     assert part.locator(".now").get_attribute("d") != line
     assert "After 3 of 28 passes" in part.locator(".state").inner_text()
+    assert slider.get_attribute("aria-valuetext") == "after 3 of 28 passes"
+    ends = part.locator(".plot .x").all_inner_texts()
+    assert ends == ["pass 0", "pass 28"]
     assert re.search(r"V\(x_t\) = \d", part.locator(".state").inner_text())
     assert "✓ right" in part.locator(".said").inner_text()
     assert part.locator(".branches li").count() == 2
@@ -650,6 +894,108 @@ def test_the_canvas_fills_with_the_slider(visit):
     part.get_by_label("model").select_option("before")
     slider.press("End")
     assert "✗ wrong" in part.locator(".said").inner_text()
+
+
+def test_no_value_is_said_of_a_canvas(visit, html):
+    """What a canvas is worth is called its prospects; a value is what a critic says."""
+    for job in read_data(html)["denoise"]:
+        sides = [answer[when] for answer in job["answers"] for when in ("before", "after")]
+        assert any("prospects" in side for side in sides)
+        assert not any("value" in side for side in sides)
+    script = (report.PARTS / "page.js").read_text()
+    assert not re.search(r"(path|transcript)\??\.value\b|`value`", script)
+    options = visit.locator("#denoise").get_by_label("colour tokens by").locator("option")
+    assert options.all_inner_texts() == ["sureness when written"]
+
+
+def test_an_older_value_of_each_pass_is_its_prospects():
+    line = {"response": "ab", "tokens": ["a", "b"], "order": [0, 1], "value": [0.5, 1.0]}
+    kept = report.transcript(line, path=True)
+    assert kept["prospects"] == [0.5, 1.0] and "value" not in kept
+
+
+def test_the_list_of_answers_explains_its_marks(visit):
+    note = visit.locator("#ppo .answers [role=status]").inner_text()
+    assert "◆: with its tokens and their numbers; ◇: only its texts." in note
+
+
+def test_right_by_luck_is_said_beside_its_steps(browser, tmp_path):
+    folder = write_run(tmp_path / "x", ("ppo",), answers=8)
+    for log in ("answers", "samples"):
+        path = folder / f"{log}.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        for line in lines:
+            for side in (line, line.get("before", {}), line.get("after", {})):
+                if "tokens" in side:
+                    side["steps_right"] = [False, True]
+        dump(path, lines)
+    assert report.main([str(folder)]) == 0
+    visit = Visit(browser, folder / "report.html")
+    part = visit.page.locator("#ppo .answers")
+    part.get_by_label("show").select_option("mended")
+    titles = part.locator(".side h4").all_inner_texts()
+    assert titles == ["before ✗ wrong", "after ✓ right by luck"]
+    told = part.locator(".detail").inner_text()
+    assert "Its steps: 1 ✗ wrong, 2 ✓ right." in told
+    assert (
+        "Right by luck: the answer is right although a step is wrong. The reward looks only at the "
+        "final answer. A step counts as right only if it is that of the true way."
+    ) in told
+    heard = visit.page.locator("#ppo .followed input").get_attribute("aria-valuetext")
+    assert heard in ("update 40, right by luck", "update 40, wrong")
+    visit.close()
+
+
+def test_nobody_is_lucky_whose_steps_are_right(visit):
+    titles = visit.locator("#refine .answers .side h4").all_inner_texts()
+    assert titles == ["before ✗ wrong", "after ✓ right"]
+    told = visit.locator("#refine .answers .detail").inner_text()
+    assert "The reward looks only at the final answer." in told and "by luck" not in told
+    assert "The reward looks" not in visit.locator("#ppo .answers .detail").inner_text()
+
+
+def test_tokens_can_be_coloured_by_a_number_of_ones_own(browser, tmp_path):
+    folder = write_run(tmp_path / "x", ("ppo",), answers=8)
+    lines = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+    for line in lines:
+        for side in (line["before"], line["after"]):
+            side["<i>doubt"] = [(-1) ** at / 2 for at, _ in enumerate(side["tokens"])]
+            for at in range(9):
+                side[f"own {at}"] = [at for _ in side["tokens"]]
+    dump(folder / "answers.jsonl", lines)
+    assert report.main([str(folder)]) == 0
+    visit = Visit(browser, folder / "report.html")
+    root = visit.page.locator("#ppo .moving")
+    chosen = root.get_by_label("colour tokens by")
+    options = chosen.locator("option").all_inner_texts()
+    assert options[:3] == ["token reward", "what training changed", "critic's value"]
+    assert options[3:] == ["<i>doubt", *(f"own {at}" for at in range(5))]
+    chosen.select_option(label="<i>doubt")
+    tokens = root.locator(".answers .side").nth(1).locator(".tokens li")
+    names = [name for name, _ in fills(tokens)]
+    assert len(names) > 3
+    assert all(("down" in name) == (at % 2 == 1) for at, name in enumerate(names))
+    assert "<i>doubt: full blue 0.5, full orange −0.5." in root.locator(".detail").inner_text()
+    visit.close()
+
+
+def test_on_a_phone_captions_are_whole_and_tables_show_that_they_scroll(browser, file):
+    visit = Visit(browser, file, viewport={"width": 360, "height": 800})
+    caption = visit.page.locator("#made .caption").first
+    box = visit.page.locator("#made .scroll").first
+    assert "Accuracies are of test" in caption.inner_text()
+    assert caption.evaluate("x => x.scrollWidth <= x.clientWidth && x.clientWidth < 360")
+    assert box.evaluate("x => x.scrollWidth > x.clientWidth")  # it does scroll
+    style = "x => getComputedStyle(x).backgroundAttachment"
+    assert box.evaluate(style) == "local, local, scroll, scroll"
+    for place in (".example code", ".answers code.text", "#made dd code"):
+        found = visit.page.locator(place).first
+        wrap = found.evaluate(
+            "x => [getComputedStyle(x).overflowWrap, getComputedStyle(x).wordBreak]"
+        )
+        assert wrap == ["anywhere", "break-all"], place
+    assert "python train_small.py" in visit.page.locator("#made dd code").inner_text()
+    visit.close()
 
 
 def test_what_was_not_graded_is_not_called_wrong(visit):
@@ -674,6 +1020,8 @@ def test_play_and_pause(visit):
     visit.wait_for_timeout(700)
     part.get_by_role("button", name="Pause").click()
     at = part.get_by_label("passes done").input_value()
+    heard = part.get_by_label("passes done").get_attribute("aria-valuetext")
+    assert heard == f"after {at} of 28 passes"
     assert int(at) > 0 and part.locator(".cell.masked").count() == 28 - int(at)
     visit.wait_for_timeout(700)
     assert part.get_by_label("passes done").input_value() == at

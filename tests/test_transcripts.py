@@ -5,9 +5,11 @@ import json
 import math
 import random
 import re
+import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -120,9 +122,9 @@ def test_what_the_reward_says_has_a_number_for_each_token(tour):
         if x["loop"] == "denoise":
             passes = len(x["said"])
             assert passes == 1 + max(x["order"][: len(x["tokens"])])
-            assert len(x["value"]) == len(x["branches"]) == passes
+            assert len(x["prospects"]) == len(x["branches"]) == passes
             task = Arithmetic(1, 1, answers=4)
-            for value, branches in zip(x["value"], x["branches"], strict=True):
+            for value, branches in zip(x["prospects"], x["branches"], strict=True):
                 right = [task.grade(x["prompt"], text) == 1 for text, _ in branches]
                 assert right == [said for _, said in branches]
                 assert value == pytest.approx(sum(right) / len(right), abs=1e-3)
@@ -258,7 +260,7 @@ def test_a_warning_is_logged_once_and_not_again_after_a_resume(tour, cache, tmp_
 
 def test_the_config_says_how_the_run_was_begun(tour):
     about = json.loads((tour / "config.json").read_text())
-    assert about["command"].startswith("python train_small.py --config smoke --out ")
+    assert about["command"].startswith("train_small.main(['--config', 'smoke', '--out', ")
     found = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
     if found.returncode == 0:
         assert found.stdout.startswith(about["commit"].removesuffix("+")) and about["commit"]
@@ -327,10 +329,11 @@ def test_a_conversation_changes_method_and_temperature(monkeypatch, capsys, tour
     greedy, sampled, again = found[:4], found[4:8], found[8:]
     assert len(again) == 4 and greedy == again != sampled
     hot = front.open_trained(tour, "refine", 0, 1.0)
-    assert sampled == [hot.answer(problem).replace("<eos>", "") for problem in problems]
+    texts = [hot.answer(problem, 5 + i) for i, problem in enumerate(problems)]  # new ones each time
+    assert sampled == [text.replace("<eos>", "") for text in texts]
     assert ": ppo, seed 0" in said and ": refine, seed 0" in said
     assert ", ".join(nr.METHODS) in said
-    example = re.search(r"type a problem, as (\S+)", said)[1]
+    example = re.search(r"Type a problem, for example (\S+)", said)[1]
     assert Arithmetic(1, 1, answers=4).grade(example, "") == 0  # it is one
 
 
@@ -355,6 +358,21 @@ def test_a_terminal_gets_colours_and_the_same_text(monkeypatch, tour, cache):
         assert "blue: " in plain and "\033[" in said, name
 
 
+def test_what_a_beginner_types_is_understood(monkeypatch, capsys, tour, cache):
+    code, said = talk(monkeypatch, capsys, tour, cache, "3+4=", "3+4", " 3 + 4 =", "3 + 4", ":loop")
+    assert code == 0 and "error: :loop wants a method: ppo, " in said
+    found = re.findall(r"^ppo +(.*)$", said, re.M)
+    assert len(found) == 4 and len(set(found)) == 1
+
+
+def test_a_conversation_finds_the_bases_of_its_run(monkeypatch, capsys, tour, cache):
+    """It trains nothing again, and writes nothing into the cache of another place."""
+    monkeypatch.setattr(front, "CACHE", tour / "none")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("3+4=\n"))
+    assert front.main(["sample", str(tour)]) == 0
+    assert "training" not in capsys.readouterr().out and not (tour / "none").exists()
+
+
 def test_colours_follow_the_numbers():
     talk = SimpleNamespace(coloured=True)
     talk.kind_of = lambda inside: front.Conversation.kind_of(talk, inside)
@@ -373,9 +391,46 @@ def test_colours_follow_the_numbers():
     }
     painted = front.Conversation.in_colours(talk, "abc", inside)
     assert painted == f"{front.ORANGE}a{front.PLAIN}b{front.BLUE}c{front.PLAIN}"
-    steps = {"tokens": list("abcd"), "step_ends": [2, 4], "orm": [0.9, 0.9], "sorm": [0.9, 0.1]}
+    steps = {"tokens": list("abcd"), "step_ends": [2, 4], "orm": [0.1, 0.9], "sorm": [0.9, 0.1]}
     painted = front.Conversation.in_colours(talk, "abcd", steps)
     assert painted.count(front.BLUE) == painted.count(front.ORANGE) == 2
+
+
+def test_a_method_with_numbers_of_its_own_cannot_hide_its_lines(cache, tmp_path, monkeypatch):
+    """Whatever a loop and `explain` name their numbers, a line says which job it belongs to."""
+    usual = nr.METHODS["ppo"]
+
+    def loop(state, task, c):
+        for metrics in usual.loop(state, task, c):
+            yield metrics | {"loop": "other", "step": 77, "kl": "high", "reward": None, "my": 1.5}
+
+    def explain(state, task, b, c):
+        found = usual.explain(state, task, b, c)
+        return [inside | {"response": "mine", "loop": "other"} for inside in found]
+
+    monkeypatch.setitem(nr.METHODS, "ppo", replace(usual, loop=loop, explain=explain))
+    argv = ["ppo", "--config", "smoke", "--out", str(tmp_path / "x"), "--cache", str(cache)]
+    assert front.main(argv) == 0
+    logged = lines(tmp_path / "x", "metrics.jsonl")
+    assert [(m["loop"], m["step"]) for m in logged] == [("ppo", u) for u in (1, 2, 3, 4)]
+    assert all(m["kl"] == "high" and m["reward"] is None and m["my"] == 1.5 for m in logged)
+    shown = lines(tmp_path / "x", "samples.jsonl")
+    assert shown and {x["loop"] for x in shown} == {"ppo"}
+    assert "mine" not in {x["response"] for x in shown}
+
+
+def test_a_gradient_of_zero_is_said():
+    assert "gradient" in front.notes({"grad_norm": 0.0}, tiny("ppo"))
+    assert "gradient" not in front.notes({"grad_norm": 1e-9}, tiny("ppo"))
+
+
+def test_what_to_watch_is_what_the_methods_have_and_fits_the_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "50")
+    said = front.what_to_watch(["refine"])
+    assert "orm, sorm" in said and "clipfrac" not in said
+    assert max(len(line) for line in said.splitlines()) <= 50
+    for name in nr.METHODS:
+        assert front.what_to_watch([name]).count("\n") >= 2
 
 
 # ---- a run talks while it works ------------------------------------------------------------------
@@ -412,12 +467,17 @@ def test_refine_says_what_it_draws_before_its_first_update(hasty, tmp_path, cach
     assert front.main([*argv, "--prompts", "60"]) == 0
     said = capsys.readouterr().out
     assert "refine/0: draws 60 drafts, and from each step of the wrong ones 2 more; " in said
-    # the second run knows how long it will take
-    argv[argv.index(str(tmp_path / "x"))] = str(tmp_path / "y")
-    assert front.main([*argv, "--prompts", "60"]) == 0
-    said = capsys.readouterr().out
-    assert re.search(r"refine/0: 4 updates \(last time it took \d+ s\)", said)
-    assert re.search(r"draws 60 drafts.*; \d s so far, last time it took \d+ s", said)
+
+
+def test_the_next_training_knows_how_long_the_last_one_took(tmp_path):
+    times = {"key": 21.4, "key, first update": 9.6, "short": 0.3}
+    (tmp_path / front.TIMES).write_text(json.dumps(times))
+    progress = front.Progress("refine/0", 4, 0, tmp_path, "key", "draws 60 drafts")
+    assert progress.begins() == " (last time it took 21 s)"
+    assert progress.text(3) == "refine/0: draws 60 drafts; 3 s so far (last time it took 10 s)"
+    assert front.Progress("refine/0", 4, 0, tmp_path, "short").begins() == ""
+    resumed = front.Progress("refine/0", 4, 2, tmp_path, "key", "draws 60 drafts")
+    assert resumed.text(3) == "refine/0: goes on behind update 2; 3 s so far"
 
 
 def test_a_pipe_hears_how_far_a_training_is(tmp_path, monkeypatch, capsys):
@@ -441,13 +501,15 @@ def test_times_are_those_of_whole_trainings_and_survive_damage(tmp_path):
     assert not (tmp_path / front.TIMES).exists()  # a resumed part says nothing about all of it
     whole(0)
     assert set(json.loads((tmp_path / front.TIMES).read_text())) == {"key", "key, first update"}
-    assert front.Progress("t", 3, 0, tmp_path, "key").last is not None
-    assert front.Progress("t", 3, 0, tmp_path, "another").last is None
+    assert front.Progress("t", 3, 0, tmp_path, "another").read().keys() >= {"key"}
     for damage in ("", "[]", "{", '{"key": "soon"}', "null", '{"key": null}'):
         (tmp_path / front.TIMES).write_text(damage)
         assert front.Progress("t", 3, 0, tmp_path, "key").begins() == ""
     whole(0)
     assert json.loads((tmp_path / front.TIMES).read_text()).keys() >= {"key"}
+    (tmp_path / front.TIMES).unlink()
+    (tmp_path / front.TIMES).mkdir()
+    whole(0)  # it cannot be written, and nobody minds
 
 
 def test_a_first_word_comes_within_two_seconds():
@@ -509,3 +571,100 @@ def test_a_page_that_cannot_be_is_one_line(tour, argv, capsys, tmp_path, monkeyp
     said = capsys.readouterr()
     assert said.out == "" and said.err.count("\n") == 1 and said.err.startswith("error: ")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_page_that_fails_costs_no_result_and_no_verdict(tour, tmp_path, monkeypatch, capsys):
+    from notebooks import report
+
+    copy = shutil.copytree(tour, tmp_path / "x")
+    (copy / "report.html").unlink()
+
+    def breaks(*given):
+        raise KeyError("what")
+
+    monkeypatch.setattr(report, "page", breaks)
+    assert front.main(["--resume", str(copy)]) == 0
+    said = capsys.readouterr()
+    assert "no page: KeyError('what')" in said.out and said.err == ""
+    assert not (copy / "report.html").exists()
+
+
+def test_an_explanation_that_fails_costs_no_result(cache, tmp_path, monkeypatch, capsys):
+    usual = nr.METHODS["ppo"].explain
+
+    def fails_at_the_end(state, task, b, c):
+        if state.update == c.updates and len(b.mask) > 6:
+            raise MemoryError("too many rows")
+        return usual(state, task, b, c)
+
+    broken = replace(nr.METHODS["ppo"], explain=fails_at_the_end)
+    monkeypatch.setitem(nr.METHODS, "ppo", broken)
+    argv = ["ppo", "--config", "smoke", "--out", str(tmp_path / "x"), "--cache", str(cache)]
+    assert front.main(argv) == 0
+    assert "ppo/0: its answers are not explained: MemoryError" in capsys.readouterr().out
+    found = lines(tmp_path / "x", "answers.jsonl")
+    assert len(found) > 20 and not any("tokens" in x["before"] for x in found)
+
+
+def test_rollouts_that_are_fewer_than_processes_are_read_by_some(monkeypatch):
+    """Under torchrun a process may have none of the few that are explained."""
+    c = tiny("ppo")
+    state = nr.start_ppo(rough(c), c)
+    b = front.as_rollout(TASK, ["3+4="], ["3+4=7;#3<eos>"], c)
+    whole = nr.annotate(state, b, c)
+    monkeypatch.setattr(nr, "own_rows", lambda rows: rows[len(rows) :])
+    none = nr.annotate(state, b, c)
+    assert whole.logp.any() and not none.logp.any() and none.logp.shape == whole.logp.shape
+
+
+def test_a_response_without_a_token_is_explained(cache):
+    c = tiny("ppo")
+    state = nr.start_ppo(rough(c), c)
+    [inside] = front.explained(state, nr.METHODS["ppo"], TASK, ["3+4="], [""], c)
+    assert inside == {
+        "tokens": [],
+        "token_rewards": [],
+        "shift": [],
+        "value": [],
+        "steps_right": [],
+    }
+    assert front.explained(state, nr.METHODS["ppo"], TASK, [], [], c) == []
+
+
+def test_tokens_are_those_that_were_written_and_not_those_of_the_text():
+    """A text, encoded again, may give other ids; its numbers belong to the ids that were."""
+    inside = front.of_tokens(TASK, [9, 9, 9, 9], {"ids": [7, 8], "logp": [-1.0, -2.0]})
+    assert len(inside["tokens"]) == len(inside["logp"]) == 2 and "ids" not in inside
+
+
+def test_a_frozen_judge_judges_in_a_conversation_too(cache, tmp_path, monkeypatch, capsys):
+    argv = ["self_rewarding", "--config", "smoke", "--judge", "frozen", "--cache", str(cache)]
+    assert front.main([*argv, "--out", str(tmp_path / "x")]) == 0
+    trained = front.open_trained(tmp_path / "x", "", None, 0.0)
+    front.Conversation(tmp_path / "x", cache, trained)
+    judge = trained.state.judge.state_dict()
+    m1 = nr.m1(
+        nr.gpt_base(trained.task, trained.c, front.CachedTrainer(cache)),
+        trained.task,
+        trained.c,
+        front.CachedTrainer(cache),
+    ).state_dict()
+    assert all(torch.equal(judge[name], m1[name]) for name in m1)
+    policy = trained.state.policy.state_dict()
+    assert not all(torch.equal(policy[name], m1[name]) for name in m1)
+
+
+def test_a_method_whose_first_words_name_no_number_is_refused(monkeypatch, capsys):
+    wrong = replace(nr.METHODS["refine"], first="draws {promts} drafts")
+    monkeypatch.setitem(nr.METHODS, "refine", wrong)
+    assert front.main(["ppo", "--config", "smoke"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "METHODS['refine']" in error and "promts" in error
+
+
+def test_a_line_that_is_no_text_is_an_error_and_no_end(monkeypatch, capsys, tour, cache):
+    typed = io.TextIOWrapper(io.BytesIO(b"\xff\xfe\n3+4=\n"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", typed)
+    assert front.main(["sample", str(tour), "--cache", str(cache)]) == 0
+    said = capsys.readouterr().out
+    assert "error: this line is no text" in said

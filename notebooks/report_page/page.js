@@ -10,9 +10,13 @@ const NUMBERS = [
   { key: "token_rewards", name: "token reward", kind: "signed", words: "Blue was paid, orange was punished." },
   { key: "shift", name: "what training changed", kind: "signed", words: "Blue is likelier than before the training, orange less likely (nats)." },
   { key: "value", name: "critic's value", kind: "signed", words: "What the critic expects before each token is written." },
-  { key: "logp", name: "log-prob", kind: "log", words: "The more orange, the less likely the model found the token." },
+  { key: "logp", name: "log-prob", kind: "log", words: "The more orange, the less likely the trained model finds the token; it has read both answers." },
   { key: "sure", name: "sureness when written", kind: "share", words: "The bluer, the surer the model was when it wrote the place." },
 ];
+
+// Numbers that the page does not know, as a researcher's own: their keys begin with this.
+const OWN = "own:";
+const OWN_LISTS = 6;
 
 // ---- small helpers ----
 
@@ -78,10 +82,15 @@ function choice(label, options, chosen, changed, size) {
   return make("label", {}, label, select);
 }
 
-// A slider with its label.
-function slider(label, last, at, changed) {
+// A slider with its label. words: what a place of it means, for those who hear it.
+function slider(label, last, at, words, changed) {
   const input = make("input", { type: "range", min: 0, max: last, step: 1, value: at });
-  input.addEventListener("input", () => changed(Number(input.value)));
+  const say = () => input.setAttribute("aria-valuetext", words(Number(input.value)));
+  input.addEventListener("input", () => {
+    say();
+    changed(Number(input.value));
+  });
+  say();
   return make("label", {}, label, input);
 }
 
@@ -90,17 +99,34 @@ function code(text) {
   return make("code", { class: "text" }, make("bdi", {}, visible(text)));
 }
 
-function verdict(right) {
-  return make("b", { class: right ? "good" : "bad" }, right ? "✓ right" : "✗ wrong");
+function verdict(right, lucky = false) {
+  const words = lucky ? "✓ right by luck" : "✓ right";
+  return make("b", { class: right ? "good" : "bad" }, right ? words : "✗ wrong");
+}
+
+// Whether the answer is right although a step on the way is wrong.
+function isLucky(transcript) {
+  return transcript?.right === true && list(transcript.steps_right).includes(false);
 }
 
 // ---- transcripts ----
 
-// The numbers that a transcript has for each token. In denoise `value` is one for each pass.
+// The numbers of some transcripts that the page does not know.
+function ownNumbers(transcripts) {
+  const keys = new Set(transcripts.flatMap((t) => Object.keys(t ?? {}).filter((key) => key.startsWith(OWN))));
+  const words = "The page does not know this number; it is drawn as it was logged.";
+  return [...keys]
+    .slice(0, OWN_LISTS)
+    .map((key) => ({ key, name: visible(key.slice(OWN.length)), kind: "signed", words }));
+}
+
+// The numbers that a transcript has for each token. `sure` goes on behind its end.
 function numbersOf(transcript) {
-  return NUMBERS.filter(
-    ({ key }) => list(transcript?.[key]).length > 0 && !(key === "value" && transcript.order),
-  );
+  const count = list(transcript?.tokens).length;
+  return [...NUMBERS, ...ownNumbers([transcript])].filter(({ key }) => {
+    const told = list(transcript?.[key]).length;
+    return told > 0 && (told === count || key === "sure");
+  });
 }
 
 // The first token (or letter, without tokens) in which two transcripts differ.
@@ -192,15 +218,19 @@ function tokenList(transcript, chosen, scale, differs, readout) {
   return box;
 }
 
-// A table of texts and elements in a box that scrolls sideways.
+// A table of texts and elements in a box that scrolls sideways, below its caption, which does not.
+let tables = 0;
 function tableOf(caption, head, rows) {
-  const table = make("table", {}, make("caption", {}, caption));
+  tables += 1;
+  const id = `table-made-${tables}`;
+  const table = make("table", { "aria-labelledby": id });
   table.append(make("thead", {}, make("tr", {}, ...head.map((x) => make("th", { scope: "col" }, x)))));
   const lines = rows.map(([first, ...cells]) =>
     make("tr", {}, make("th", { scope: "row" }, first), ...cells.map((x) => make("td", {}, x))),
   );
   table.append(make("tbody", {}, ...lines));
-  return make("div", { class: "scroll", role: "region", "aria-label": caption, tabindex: 0 }, table);
+  const box = make("div", { class: "scroll", role: "region", "aria-labelledby": id, tabindex: 0 }, table);
+  return make("div", {}, make("p", { class: "caption", id }, caption), box);
 }
 
 // Every number of every token as a table, which is made when it is opened.
@@ -231,11 +261,12 @@ function stepTable(transcript) {
     const text = ends.length > at ? visible(tokens.join("")) : whole ? "whole response" : `step ${at + 1}`;
     const truth = whole ? transcript.right : transcript.steps_right?.[at];
     const known = typeof truth === "boolean";
+    const lucky = whole && isLucky(transcript);
     const sorm = make("span", {}, short(transcript.sorm?.[at]));
     if (at === blamed) {
       sorm.prepend(make("b", { class: "bad" }, "blamed ▶ "));
     }
-    rows.push([text, short(transcript.orm?.[at]), sorm, known ? verdict(truth) : "not known"]);
+    rows.push([text, short(transcript.orm?.[at]), sorm, known ? verdict(truth, lucky) : "not known"]);
   }
   const words = "Up to each step: the reward models' probability that it can still end right. Blamed: the first step below 0.5";
   const table = tableOf(words, ["step", "ORM", "SORM", "truth"], rows);
@@ -253,11 +284,22 @@ function judgements(transcript) {
   return make("p", {}, "The judge wrote ", code(told), `: ${words}.`);
 }
 
+// What right and wrong steps mean, below cards that tell of steps.
+function stepWords(transcripts) {
+  if (!transcripts.some((t) => list(t?.steps_right).length > 0)) {
+    return "";
+  }
+  const luck = "Right by luck: the answer is right although a step is wrong. ";
+  const words =
+    "The reward looks only at the final answer. A step counts as right only if it is that of the true way.";
+  return make("p", { class: "quiet" }, (transcripts.some(isLucky) ? luck : "") + words);
+}
+
 // A response as a card: its tokens or its text, and all that the reward says of it.
 function card(title, transcript, chosen, scale, differs) {
   const box = make("article", { class: "side" }, make("h4", {}, title));
   if (typeof transcript?.right === "boolean") {
-    box.firstChild.append(" ", verdict(transcript.right));
+    box.firstChild.append(" ", verdict(transcript.right, isLucky(transcript)));
   }
   if (list(transcript?.tokens).length > 0) {
     const readout = make("p", { class: "readout", "aria-live": "polite" });
@@ -309,8 +351,9 @@ function answersPart(job, view) {
     const some = job.answers.filter((answer) => kind === "all" || answer.kind === kind);
     const counted = kind === "all" ? total : job.counts[kind];
     const left = counted - some.length;
-    const words = left > 0 ? `; ${left} more are left out of this page and stand in answers.jsonl` : "";
-    const count = `${some.length} of ${counted} are here${words}. ◆: with its tokens and their numbers.`;
+    const words = left > 0 ? `; ${left} more are left out of this page and are in answers.jsonl` : "";
+    const marks = "◆: with its tokens and their numbers; ◇: only its texts.";
+    const count = `${some.length} of ${counted} are here${words}. ${marks}`;
     const note = make("p", { class: "quiet", role: "status" }, count);
     const detail = make("div", { class: "detail" });
     const pick = (at) => detail.replaceChildren(...oneAnswer(some[at], view));
@@ -342,7 +385,7 @@ function oneAnswer(answer, view) {
   const differs = firstDifference(...both);
   const scale = view.chosen ? scaleOf(view.chosen.key, both) : 1;
   const cards = both.map((t, at) => card(at ? "after" : "before", t, view.chosen, scale, differs));
-  shown.push(make("div", { class: "sides" }, ...cards));
+  shown.push(make("div", { class: "sides" }, ...cards), stepWords(both));
   const words = list(answer.after?.tokens).length
     ? colourWords(view.chosen, scale)
     : "Only the texts were kept of this problem, no numbers.";
@@ -364,18 +407,28 @@ function followedPart(job, view) {
     const move = (look) => {
       const scale = view.chosen ? scaleOf(view.chosen.key, looks) : 1;
       const title = `update ${looks[look].step}`;
-      place.replaceChildren(card(title, looks[look], view.chosen, scale, firstDifference(looks[0], looks[look])));
+      const shown = card(title, looks[look], view.chosen, scale, firstDifference(looks[0], looks[look]));
+      place.replaceChildren(shown, stepWords([looks[look]]));
     };
-    const label = slider("look, from before training to the end", looks.length - 1, looks.length - 1, move);
+    const last = looks.length - 1;
+    const right = (look) => (isLucky(look) ? "right by luck" : look.right ? "right" : "wrong");
+    const tell = (at) => `update ${looks[at].step}, ${right(looks[at])}`;
+    const label = slider("look, from before training to the end", last, last, tell, move);
     view.redraw.followed = () => move(Number(label.querySelector("input").value));
     const words = `Updates: ${strip}. Underlined: the first difference from the first look.`;
     below.replaceChildren(label, make("p", { class: "quiet" }, words), place);
-    move(looks.length - 1);
+    move(last);
   };
   const options = followed.map((problem, at) => [at, brief(problem.prompt)]);
   const controls = make("div", { class: "controls" }, choice("problem", options, 0, show));
   show(0);
-  return make("div", { class: "followed" }, make("h3", {}, "The same problem over training"), controls, below);
+  const left = job.left_out?.followed ? ` ${job.left_out.followed} more are left out of this page.` : "";
+  const count = followed.length === 1 ? "problem was" : `${followed.length} problems were`;
+  const words =
+    `The same ${count} asked before training and at every look at dev since.${left} ` +
+    "At a look training pauses, and the model answers problems of dev greedily.";
+  const title = make("h3", {}, "A few problems, look by look");
+  return make("div", { class: "followed" }, title, make("p", {}, words), controls, below);
 }
 
 // Pairs that were learned from, with the margin between them.
@@ -452,7 +505,7 @@ function valueCurve(path, passes) {
   const svg = draw("svg", { viewBox: "0 0 100 100", preserveAspectRatio: "none", role: "img", "aria-label": title });
   const x = (pass) => (100 * pass) / Math.max(1, passes);
   const y = (share) => 85 - 70 * share;
-  const given = list(path.value).map((v, pass) => [pass, v]).filter(([, v]) => isNumber(v));
+  const given = list(path.prospects).map((v, pass) => [pass, v]).filter(([, v]) => isNumber(v));
   for (const share of [0, 0.5, 1]) {
     svg.append(draw("path", { class: "level", d: `M0 ${y(share)}H100` }));
   }
@@ -473,7 +526,7 @@ function valueCurve(path, passes) {
     plot.append(make("span", { class: "y", style: `top:${y(share)}%`, "aria-hidden": "true" }, String(share)));
   }
   for (const pass of [0, passes]) {
-    plot.append(make("span", { class: "x", style: `left:${x(pass)}%`, "aria-hidden": "true" }, String(pass)));
+    plot.append(make("span", { class: "x", style: `left:${x(pass)}%`, "aria-hidden": "true" }, `pass ${pass}`));
   }
   const move = (pass) => now.setAttribute("d", `M${x(pass)} 0V100`);
   const rows = given.map(([pass, v]) => [String(pass), short(v)]);
@@ -511,7 +564,7 @@ function canvas(path, pass) {
 // One way through the passes, with its slider and its play button.
 function pathView(path, answer, view) {
   const passes = Math.max(list(path.said).length, 1 + Math.max(...path.order.filter(isNumber), 0));
-  const curve = list(path.value).some(isNumber) ? valueCurve(path, passes) : null;
+  const curve = list(path.prospects).some(isNumber) ? valueCurve(path, passes) : null;
   const state = make("p", { class: "state", role: "status" });
   const place = make("div");
   const said = make("p", { class: "said" });
@@ -525,17 +578,22 @@ function pathView(path, answer, view) {
     said.replaceChildren();
     if (text !== undefined) {
       const words = last ? "It has written: " : "If it had to answer now it would write: ";
-      said.append(words, code(text), " ", right === null ? "(not graded)" : verdict(right));
+      said.append(words, code(text), " ", right === null ? "(not graded)" : verdict(right, last && isLucky(path)));
     }
-    const value = path.value?.[pass];
-    state.append(isNumber(value) ? ` V(x_t) = ${short(value)}.` : "");
+    const prospect = path.prospects?.[pass];
+    state.append(isNumber(prospect) ? ` V(x_t) = ${short(prospect)}.` : "");
     const drawn = branchesAt(path, pass).map(([words, good]) => make("li", {}, verdict(good), " ", code(words)));
     branches.replaceChildren(...drawn);
     curve?.move(pass);
   };
-  const label = slider("passes done", passes, 0, show);
+  const tell = (pass) => `after ${pass} of ${passes} passes`;
+  const label = slider("passes done", passes, 0, tell, show);
   const input = label.querySelector("input");
   const button = make("button", { type: "button" }, "Play");
+  const go = (pass) => {
+    input.value = pass;
+    input.dispatchEvent(new Event("input"));
+  };
   const stop = () => {
     clearInterval(view.playing);
     view.playing = undefined;
@@ -546,8 +604,7 @@ function pathView(path, answer, view) {
       stop();
       return;
     }
-    input.value = Number(input.value) + 1;
-    show(Number(input.value));
+    go(Number(input.value) + 1);
   };
   button.addEventListener("click", () => {
     if (view.playing !== undefined) {
@@ -555,8 +612,7 @@ function pathView(path, answer, view) {
       return;
     }
     if (Number(input.value) >= passes) {
-      input.value = 0;
-      show(0);
+      go(0);
     }
     const calm = window.matchMedia("(prefers-reduced-motion: reduce)").matches;
     view.playing = setInterval(advance, calm ? 1500 : 500);
@@ -621,7 +677,9 @@ function methodPart(root, jobs) {
       ...list(job.answers).flatMap((answer) => [answer.before, answer.after]),
       ...list(job.followed).flatMap((problem) => list(problem.looks)),
     ];
-    const found = NUMBERS.filter((n) => transcripts.some((t) => numbersOf(t).includes(n)));
+    const has = (t, key) => numbersOf(t).some((n) => n.key === key);
+    const possible = [...NUMBERS, ...ownNumbers(transcripts)];
+    const found = possible.filter(({ key }) => transcripts.some((t) => has(t, key)));
     const telling = found.find(({ key }) => tellsTokensApart(key, transcripts));
     colourBy(found.find(({ key }) => key === view.chosen?.key) ?? telling ?? found[0] ?? null);
     const controls = make("div", { class: "controls", role: "group", "aria-label": "what the transcripts show" });
