@@ -1429,6 +1429,8 @@ def notes(m: dict[str, Any], c: Any) -> dict[str, str]:
     return found
 
 
+# A look at dev that takes longer, in seconds, is said.
+LOOK = 10.0
 # The names of lists that have one number for each token.
 OF_TOKENS = ("token_rewards", "value", "shift", "logp", "order", "sure")
 
@@ -1552,9 +1554,13 @@ class Job:
         texts = self.answer(prompts, temperature)
         return mean(self.task.grade(x, y) for x, y in zip(prompts, texts, strict=True))
 
-    def saying(self, what: str) -> contextlib.AbstractContextManager:
+    def saying(self, what: str, first: float | None = None) -> contextlib.AbstractContextManager:
         """Say what is at work, if it takes long."""
-        return workers.saying(lambda seconds: f"{self.title}: {what}, {seconds:.0f} s so far")
+
+        def text(seconds: float) -> str:
+            return f"{self.title}: {what}, {seconds:.0f} s so far"
+
+        return workers.saying(text, first)
 
     def head(self) -> dict[str, Any]:
         """What every line of a log begins with."""
@@ -1635,7 +1641,7 @@ class Job:
         line = head | m | head  # in this order, whatever a method calls its own numbers
         title = f"{self.title} {u:4d}"
         if u % self.every == 0 or u in (1, self.total):
-            with self.saying(f"answers {len(self.dev)} problems of dev after update {u}"):
+            with self.saying(f"answers {len(self.dev)} problems of dev after update {u}", LOOK):
                 line["dev_greedy"] = self.right(self.dev)
                 self.show()
             numbers = [(key, m.get(key)) for key in WATCHED]

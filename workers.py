@@ -86,16 +86,17 @@ NEXT_WORD = 20.0
 
 
 @contextmanager
-def saying(text: Callable[[float], str]) -> Iterator[None]:
+def saying(text: Callable[[float], str], first: float | None = None) -> Iterator[None]:
     """As long as the block lasts, print now and then what is at work: no output is no hang.
 
-    text: how many seconds it has taken so far -> what to print; if it is empty nothing is.
+    text: how many seconds it has taken so far -> what to print; if it is empty nothing is. first:
+    the seconds until the first line, if they are not FIRST_WORD.
     """
     over = threading.Event()
     began = time.monotonic()
 
     def speak() -> None:
-        wait = FIRST_WORD
+        wait = FIRST_WORD if first is None else first
         while not over.wait(wait):
             if line := text(time.monotonic() - began):
                 tqdm.write(line, file=sys.stdout)

@@ -452,6 +452,9 @@ def test_what_takes_long_is_said_and_what_does_not_is_not(hasty, capsys):
     assert said.count("at work") >= 2
     time.sleep(0.1)
     assert capsys.readouterr().out == ""  # it is over
+    with workers.saying(lambda seconds: "late", first=5.0):
+        time.sleep(0.1)
+    assert capsys.readouterr().out == ""
 
 
 def test_an_error_ends_the_talk(hasty, capsys):
