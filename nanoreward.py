@@ -5,7 +5,7 @@ on it sees no demonstration any more, only rewards. The true reward is known exa
 hidden in a framework: every method is one equation, one function and one loop.
 
     python nanoreward.py              the smallest example: PPO, one problem before and after
-    python train_small.py ppo         one method;  without a name all of them (5 minutes on 2 cores)
+    python train_small.py ppo         one method;  without a name all of them (7 minutes on 2 cores)
 
 Greedy accuracy on held-out problems before and after, means of five seeds. The best constant answer
 has 0.01, a model trained on error-free demonstrations 1.00.

@@ -1146,3 +1146,20 @@ def test_the_runs_can_be_chosen(browser, tmp_path):
     root.get_by_label("run and seed").select_option(label="grpo, seed 0")
     assert "0+" in first.inner_text()
     visit.close()
+
+
+def test_the_committed_page_is_that_of_the_committed_run():
+    """notebooks/results/main.html beside main.json: the same results, and no link that leads away."""
+    results = report.PARTS.parent / "results"
+    page = (results / "main.html").read_text(encoding="utf-8")
+    kept = json.loads((results / "main.json").read_text(encoding="utf-8"))
+    told = words(page)
+    rows = page[page.index('id="made"') :].split("<tr>")
+    assert len(kept["results"]) >= 6
+    for result in kept["results"]:
+        row = next(x for x in rows if f">{result['loop']}</th>" in x)
+        shares = [f"{result[name]:.3f}" for name in ("base", "final")]
+        for number in (*shares, result["mended"], result["broken"]):
+            assert f"<td>{number}</td>" in row, (result["loop"], number)
+    assert kept["commit"] in told and len(page.encode()) < 2_000_000
+    assert not re.findall(r'(?:href|src)="(?!#)', page)
