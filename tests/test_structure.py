@@ -281,6 +281,7 @@ def test_the_readmes_last_lines_are_those_of_the_main_job():
     assert train_small.table(kept["results"]) in RESULTS
     seconds = kept["whole command"]
     assert f"{seconds['seconds from an empty cache']:.0f} s" in README
+    assert f"done after {seconds['seconds of ppo alone']:.0f} seconds" in README
     assert f"{seconds['seconds from an empty cache']:.0f} s" in RESULTS
     assert f"{seconds['seconds to the first trained result']:.0f} s" in RESULTS
 
