@@ -1,5 +1,6 @@
 """Shared small models and tasks. One thread: the suite shares its cores, and bytes must repeat."""
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -108,6 +109,22 @@ def check_transcripts(out):
                 check(part)
     assert checked > 20
     assert 10_000 < (out / "report.html").stat().st_size < 2_000_000
+
+
+def check_conversation(out, cache, monkeypatch, capsys):
+    """What is typed in a conversation is a question, and it is asked as in the run."""
+    trained = front.open_trained(out, "ppo", None, 0.0)
+    prompt = trained.task.prompts(1, nr.rng(0, "typed"), "dev")[0]
+    question = trained.task.question(prompt)
+    assert question != prompt == trained.task.prompt(question)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(question + "\n:help\nWhat?\n"))
+    capsys.readouterr()
+    argv = ["sample", str(out), "--loop", "ppo", "--cache", str(cache)]
+    assert front.main(argv) == 0
+    said = capsys.readouterr().out
+    first = trained.answer(prompt).replace("<eos>", "").split("\n")[0]
+    assert f"{'ppo':15} {first}" in said and said.count("error: ") == 1
+    assert trained.task.grade(prompt, trained.task.solution(prompt)) == 1
 
 
 def golden(library):

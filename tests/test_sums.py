@@ -1,6 +1,5 @@
 """Sums in words: problems, the grader, prompts by a chat template; every loop on a tiny folder."""
 
-import io
 import json
 import shutil
 import subprocess
@@ -14,7 +13,7 @@ from tokenizers import Tokenizer, normalizers
 import nanoreward as nr
 import train_small as front
 from data import gsm8k, sums
-from tests.conftest import ROOT, check_transcripts, write_word_folder
+from tests.conftest import ROOT, check_conversation, check_transcripts, write_word_folder
 
 # It writes BOS, names a special token, and shows the roles as Llama and SmolLM2 do.
 TEMPLATE = """\
@@ -541,19 +540,7 @@ def test_every_loop_runs_unchanged_on_a_folder(folder, tmp_path, monkeypatch, ca
     results = json.loads((tmp_path / "run" / "summary.json").read_text())["results"]
     assert [r["loop"] for r in results] == loops
     check_transcripts(tmp_path / "run")
-    # What is typed in a conversation is a question, and it is asked as in the run.
-    trained = front.open_trained(tmp_path / "run", "ppo", None, 0.0)
-    prompt = trained.task.prompts(1, nr.rng(0, "typed"), "dev")[0]
-    question = trained.task.question(prompt)
-    assert question != prompt == trained.task.prompt(question)
-    monkeypatch.setattr(sys, "stdin", io.StringIO(question + "\n:help\nWhat?\n"))
-    capsys.readouterr()
-    argv = ["sample", str(tmp_path / "run"), "--loop", "ppo", "--cache", str(tmp_path / "cache")]
-    assert front.main(argv) == 0
-    said = capsys.readouterr().out
-    first = trained.answer(prompt).replace("<eos>", "").split("\n")[0]
-    assert f"{'ppo':15} {first}" in said and said.count("error: ") == 1
-    assert trained.task.grade(prompt, trained.task.solution(prompt)) == 1
+    check_conversation(tmp_path / "run", tmp_path / "cache", monkeypatch, capsys)
     # The student of refine needs some right responses to learn from.
     monkeypatch.setattr(sums.Sums, "grade", lambda self, prompt, response: float(len(response) % 2))
     refine = ["refine", *shared, "--continuations", "2", "--out", str(tmp_path / "some")]
