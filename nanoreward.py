@@ -1391,7 +1391,7 @@ class Method:
     # Whether `explain` does not read the given responses, but lets the state's policy answer again.
     # The state then keeps the policy of the start as its `reference`.
     writes_again: bool = False
-    # (state, task, c) -> some of the pairs of responses that it learns from.
+    # (state, task, c) -> some of the pairs that it learns from, each response with its ids.
     pairs: Callable = no_pairs
     # How many right and how many wrong responses are explained at a time.
     shown: int = 3
@@ -2112,21 +2112,24 @@ def iterative_dpo(
 
 
 @torch.no_grad()
-def token_likelihoods(state: State, task: Task, b: Rollout, c: Config) -> list[Metrics]:
-    """The log-prob of each token of a response, at temperature 1."""
-    found = []
+def likelihoods(policy: Transformer, b: Rollout, c: Config) -> Tensor:
+    """The log-prob of each token of the responses (B, R), at temperature 1."""
+    parts = []
     for rows in torch.arange(len(b.mask)).split(c.micro):
-        logp = token_logprobs(state.policy, b.prompt[rows], b.response[rows], temperature=1.0)
-        for row, mask in zip(logp, b.mask[rows] > 0, strict=True):
-            found.append({"logp": rounded(row[mask])})
-    return found
+        parts.append(token_logprobs(policy, b.prompt[rows], b.response[rows], temperature=1.0))
+    return torch.cat(parts)
+
+
+def token_likelihoods(state: State, task: Task, b: Rollout, c: Config) -> list[Metrics]:
+    """The log-prob of each token, as transcripts hold it: one list for each response."""
+    logp = likelihoods(state.policy, b, c)
+    return [{"logp": rounded(row[mask])} for row, mask in zip(logp, b.mask > 0, strict=True)]
 
 
 # How many pairs of a round are shown at a time.
 PAIRS_SHOWN = 8
 
 
-@torch.no_grad()
 def pairs_of_the_round(state: RoundsState, task: Task, c: DPOConfig) -> list[Metrics]:
     """Some of the round's pairs, and the margin that lies between their responses now.
 
@@ -2142,13 +2145,14 @@ def pairs_of_the_round(state: RoundsState, task: Task, c: DPOConfig) -> list[Met
     group = torch.arange(len(rows)).repeat_interleave(2)
     b = Rollout(prompt, response, up_to_eos(response, c), response, group)
     texts = texts_of(task, response, b.mask)
-    inside = token_likelihoods(state, task, b, c)
-    logp = torch.cat([pair_logprobs(state.policy, state.pairs, i) for i in rows.split(c.micro)])
+    of_token = likelihoods(state.policy, b, c)
+    logp = of_token.sum(1).view(-1, 2)
     gains = rounded((logp - state.pairs["ref"][rows]).flatten())
     sides = []
     for i, text in enumerate(texts):
-        ids = response[i][b.mask[i] > 0].tolist()
-        sides.append({"response": text, "ids": ids, **inside[i], "gain": gains[i]})
+        real = b.mask[i] > 0
+        side = {"response": text, "ids": response[i][real].tolist()}
+        sides.append(side | {"logp": rounded(of_token[i][real]), "gain": gains[i]})
     found = []
     for ids, chosen, rejected in zip(prompt[::2].tolist(), sides[::2], sides[1::2], strict=True):
         margin = round(chosen["gain"] - rejected["gain"], 3)

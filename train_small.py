@@ -987,9 +987,8 @@ def commit_of(folder: Path) -> str:
         return done.stdout.strip()
 
     try:
-        ask(
-            "ls-files", "--error-unmatch", "train_small.py"
-        )  # else it is another project's checkout
+        # If git does not know this file, it is the checkout of another project.
+        ask("ls-files", "--error-unmatch", "train_small.py")
         return ask("describe", "--always", "--dirty=+", "--exclude=*")
     except UserError:
         return ""
@@ -1141,8 +1140,9 @@ class Progress:
         self.first = first
         self.began = time.monotonic()
         # In whole seconds; 0 is not worth telling.
-        self.last = round(self.read().get(key, 0))
-        self.last_first = round(self.read().get(f"{key}, first update", 0))
+        times = self.read()
+        self.last = round(times.get(key, 0))
+        self.last_first = round(times.get(f"{key}, first update", 0))
 
     def read(self) -> dict[str, float]:
         """The times of the cache; none if the file is not there or is damaged."""
@@ -1502,6 +1502,8 @@ class Job:
         self.dev = self.task.prompts(self.c.eval_problems, nr.rng(0, "dev"), "dev")
         self.test = self.task.prompts(self.c.eval_problems, nr.rng(0, "test"), "test")
         self.told: set[str] = set()
+        # The update of the last look at dev, and what it answered then.
+        self.looked: dict[int, list[str]] = {}
         self.total = self.c.total_updates()
         # Evaluate and save every so many updates.
         self.every = max(self.c.eval_every, self.total // 8)
@@ -1578,14 +1580,14 @@ class Job:
         prompts = [self.dev[i] for i in right[:few] + wrong[:few]]
         texts = self.answer(prompts)
         inside = explained(self.state, self.method, self.task, prompts, texts, self.c)
+        head = self.head()
         for x, y, more in zip(prompts, texts, inside, strict=True):
             line = {"prompt": x, "response": y, "reward": self.task.grade(x, y)}
-            append(self.folder / "samples.jsonl", self.head() | more | line | self.head())
+            append(self.folder / "samples.jsonl", head | more | line | head)
         for pair in self.method.pairs(self.state, self.task, self.c):
             for name in ("chosen", "rejected"):
-                [ids] = self.task.encode([pair[name]["response"]])
-                pair[name] = of_tokens(self.task, ids, pair[name])
-            append(self.folder / "pairs.jsonl", self.head() | pair)
+                pair[name] = of_tokens(self.task, pair[name]["ids"], pair[name])
+            append(self.folder / "pairs.jsonl", head | pair)
 
     def compare(self, result: dict[str, Any]) -> None:
         """All of dev before and after the training -> answers.jsonl, and into the result.
@@ -1593,7 +1595,7 @@ class Job:
         What the reward says is there for some of each kind; those that changed come first.
         """
         task, few = self.task, self.method.shown
-        after = self.answer(self.dev)
+        after = self.looked.get(self.state.update) or self.answer(self.dev)
         lines: list[dict[str, Any]] = []
         kinds: dict[tuple, list[int]] = {}
         for i, (x, before, y) in enumerate(zip(self.dev, self.before, after, strict=True)):
@@ -1642,7 +1644,9 @@ class Job:
         title = f"{self.title} {u:4d}"
         if u % self.every == 0 or u in (1, self.total):
             with self.saying(f"answers {len(self.dev)} problems of dev after update {u}", LOOK):
-                line["dev_greedy"] = self.right(self.dev)
+                texts = self.answer(self.dev)
+                self.looked = {u: texts}
+                line["dev_greedy"] = mean(map(self.task.grade, self.dev, texts))
                 self.show()
             numbers = [(key, m.get(key)) for key in WATCHED]
             parts = [f"{key} {x:.3f}" for key, x in numbers if isinstance(x, int | float)]

@@ -7,7 +7,6 @@ file; a test compares them. Where NAME.html is there, the page of the first fold
 """
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -58,10 +57,8 @@ def main(name: str, command: str, *folders: str) -> None:
     paths = [Path(folder) for folder in folders]
     summaries = [front.read_json(path / "summary.json") for path in paths]
     results = [result for summary in summaries for result in summary["results"]]
-    asked = ["git", "rev-parse", "--short", "HEAD"]
-    commit = front.read_json(paths[0] / "config.json").get("commit")
-    if not commit:  # a run of an older version does not say it
-        commit = subprocess.run(asked, capture_output=True, encoding="utf-8").stdout.strip()
+    # A run of an older version does not say its commit.
+    commit = front.read_json(paths[0] / "config.json").get("commit") or front.commit_of(ROOT)
     kept = {"command": command, "commit": commit, **summaries[0]}
     kept |= {"results": results, "curves": dev_curves(paths)}
     if any(result["loop"] == "ppo" for result in summaries[0]["results"]):
