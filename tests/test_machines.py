@@ -705,7 +705,7 @@ def test_a_loop_that_logs_no_samples_is_counted_by_its_state(cache, tmp_path, mo
             yield m
 
     monkeypatch.setitem(nr.METHODS, "ppo", replace(nr.METHODS["ppo"], loop=quiet))
-    monkeypatch.setattr(front.Job, "right", lambda self, *_: 1.0)
+    monkeypatch.setattr(Arithmetic, "grade", lambda self, *_: 1.0)
     assert inside(*RUN, "--out", tmp_path / "x", "--cache", cache) == 0
     assert [m["samples"] for m in front.read_lines(tmp_path / "x" / "metrics.jsonl")] == [
         32,
