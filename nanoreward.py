@@ -46,6 +46,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import partial
 from math import ceil, log, pi
 from pathlib import Path
 from typing import Any, Protocol
@@ -433,10 +434,47 @@ class Cache:
         self.real[:, at] = real
         return at, self.real[:, visible]
 
+    def extend(self, layer: int, at: slice | Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add a layer's keys and values of T tokens, (B, kv_heads, T, head_dim).
+
+        Returns those of all L tokens that are visible now.
+        """
+        kv = self.kv[layer]
+        kv[0, :, :, at] = k.to(kv.dtype)  # the rotation has made it float32
+        kv[1, :, :, at] = v
+        length = kv.shape[3] if isinstance(self.used, Tensor) else self.used
+        return kv[0, :, :, :length], kv[1, :, :, :length]
+
     def select(self, rows: Tensor) -> None:
         """Go on with these rows only, in this order."""
         self.kv = self.kv[:, :, rows]
         self.real = self.real[rows]
+
+
+class Beginning:
+    """Keys and values of what all rows begin with: read once, as one row, with its gradients.
+
+    It is what `Cache` is for sampling. But autograd needs what it has stored, so nothing is written
+    over: the first call is remembered, and each later one reads on behind it.
+    """
+
+    def __init__(self) -> None:
+        self.kv: dict[int, tuple[Tensor, Tensor]] = {}
+        self.length = 0
+
+    def reserve(self, real: Tensor) -> tuple[slice, Tensor]:
+        """See `Cache.reserve`; the tokens of a beginning are all real."""
+        before = self.length
+        self.length = before or real.shape[1]
+        return slice(before, None), F.pad(real, (before, 0), value=True)
+
+    def extend(self, layer: int, at: slice, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Cache.extend`."""
+        if layer not in self.kv:
+            self.kv[layer] = (k, v)
+            return k, v
+        first_k, first_v = (x.expand(len(k), -1, -1, -1) for x in self.kv[layer])
+        return torch.cat([first_k, k], dim=2), torch.cat([first_v, v], dim=2)
 
 
 class Attention(nn.Module):
@@ -460,12 +498,11 @@ class Attention(nn.Module):
         cos: Tensor,
         sin: Tensor,
         bias: Tensor,
-        kv: Tensor | None,
-        at: slice | Tensor,
+        extend: Callable | None,
     ) -> Tensor:
         """x (B, T, C) -> (B, T, C). bias (B, 1, T, L) is added to the scores; -inf hides a key.
 
-        kv: this layer's part of the cache, (2, B, kv_heads, length, head_dim); at: where x goes.
+        extend: from the keys and values of x to all that it may see, those of the cache included.
         """
         B, T, _ = x.shape
         shape = (B, T, -1, self.head_dim)
@@ -474,10 +511,8 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(shape).transpose(1, 2)
         q = rotate(q, cos, sin)
         k = rotate(k, cos, sin)
-        if kv is not None:
-            kv[0, :, :, at] = k.to(kv.dtype)  # the rotation has made it float32
-            kv[1, :, :, at] = v
-            k, v = kv[:, :, :, : bias.shape[-1]]
+        if extend is not None:
+            k, v = extend(k, v)
         if T == 1:
             # Heads that share their keys become queries of one head, and no key is copied.
             q = q.reshape(B, k.shape[1], -1, self.head_dim)
@@ -545,7 +580,7 @@ class Transformer(nn.Module):
                 std = {"embed_tokens.weight": 0.1, "lm_head.weight": 0.02}.get(name)
                 nn.init.normal_(p, std=std or p.shape[1] ** -0.5, generator=generator)
 
-    def hidden(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
+    def hidden(self, ids: Tensor, cache: Cache | Beginning | None = None) -> Tensor:
         """ids (B, T) -> (B, T, C). With a cache the ids continue what it holds."""
         is_pad = ids == self.config.pad_id
         real = ~is_pad
@@ -571,8 +606,8 @@ class Transformer(nn.Module):
         cos, sin = rope(position, self.config)
         with torch.autocast(ids.device.type, torch.bfloat16, self.config.bf16):
             for i, layer in enumerate(self.layers):
-                kv = None if cache is None else cache.kv[i]
-                x = layer(x, cos, sin, bias, kv, at)
+                extend = None if cache is None else partial(cache.extend, i, at)
+                x = layer(x, cos, sin, bias, extend)
         return self.norm(x)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -740,13 +775,44 @@ def log_softmax(logits: Tensor, temperature: float, c: Architecture) -> Tensor:
     return (logits / temperature + never[:V]).log_softmax(-1)
 
 
+# Prompts that begin with so many equal tokens, such as the same solved problems, share them.
+WORTH_SHARING = 16
+
+
+def split_beginning(ids: Tensor, pad_id: int) -> tuple[Tensor, Tensor]:
+    """Rows of ids (B, T), padded on the left -> what all begin with (1, D), and the rest (B, T').
+
+        ids         _ _ S S S 4 +        beginning   S S S      rest   _ 4 +
+                    _ S S S 1 2 +                                      1 2 +
+
+    D counts the tokens of the beginning. A short one is not worth it and is left empty, (1, 0).
+    Every row keeps at least one token.
+    """
+    real = ids != pad_id
+    place = real.cumsum(1) - 1
+    in_front = ids.gather(1, real.int().argsort(dim=1, descending=True, stable=True))
+    shortest = int(real.sum(1).min())
+    equal = (in_front == in_front[:1]).all(0).long().cumprod(0)
+    D = min(int(equal.sum()), shortest - 1)
+    if D < WORTH_SHARING:
+        return ids[:1, :0], ids
+    rest = ids.masked_fill(place < D, pad_id)
+    return in_front[:1, :D], rest[:, (rest != pad_id).any(0)]
+
+
 def predictive_hidden(model: Transformer, prompt: Tensor, response: Tensor) -> Tensor:
     """(B, P), (B, R) -> (B, R, C): the vectors that predict the response tokens.
 
     The diffusion LM keeps the GPT's shift: its vector at t - 1 predicts token t too.
     """
+    cache = None
+    if model.future_weight == 0:  # else what comes later would change the beginning
+        beginning, prompt = split_beginning(prompt, model.config.pad_id)
+        if beginning.numel() > 0:
+            cache = Beginning()
+            model.hidden(beginning, cache)
     both = torch.cat([prompt, response], dim=1)
-    return response_part(model.hidden(both), prompt.shape[1])
+    return response_part(model.hidden(both, cache), prompt.shape[1])
 
 
 def gather_logprobs(
@@ -870,9 +936,14 @@ def write_forward(
     writing = torch.ones_like(rows, dtype=torch.bool)
 
     # Rows with the same context are read once; then each gets its own copy of keys and values.
+    # What all of them begin with is read once, too.
     unique, which = context[rows].unique(dim=0, return_inverse=True)
-    cache = Cache(model.config, len(unique), context.shape[1] + R, model.lm_head.weight)
-    hidden = model.hidden(unique, cache)[which, -1]
+    beginning, rest = split_beginning(unique, c.pad_id)
+    cache = Cache(model.config, 1, context.shape[1] + R, model.lm_head.weight)
+    if beginning.numel() > 0:
+        model.hidden(beginning, cache)
+    cache.select(torch.zeros_like(unique[:, 0]))
+    hidden = model.hidden(rest, cache)[which, -1]
     cache.select(which)
     replay = CudaGraph(model, cache) if prompt.is_cuda else None
 

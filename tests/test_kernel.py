@@ -48,12 +48,89 @@ def test_cache_gives_the_logits_of_a_full_pass():
     assert ((torch.cat(pieces, 1) - model.hidden(ids)) * real).abs().max() < 1e-5
 
 
+SHARED = [1, *(int(i) for i in torch.arange(4, 24))]
+
+
+def prompts_that_begin_alike():
+    """(3, 25): rows of several lengths behind the same 21 tokens, padded on the left."""
+    rows = [SHARED + [9], SHARED + [9, 12], SHARED + [30, 9, 8, 11]]
+    return nr.left_pad(rows, TINY.pad_id)
+
+
+@given(
+    shared=st.lists(st.integers(1, 5), min_size=0, max_size=40),
+    ends=st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=6), min_size=1, max_size=4),
+)
+@settings(max_examples=200, deadline=None)
+def test_beginning_and_rest_are_the_rows_again(shared, ends):
+    rows = [shared + end for end in ends]
+    ids = nr.left_pad(rows, 0)
+    beginning, rest = nr.split_beginning(ids, 0)
+    assert beginning.numel() == 0 or beginning.shape[1] >= nr.WORTH_SHARING
+    assert (beginning.numel() > 0) or len(shared) < nr.WORTH_SHARING
+    for row, left in zip(rows, rest.tolist(), strict=True):
+        kept = [i for i in left if i != 0]
+        assert kept
+        assert left[-1] != 0
+        assert beginning[0].tolist() + kept == row
+
+
+@pytest.mark.parametrize(
+    "shape", [{}, {"family": "qwen3", "heads": 4, "kv_heads": 2, "head_dim": 8}]
+)
+def test_a_shared_beginning_is_read_once_with_the_same_vectors_and_gradients(shape, monkeypatch):
+    model = rough(nr.replace(TINY, layers=2, **shape))
+    prompt = prompts_that_begin_alike()
+    response = torch.tensor([[7, 2, 0], [8, 9, 2], [6, 0, 0]])
+    read = []
+    whole = model.hidden
+
+    def count(ids, cache=None):
+        read.append(tuple(ids.shape))
+        return whole(ids, cache)
+
+    monkeypatch.setattr(model, "hidden", count)
+    weight = torch.linspace(-1, 1, model.config.width)
+    found = []
+    for least in (10**9, nr.WORTH_SHARING):
+        monkeypatch.setattr(nr, "WORTH_SHARING", least)
+        hidden = nr.predictive_hidden(model, prompt, response)
+        model.zero_grad()
+        ((hidden * weight).sum(-1) * (response != 0)).sum().backward()
+        found.append(
+            [hidden[response != 0].detach()]
+            + [p.grad for p in model.parameters() if p.grad is not None]
+        )
+    assert read == [(3, 28), (1, 21), (3, 7)]
+    assert len(found[0]) == len(found[1]) > 10
+    for x, y in zip(*found, strict=True):
+        assert (x - y).abs().max() <= 1e-4 * max(1.0, float(x.abs().max()))
+
+
+def test_greedy_responses_behind_a_shared_beginning_are_those_of_whole_prompts(monkeypatch):
+    model = rough(nr.replace(TINY, layers=2))
+    prompt = prompts_that_begin_alike()
+    c = nr.replace(TINY, temperature=0.0, response=9)
+    behind = nr.sample(model, prompt, c)
+    monkeypatch.setattr(nr, "WORTH_SHARING", 10**9)
+    assert torch.equal(behind.response, nr.sample(model, prompt, c).response)
+    assert len(behind.response.unique()) > 3
+
+
+def test_a_model_that_looks_ahead_shares_no_beginning():
+    model = rough(nr.replace(TINY, layers=2, causal=False))
+    prompt = prompts_that_begin_alike()
+    response = torch.tensor([[7, 2, 3], [8, 9, 2], [6, 3, 3]])
+    plain = nr.response_part(model.hidden(torch.cat([prompt, response], 1)), prompt.shape[1])
+    assert torch.equal(nr.predictive_hidden(model, prompt, response), plain)
+
+
 def test_tied_output_is_the_embedding_and_a_fresh_block_is_the_identity():
     model = nr.Transformer(nr.replace(TINY, tied=True), nr.rng(0, "init"))
     assert model.lm_head.weight is model.embed_tokens.weight
     x = torch.randn(2, 3, TINY.width)
     cos, sin = nr.rope(torch.arange(3)[None].expand(2, 3), TINY)
-    assert torch.equal(model.layers[0](x, cos, sin, None, None, 0), x)
+    assert torch.equal(model.layers[0](x, cos, sin, None, None), x)
 
 
 def test_rotary_scores_depend_on_distance_only():

@@ -23,11 +23,12 @@ class Rewriter:
 
     config = WIDE
     lm_head = torch.nn.Identity()
+    future_weight = 1.0  # it reads a row as a whole
 
     def __init__(self, rule):
         self.rule = rule
 
-    def hidden(self, ids):
+    def hidden(self, ids, cache=None):
         logits = torch.zeros(*ids.shape, WIDE.vocab)
         for row, tokens in zip(logits, ids.tolist(), strict=True):
             first, second = [i for i, token in enumerate(tokens) if token == SEP][:2]
