@@ -207,6 +207,9 @@ class Config(Architecture):
     # ---- the base model, trained on demonstrations
     # A Hugging Face folder to start from, in place of a base model of our own.
     model: str = ""
+    # With --model: train adapters of this rank and leave the folder's weights as they are (LoRA,
+    # section 19); 0 trains all weights.
+    lora: int = 0
     # Demonstrations are drawn once; the base model sees each of them two or three times.
     demos: int = 20_000
     # The accuracy of single operations jumps between update 200 and 350.
@@ -623,13 +626,13 @@ class Transformer(nn.Module):
         """Write config.json and model.safetensors, named as Hugging Face names them.
 
         A model that was loaded from a folder also takes along what else that folder says and holds,
-        such as its tokenizer.
+        such as its tokenizer. Adapters are merged into the weights; see also `save_adapters`.
         """
         from data import folders
 
         names = [f.name for f in fields(Architecture)]
         about = {name: vars(self.config)[name] for name in names}
-        folders.write_folder(Path(folder), about, self.state_dict(), write_whole, self.source)
+        folders.write_folder(Path(folder), about, merged_weights(self), write_whole, self.source)
 
     @classmethod
     def load(cls, folder: str | Path) -> Transformer:
@@ -678,9 +681,15 @@ class Head(nn.Module):
         return self.linear(x)[..., 0]
 
 
+def copy_of(model: Transformer) -> Transformer:
+    """The same model again. Weights that are never trained are shared and not copied."""
+    shared = {id(p): p for p in model.parameters() if not p.requires_grad}
+    return deepcopy(model, shared)
+
+
 def frozen_copy(model: Transformer) -> Transformer:
     """The same weights now, and never a gradient."""
-    return deepcopy(model).requires_grad_(False)
+    return copy_of(model).requires_grad_(False)
 
 
 def fast_reader(model: Transformer) -> Transformer:
@@ -689,7 +698,7 @@ def fast_reader(model: Transformer) -> Transformer:
     One that computes in bfloat16 would convert its matrices in every call. Here it is done once.
     """
     if model.config.bf16:
-        model = frozen_copy(model)
+        model = deepcopy(model).requires_grad_(False)  # what is converted must not be shared
         for module in model.layers.modules():
             if isinstance(module, nn.Linear):
                 module.bfloat16()
@@ -1039,6 +1048,8 @@ def optimizers(
     blocks = []
     rest = []
     for name, p in named:
+        if not p.requires_grad:
+            continue  # beside adapters the other weights stay
         if muon_lr > 0 and "layers." in name and p.dim() == 2:
             blocks.append(p)
         else:
@@ -1212,7 +1223,8 @@ def on_device(model: Transformer, c: Config) -> Transformer:
 def gpt_base(task: Task, c: Config, train: Trainer = train_now) -> Transformer:
     """The base model: a folder's, or a GPT trained on the task's demonstrations."""
     if c.model:
-        return on_device(Transformer.load(c.model), c)
+        model = Transformer.load(c.model)
+        return on_device(add_adapters(model, c) if c.lora else model, c)
     model = on_device(Transformer(c, rng(c.seed, "init")), c)
 
     def make_batches() -> Batches:
@@ -2324,7 +2336,7 @@ def m1(
     base: Transformer, task: Task, c: SelfRewardingConfig, train: Trainer = train_now
 ) -> Transformer:
     """M1, which the loop starts from: the base model, taught to judge and to pose problems too."""
-    model = deepcopy(base)
+    model = copy_of(base)
 
     def make_batches() -> Batches:
         return gpt_batches(model, encode_demos(task, m1_demos(task, c), c), c)
@@ -2707,7 +2719,7 @@ def scorer_models(
     base: Transformer, task: Task, c: PPOConfig, train: Trainer = train_now
 ) -> dict[str, nn.Module]:
     """A Bradley-Terry model that starts as the base model and reads preference pairs."""
-    scorer = Scorer(deepcopy(base), c.logp_weight, rng(c.seed, "scorer"))
+    scorer = Scorer(copy_of(base), c.logp_weight, rng(c.seed, "scorer"))
 
     def make_batches() -> Batches:
         return preference_batches(scorer, labelled_pairs(task, c), task, c)
@@ -2756,7 +2768,7 @@ def rewriter_models(
     base: Transformer, task: Task, c: Seq2SeqConfig, train: Trainer = train_now
 ) -> dict[str, nn.Module]:
     """The base model, taught to rewrite both responses of each pair as the preferred one."""
-    model = deepcopy(base)
+    model = copy_of(base)
 
     def make_batches() -> Batches:
         return gpt_batches(model, rewriting_demos(task, labelled_pairs(task, c), c), c)
@@ -2882,7 +2894,7 @@ def student(
     base: Transformer, task: Task, c: RefineConfig, train: Trainer = train_now
 ) -> Transformer:
     """The base model after one round of expert iteration: it learns its own right responses."""
-    model = deepcopy(base)
+    model = copy_of(base)
 
     def make_batches() -> Batches:
         texts = task.prompts(c.start_data, rng(c.seed, "expert"))
@@ -3202,8 +3214,8 @@ def start_refine(policy: Transformer, c: RefineConfig) -> RefineState:
     """A fresh state."""
     parts: dict[str, Any] = {}
     for name in SCORERS:
-        parts[name] = Scorer(deepcopy(policy), c.logp_weight, rng(c.seed, name))
-    parts |= {"global": deepcopy(policy), "local": deepcopy(policy)}
+        parts[name] = Scorer(copy_of(policy), c.logp_weight, rng(c.seed, name))
+    parts |= {"global": copy_of(policy), "local": copy_of(policy)}
     fits = {}
     for name, part in parts.items():
         fits[name] = Fit([part], optimizers([part], c.lr, c.muon_lr))
@@ -3367,7 +3379,7 @@ def sorm_models(
     base: Transformer, task: Task, c: PPOConfig, train: Trainer = train_now
 ) -> dict[str, nn.Module]:
     """A SORM that starts as the base model and reads labelled drafts of it."""
-    scorer = Scorer(deepcopy(base), c.logp_weight, rng(c.seed, "sorm"))
+    scorer = Scorer(copy_of(base), c.logp_weight, rng(c.seed, "sorm"))
 
     def make_batches() -> Batches:
         drafts = label_drafts(base, task, c.reward_data, c)
@@ -3501,6 +3513,7 @@ class DenoiseConfig(Config):
             (self.samples > 1, "denoise compares samples of one prompt: --samples 2 or more"),
             (self.t_min <= 1, "--t-min is a rate, at most 1"),
             (self.look_ahead <= 1, "--look-ahead is a share of --start-updates, at most 1"),
+            (self.lora == 0, "denoise trains all weights, or its GPT never learns to look ahead"),
         ]
 
 
@@ -4187,6 +4200,81 @@ class CudaGraph:  # [gpu]
         self.token.copy_(token)
         self.graph.replay()
         return self.hidden
+
+
+# ==== 19. LoRA ===================================================================================
+#
+# After this section you know how a large model is trained with a small part of the memory. Its
+# weights stay as they are, so they need no gradients and no Adam, and a frozen copy shares them: of
+# the reference of PPO only the adapters are there twice.
+
+# How strongly an adapter acts; `peft` writes it as lora_alpha / r. UNKNOWN: arXiv 2106.09685 says
+# that it acts like a learning rate, and gives none.
+LORA_SCALE = 2
+
+
+class LoRA(nn.Linear):
+    """A linear layer with an adapter, arXiv 2106.09685: y = W x + scale B (A x).
+
+    W (out, in) is never changed. A (r, in) and B (out, r) are trained. B begins with zeros, so that
+    the layer is at first the one that it was.
+    """
+
+    def __init__(self, linear: nn.Linear, rank: int, generator: torch.Generator):
+        nn.Module.__init__(self)  # W is there already
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
+        self.weight = linear.weight
+        self.bias = linear.bias
+        self.lora_A = nn.Linear(self.in_features, rank, bias=False)
+        self.lora_B = nn.Linear(rank, self.out_features, bias=False)
+        bound = self.in_features**-0.5
+        nn.init.uniform_(self.lora_A.weight, -bound, bound, generator=generator)
+        nn.init.zeros_(self.lora_B.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        return super().forward(x) + LORA_SCALE * self.lora_B(self.lora_A(x))
+
+
+def add_adapters(model: Transformer, c: Config) -> Transformer:
+    """Freeze a model and give each linear layer of its blocks an adapter of rank `lora`."""
+    model.requires_grad_(False)
+    generator = rng(c.seed, "lora")
+    for module in list(model.layers.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is nn.Linear:
+                setattr(module, name, LoRA(child, c.lora, generator))
+    return model
+
+
+def adapters(model: Transformer) -> dict[str, LoRA]:
+    """The layers that have an adapter, by their names; none in a model that is trained whole."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoRA)}
+
+
+def merged_weights(model: Transformer) -> dict[str, Tensor]:
+    """The weights of the same model without adapters: W + scale B A in place of W, A and B."""
+    weights = dict(model.state_dict())
+    for name, layer in adapters(model).items():
+        A = weights.pop(f"{name}.lora_A.weight")
+        B = weights.pop(f"{name}.lora_B.weight")
+        weights[f"{name}.weight"] = layer.weight.detach() + LORA_SCALE * B @ A
+    return weights
+
+
+def save_adapters(model: Transformer, folder: str | Path) -> None:
+    """Write the adapters alone, adapter_config.json and adapter_model.safetensors, as peft does."""
+    from data import folders
+
+    weights = {}
+    for name, layer in adapters(model).items():
+        for part in ("lora_A", "lora_B"):
+            weights[f"{name}.{part}.weight"] = getattr(layer, part).weight
+    rank = next(iter(adapters(model).values())).lora_A.out_features
+    folders.write_adapters(
+        Path(folder), weights, rank, LORA_SCALE * rank, write_whole, model.source
+    )
 
 
 # ##################################################################################################

@@ -448,11 +448,11 @@ def configs_of(
 
 # Numbers that 0 makes no sense for; whole numbers have to be at least 1, but for the last ones.
 ABOVE_ZERO = {"lr", "base_lr", "start_lr", "temperature", "clip", "t_min"}
-MAY_BE_ZERO = {"seed", "shots"}
+MAY_BE_ZERO = {"seed", "shots", "lora"}
 # A larger number is a slip of the finger.
 LARGEST = {"int": 10_000_000, "float": 1_000_000}
 LARGEST_OF = {"seed": 2**63 - 1, "threads": 256, "layers": 1000, "block_passes": 1000}
-LARGEST_OF |= {"workers": 256}
+LARGEST_OF |= {"workers": 256, "lora": 1024}
 # A smaller one is 0 in float32; divided by a smaller temperature, log-probs overflow.
 SMALLEST = 1e-30
 SMALLEST_OF = {"temperature": 0.01}
@@ -502,6 +502,7 @@ def check(name: str, c: Any) -> None:
             )
     rules = [
         *TASKS[c.task].rules(c),
+        (bool(c.model) or c.lora == 0, "--lora adapts the model of a folder: --model FOLDER"),
         (c.heads % c.kv_heads == 0, "--heads must be a multiple of --kv-heads"),
         (c.head_dim % 2 == 0, "--head-dim must be even, as rotary pairs are"),
         (
@@ -1686,6 +1687,8 @@ class Job:
         folder = self.run.out / "models" / f"{self.name}-{self.seed}"
         remove_left_behind(folder)
         state.policy.save(folder)
+        if nr.adapters(state.policy):
+            nr.save_adapters(state.policy, folder / "adapters")
         if self.method.answer_parts:
             nr.save_state(folder, {part: vars(state)[part] for part in self.method.answer_parts})
         enough = None

@@ -137,6 +137,10 @@ EMBEDDING = "embed_tokens.weight"
 # Where the weights are, and where their shards are listed if there are any.
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+
+# What `peft` calls the two files of adapters.
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 SUFFIX = ".safetensors"
 
 # What a folder holds beside its model: the tokenizer, and how texts are generated.
@@ -691,6 +695,42 @@ def write_folder(
             companion = source / name
             if companion.is_file():
                 write_whole(folder / name, lambda path: shutil.copyfile(companion, path))
+
+
+def write_adapters(
+    folder: Path,
+    weights: dict[str, Tensor],
+    rank: int,
+    alpha: float,
+    write_whole: Callable[[Path, Callable[[Path], Any]], None],
+    source: Path | None = None,
+) -> None:
+    """Write adapters alone, as `peft` writes and reads them. For `write_whole` see `write_folder`.
+
+    weights: by names such as layers.0.self_attn.q_proj.lora_A.weight, (rank, in) and (out, rank).
+    """
+    theirs = {}
+    for name, tensor in weights.items():
+        theirs["base_model.model." + PREFIX + name] = tensor.detach().float().cpu().contiguous()
+    about = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(source or ""),
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted({name.split(".")[-3] for name in weights}),
+        "inference_mode": True,
+    }
+    text = json.dumps(about, indent=1)
+
+    def write_weights(path: Path) -> None:
+        save_file(theirs, path, {"format": "pt"})
+        sort_head(path)
+
+    write_whole(folder / ADAPTER_CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+    write_whole(folder / ADAPTER_WEIGHTS, write_weights)
 
 
 def sort_head(path: Path) -> None:

@@ -546,6 +546,23 @@ def test_every_loop_runs_unchanged_on_a_folder(folder, tmp_path, monkeypatch, ca
     refine = ["refine", *shared, "--continuations", "2", "--out", str(tmp_path / "some")]
     assert front.main(refine) == 0
 
+    # The same with adapters. The folder's weights stay, and what is saved can be talked to.
+    out = tmp_path / "thin"
+    thin = [name for name in loops if name != "denoise"]
+    lora = ["--lora", "2", "--lr", "0.01", "--out", str(out)]
+    assert front.main([*thin, *shared, *rounds, *lora]) == 0
+    for name in thin:
+        model = out / "models" / f"{name}-0"
+        assert (model / "adapters" / "adapter_model.safetensors").exists()
+        assert (model / "model.safetensors").exists()
+    refine += ["--lora", "2", "--out", str(tmp_path / "thin-refine")]
+    assert front.main(refine) == 0
+    capsys.readouterr()
+    problem = "What is 4 + 5?"
+    talk = ["sample", str(out), "--loop", "ppo", "--prompt", problem]
+    assert front.main([*talk, "--cache", str(tmp_path / "cache")]) == 0
+    assert problem in capsys.readouterr().out
+
 
 @pytest.mark.parametrize(
     "flags,word",
@@ -560,6 +577,8 @@ def test_every_loop_runs_unchanged_on_a_folder(folder, tmp_path, monkeypatch, ca
         (["--max-ops", "11"], "--max-ops must be at most 10"),
         (["--response", "3"], "--response must be at least"),
         (["--data", "x"], "read only with --task gsm8k"),
+        (["--lora", "-1"], "--lora must be 0 or more"),
+        (["--config", "smoke", "--task", "arithmetic", "--lora", "4"], "--model FOLDER"),
         (["--answers", "4"], "read only with --task arithmetic"),
         (
             ["--config", "smoke", "--task", "arithmetic", "--largest", "50"],
@@ -581,3 +600,10 @@ def test_a_zero_shot_prompt_shows_no_solved_problem(folder):
     front.check_number("shots", c.shots)
     task = sums.make(config(folder, shots=0))
     assert task.examples == [] and task.prompts(1, draw())[0].count("What is") == 1
+
+
+def test_denoise_takes_no_adapters(folder, tmp_path, capsys):
+    argv = ["denoise", "--config", "sums", "--model", str(folder), "--lora", "4", "--out"]
+    assert front.main([*argv, str(tmp_path / "run"), "--cache", str(tmp_path / "cache")]) == 2
+    assert "denoise trains all weights" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
