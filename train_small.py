@@ -42,6 +42,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import IO, Any, NoReturn
 
+# What torch cannot do on one of Apple's GPUs it then does on the CPU. It reads this when imported.
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -561,6 +564,10 @@ def memory_needed(c: Config) -> dict[str, int]:
     """About how many bytes a run needs at least, by the flags that they depend on."""
     attention = 2 * c.width * (c.heads + c.kv_heads) * c.head_dim
     parameters = 2 * c.vocab * c.width + c.layers * (attention + 3 * c.width * c.mlp_width)
+    # An adapter of a layer has rank * (inputs + outputs) numbers; q and o are of one size.
+    ends = 7 * c.width + 2 * (c.heads + c.kv_heads) * c.head_dim + 3 * c.mlp_width
+    adapters = c.lora * c.layers * ends
+    trained = adapters if c.lora else parameters
     number = 2 if c.bf16 else 4
     rows = max(c.eval_problems, c.responses_at_once())
     keys_and_values = 2 * c.layers * c.kv_heads * c.head_dim * c.response * number
@@ -570,8 +577,9 @@ def memory_needed(c: Config) -> dict[str, int]:
     activations = c.layers * (4 * c.width + 2 * c.mlp_width) * number
     examples = sum(vars(c).get(name, 0) for name in ("demos", "reward_data", "start_data"))
     return {
-        # Weights, gradients and two moments of what is trained, and the weights of a reference.
-        "--width --layers --heads --head-dim --mlp-width": 5 * 4 * parameters,
+        # Weights; for what is trained, gradients, two moments and the weights of a reference.
+        "--width --layers --heads --head-dim --mlp-width": 4
+        * (parameters + adapters + 4 * trained),
         "--prompts --samples --continuations --judgements --eval-problems --response": sampling,
         # What the layers keep for the backward pass; logits, log-probs and their gradient.
         "--micro --response": tokens * (activations + 3 * 4 * c.vocab),
@@ -1746,6 +1754,13 @@ def run_job(run: Run, name: str, seed: int) -> None:
 
 # What torch says when there is no memory left.
 NO_MEMORY = re.compile("out of memory|allocate memory|not enough memory", re.I)
+# What to lower if it ran out inside this function of nanoreward.py; the first that fits.
+TO_LOWER = {
+    "respond": "--eval-problems",
+    "sample": "--prompts or --samples",
+    "optimizer_step": "--micro, or train adapters with --lora 16",
+    "annotate": "--micro",
+}
 # What Python takes with torch loaded, in bytes.
 PROCESS_MEMORY = 300_000_000
 
@@ -1755,7 +1770,9 @@ def in_a_line(error: Exception) -> str:
     message = str(error)
     memory = isinstance(error, RuntimeError) and NO_MEMORY.search(message)
     if memory or isinstance(error, MemoryError):
-        message = f"there is not enough memory, take smaller sizes: {message}"
+        inside = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+        lower = next((flags for name, flags in TO_LOWER.items() if name in inside), "the sizes")
+        message = f"there is not enough memory, lower {lower}: {message}"
     elif not isinstance(error, UserError | OSError):
         return ""
     return " ".join(message.splitlines())

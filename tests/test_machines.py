@@ -601,6 +601,16 @@ def test_the_memory_of_a_model_is_counted_by_its_parameters():
     assert needed == cache.kv.numel() * 4 + 12 * c.vocab * max(rows, c.eval_problems)
 
 
+def test_the_memory_of_adapters_is_counted_by_their_parameters():
+    odd = dict(layers=2, heads=6, kv_heads=2, head_dim=10, width=24, mlp_width=40)
+    c = tiny("ppo", lora=3, **odd)
+    model = nr.add_adapters(nr.Transformer(c), c)
+    thin = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    rest = sum(p.numel() for p in model.parameters() if p.dim() == 2) - thin
+    needed = front.memory_needed(c)["--width --layers --heads --head-dim --mlp-width"]
+    assert needed == 4 * rest + 20 * thin
+
+
 def test_where_the_system_does_not_say_how_much_memory_there_is_nothing_is_refused(monkeypatch):
     assert 1e8 < front.memory_of("cpu") < 1e14
     monkeypatch.delattr(front.os, "sysconf")
@@ -611,6 +621,33 @@ def test_a_memory_that_runs_out_is_one_line(half, cache, monkeypatch, capsys):
     for error in (MemoryError(), RuntimeError("[enforce fail] can't allocate memory: 9 bytes")):
         monkeypatch.setattr(front, "run_job", lambda *_: (_ for _ in ()).throw(error))
         assert "not enough memory" in refused(capsys, "--resume", half, "--cache", cache)
+
+
+@pytest.mark.parametrize(
+    "inside,lower",
+    [
+        ("write_forward", "lower --eval-problems:"),
+        ("gae_credit", "lower the sizes:"),
+        ("clip_grad_norm_", "lower --micro, or train adapters with --lora 16:"),
+        ("compared", "lower --micro:"),
+        ("prompts", "lower the sizes:"),
+    ],
+)
+def test_a_memory_that_runs_out_names_what_to_lower(
+    inside, lower, cache, tmp_path, monkeypatch, capsys
+):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0")
+
+    place = {"clip_grad_norm_": nr.nn.utils, "prompts": Arithmetic}.get(inside, nr)
+    if inside == "gae_credit":
+        arm = replace(nr.PPO_ARMS["gae"], credit=full)
+        monkeypatch.setitem(nr.PPO_ARMS, "gae", arm)
+    else:
+        monkeypatch.setattr(place, inside, full)
+    error = refused(capsys, *RUN, "--out", tmp_path / "x", "--cache", cache)
+    assert lower in error
+    assert "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0" in error
 
 
 # ---- the task and its files ----------------------------------------------------------------------
