@@ -2081,6 +2081,25 @@ def join_processes() -> None:
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
+def check_shared(folder: Path, given: str) -> None:
+    """Refuse processes on several machines that do not share this folder; given: its flag."""
+    seen = torch.tensor(int(time.time_ns()) if nr.is_first() else 0)
+    mark = folder / f"shared-{int(nr.over_ranks(seen))}.tmp"
+    if nr.is_first():
+        mark.touch()
+    dist.barrier()
+    missing = int(nr.over_ranks(torch.tensor(int(not mark.exists()))))
+    if nr.is_first():
+        mark.unlink()
+    if missing:
+        many = dist.get_world_size()
+        dist.destroy_process_group()
+        raise UserError(
+            f"{missing} of {many} processes do not see {folder}: {given} must "
+            "name a folder on a disk that all machines share"
+        )
+
+
 def own_rank() -> int:
     """Which of several processes this one is, from 0 on; -1 if it is alone.
 
@@ -2111,9 +2130,13 @@ def find_run(a: argparse.Namespace) -> Run:
         )
     if rank > 0:
         join_processes()  # waits until the first process has the folder
+        check_shared(Path(a.resume or a.out), "--out")
     run = old_run(a) if a.resume else new_run(a)
     if rank == 0:
         join_processes()
+        check_shared(run.out, "--out")
+    if rank >= 0:
+        check_shared(run.cache, "--cache")
     return run
 
 

@@ -66,9 +66,9 @@ def alone(tmp_path_factory):
     return folder / "run"
 
 
-def assert_same(one, other):
+def assert_same(one, other, least=18):
     """The same numbers but for rounding: sums over two processes are added in another order."""
-    assert len(lines(one)) == len(lines(other)) > 18
+    assert len(lines(one)) == len(lines(other)) > least
     for x, y in zip(lines(one), lines(other), strict=True):
         assert (x["loop"], x["step"]) == (y["loop"], y["step"])
         if x.get("pairs", 0) > 0 and abs(x.get("margin", 1)) < 1e-5:
@@ -148,3 +148,92 @@ def test_a_run_of_several_processes_needs_a_folder(tmp_path):
         [sys.executable, "train_small.py", "ppo"], env=env, cwd=ROOT, capture_output=True, text=True
     )
     assert run.returncode == 2 and "--out" in run.stderr and run.stderr.count("\n") == 1
+
+
+# ---- two machines --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hosts():
+    """Two network namespaces with a cable between them: the names of the two."""
+    names = [f"nr{os.getpid()}-{i}" for i in (1, 2)]
+    cable = [f"v{os.getpid() % 10**7}-{i}" for i in (1, 2)]
+
+    def ip(*words):
+        subprocess.run(["ip", *words], check=True, capture_output=True)
+
+    try:
+        for name in names:
+            ip("netns", "add", name)
+            ip("-n", name, "link", "set", "lo", "up")
+        near, far = cable
+        ip("link", "add", near, "netns", names[0], "type", "veth", "peer", "name", far)
+        ip("link", "set", far, "netns", names[1])
+        for i, (name, end) in enumerate(zip(names, cable, strict=True), 1):
+            ip("-n", name, "addr", "add", f"10.77.0.{i}/24", "dev", end)
+            ip("-n", name, "link", "set", end, "up")
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(
+            f"two machines are imitated by network namespaces, and none can be made: {error}"
+        )
+    else:
+        yield list(zip(names, cable, strict=True))
+    finally:
+        for name in names:
+            # What a failed test left running there would keep the namespace alive.
+            left = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True)
+            for pid in left.stdout.split():
+                os.kill(int(pid), signal.SIGKILL)
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+def on_hosts(hosts, *flags):
+    """torchrun on each of two machines; flags are the same, or a list with one for each."""
+    port = free_port()
+    started = []
+    for i, (name, cable) in enumerate(hosts):
+        own = [flag[i] if isinstance(flag, list) else str(flag) for flag in flags]
+        argv = f"ip netns exec {name} {sys.executable} -m torch.distributed.run --nnodes 2".split()
+        argv += f"--node-rank {i} --nproc-per-node 1 --master-addr 10.77.0.1".split()
+        argv += ["--master-port", port, "train_small.py", *own]
+        env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": cable}
+        pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+        started.append(subprocess.Popen(argv, env=env, start_new_session=True, **pipe))
+    return started
+
+
+def test_two_machines_killed_and_resumed_give_the_numbers_of_one(hosts, alone, tmp_path):
+    out, cache = tmp_path / "run", tmp_path / "cache"
+    loops = ["ppo", "iterative_dpo", "denoise"]
+    both = on_hosts(hosts, *loops, *FLAGS, "--out", out, "--cache", cache)
+    deadline = time.time() + 600
+    while not (out / "jobs" / "iterative_dpo-0" / "metrics.jsonl").exists():
+        assert time.time() < deadline and all(p.poll() is None for p in both)
+        time.sleep(0.02)
+    for p in both:
+        os.killpg(p.pid, signal.SIGKILL)
+        p.communicate()
+    both = on_hosts(hosts, "--resume", out, "--cache", cache)
+    said = [p.communicate(timeout=900) for p in both]
+    assert [p.returncode for p in both] == [0, 0], said
+    expected = tmp_path / "expected"
+    expected.mkdir()
+    text = (alone / "metrics.jsonl").read_text().splitlines(keepends=True)
+    mine = [line for line in text if json.loads(line)["loop"] in loops]
+    (expected / "metrics.jsonl").write_text("".join(mine))
+    assert len(lines(expected)) >= 9
+    assert_same(expected, out, least=8)
+
+
+@pytest.mark.parametrize("unshared", ["--out", "--cache"])
+def test_machines_that_share_no_disk_are_told_so_in_a_line(hosts, unshared, tmp_path):
+    one, other = str(tmp_path / "one"), str(tmp_path / "other")
+    places = {"--out": str(tmp_path / "run"), "--cache": str(tmp_path / "cache")}
+    places[unshared] = [one, other]
+    flags = [word for pair in places.items() for word in pair]
+    both = on_hosts(hosts, "ppo", *FLAGS, *flags)
+    said = [p.communicate(timeout=300) for p in both]
+    assert all(p.returncode != 0 for p in both)
+    message = f"1 of 2 processes do not see {one}: {unshared} must name a folder on a disk"
+    assert message in said[0][1]
+    assert not list(tmp_path.rglob("state.pt")) and not list(tmp_path.rglob("*.tmp"))
