@@ -1,5 +1,6 @@
 """ppo --reward sorm and --reward shaped: a step is paid by how it changes what the SORM expects."""
 
+import runpy
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 import nanoreward as nr
 from data.arithmetic import Arithmetic
-from tests.conftest import rough, tiny
+from tests.conftest import ROOT, rough, tiny
 from tests.test_refine import TASK, Ones, rollout_of
 
 SMALL = tiny("ppo", reward="sorm", reward_data=40)
@@ -211,3 +212,19 @@ def test_probe_a_trained_sorm_punishes_the_token_that_is_the_error(seed):
     rest = (b.mask > 0) & ~first & ended
     rest[:, 0] = False
     assert (reward[rest] > -0.5).float().mean() > 0.9
+
+
+def test_the_coin_that_controls_ppo_is_tossed_without_a_look_at_the_response(monkeypatch):
+    monkeypatch.setattr(nr, "REWARDS", dict(nr.REWARDS))  # no other test shall see the coin
+    coin = runpy.run_path(str(ROOT / "notebooks" / "coin.py"))["coin"]
+    assert nr.REWARDS["coin"].signal is coin
+    b = rollout_of(PROMPTS[:1] * 400, TEXTS[:1] * 400)
+    tosses = []
+    for update in (0, 0, 1):
+        for truth in (torch.zeros(400), torch.ones(400)):
+            reward = coin(SimpleNamespace(update=update), Blind(), b, truth, WIDE)
+            tosses.append(reward.sum(1))
+            assert torch.equal(reward, nr.at_end(tosses[-1], b, WIDE))
+    assert set(tosses[0].tolist()) == {0.0, 1.0} and 150 < tosses[0].sum() < 250
+    assert all(torch.equal(tosses[0], toss) for toss in tosses[:4])
+    assert torch.equal(tosses[4], tosses[5]) and not torch.equal(tosses[0], tosses[4])
