@@ -61,6 +61,9 @@ def main(name: str, command: str, *folders: str) -> None:
     commit = front.read_json(paths[0] / "config.json").get("commit") or front.commit_of(ROOT)
     kept = {"command": command, "commit": commit, **summaries[0]}
     kept |= {"results": results, "curves": dev_curves(paths)}
+    for numbers in kept["changed"].values():
+        if "model" in numbers:  # where a folder lies on this machine says nothing on another
+            numbers["model"] = Path(numbers["model"]).name
     if any(result["loop"] == "ppo" for result in summaries[0]["results"]):
         kept["transcripts"] = transcripts(paths[0])
     path = ROOT / "notebooks" / "results" / f"{name}.json"

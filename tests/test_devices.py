@@ -1,5 +1,9 @@
 """Other devices than a CPU, with stand-ins where there is none at hand."""
 
+import json
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -7,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 import nanoreward as nr
 from data import arithmetic
-from tests.conftest import rough, tiny
+from tests.conftest import ROOT, rough, tiny
 
 
 class NoFloat64(TorchDispatchMode):
@@ -61,3 +65,15 @@ def test_apples_gpus_get_no_float64_and_the_numbers_stay(name, monkeypatch):
 def test_without_the_stand_in_there_is_float64():
     with pytest.raises(AssertionError), NoFloat64():
         updates("ppo")
+
+
+def test_the_script_for_a_gpu_measures_all_methods_in_a_dry_run(tmp_path):
+    argv = [sys.executable, "tests/bench/gpu.py", "loops", "--config", "smoke"]
+    argv += ["--out", str(tmp_path / "gpu.json"), "--cache", str(tmp_path / "cache")]
+    run = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert run.returncode == 0, found
+    for name in nr.METHODS:
+        measured = found[f"loops {name}"]
+        assert measured["seconds an update"] > 0, name
+        assert 0 < measured["of it sampling"] < 1, name

@@ -240,10 +240,8 @@ def loops(name: str, c: Any, cache: Path) -> dict:
     nr.sample = watched
     began = time.perf_counter()
     try:
-        # `denoise` takes its sampler as an argument.
-        roll = {"roll": watched} if name == "denoise" else {}
         first = c.updates if isinstance(c, nr.DPOConfig) else 5
-        updates = len(list(islice(method.loop(state, task, c, **roll), first)))
+        updates = len(list(islice(method.loop(state, task, c), first)))
     finally:
         nr.sample = plain
     passed = time.perf_counter() - began
@@ -267,8 +265,8 @@ def all_configs(a: argparse.Namespace, model: nr.Transformer | None) -> dict[str
     return configs
 
 
-def main() -> None:
-    """Measure what is asked for."""
+def main() -> int:
+    """Measure what is asked for. Exit 1 if a part has failed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -325,7 +323,8 @@ def main() -> None:
         del model
         for name, its_config in configs.items():
             note(f"loops {name}", loops, name, its_config, a.cache)
+    return int(any(str(part).startswith("failed") for part in found.values()))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
