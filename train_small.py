@@ -226,6 +226,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "muon_lr": 0.0,
             "base_batch": 16,
             "demos": 1000,
+            "eval_every": 10,
             "eval_problems": 200,
         },
         "iterative_dpo": {
