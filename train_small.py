@@ -244,13 +244,32 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "judgements": 3,
             "alpha": 1.0,
             "start_data": 500,
-            "start_updates": 30,
-            "start_lr": 1e-5,
+            # At a tenth of this rate M1 does not learn to write a score.
+            "start_updates": 60,
+            "start_lr": 1e-4,
             "start_muon_lr": 0.0,
         },
         "ppo": {"logp_weight": 0.0},
-        "refine": {"prompts": 64, "start_data": 64, "start_lr": 1e-5, "logp_weight": 0.0},
-        "denoise": {"start_updates": 100, "start_lr": 1e-4, "start_muon_lr": 0.0, "micro": 2},
+        "refine": {
+            "prompts": 512,
+            "minibatch": 32,
+            "micro": 16,
+            "start_data": 64,
+            "start_lr": 1e-5,
+            "logp_weight": 0.0,
+        },
+        # It reads the whole prompt again in every pass, so nothing stands in front of the question.
+        "denoise": {
+            "shots": 0,
+            "response": 12,
+            "prompts": 8,
+            "minibatch": 64,
+            "micro": 4,
+            "updates": 20,
+            "start_updates": 200,
+            "start_lr": 1e-4,
+            "start_muon_lr": 0.0,
+        },
     },
 }
 

@@ -1,6 +1,10 @@
-"""Dev accuracy over the updates of one or several runs, as a picture or as lines of text."""
+"""Dev accuracy over the updates of one or several runs, as a picture or as lines of text.
+
+python notebooks/curves.py PICTURE.png RESULT.json ...     of committed results
+"""
 
 import json
+import sys
 from pathlib import Path
 from statistics import mean
 
@@ -53,6 +57,8 @@ def picture(logs: dict[Path, list[dict]], results: list[dict], path: Path, kind:
     rows = -(-len(panels) // 3) or 1
     figure = Figure(figsize=(1 + 3 * columns, 0.6 + 2.4 * rows), layout="tight")
     flat = figure.subplots(rows, columns, squeeze=False).flat
+    for axes in flat[len(panels) :]:
+        axes.set_visible(False)
     for axes, (loop, curves) in zip(flat, panels.items(), strict=False):
         for i, (run, curve) in enumerate(curves.items()):
             seeds = max(len(ys) for ys in curve.values())
@@ -63,17 +69,25 @@ def picture(logs: dict[Path, list[dict]], results: list[dict], path: Path, kind:
         draw_levels(axes, [r for r in results if r["loop"] == loop])
         axes.set(title=loop, xlabel="update", ylabel="greedy accuracy (dev)", ylim=(0, 1.12))
         # One run needs no name.
-        axes.legend(frameon=False, loc="lower right").set_visible(len(logs) > 1)
+        axes.legend(frameon=False, loc="upper left").set_visible(len(logs) > 1)
     figure.savefig(path, format=kind, dpi=150)
+
+
+def kept_lines(result: Path) -> list[dict]:
+    """What a committed result keeps of metrics.jsonl: the lines in which dev was looked at."""
+    lines = []
+    for name, curve in json.loads(result.read_text())["curves"].items():
+        for m in curve:
+            lines.append({"loop": name.split("/")[0]} | m)
+    return lines
 
 
 def of_tour(loop: str) -> Rows:
     """Dev accuracy of a loop in the committed tour, a row for each update that was measured."""
     rows: Rows = {}
-    for name, lines in json.loads(TOUR.read_text())["curves"].items():
-        if name.split("/")[0] == loop:
-            for m in lines:
-                rows.setdefault(f"update {m['step']:3d}", []).append(m["dev_greedy"])
+    for m in kept_lines(TOUR):
+        if m["loop"] == loop:
+            rows.setdefault(f"update {m['step']:3d}", []).append(m["dev_greedy"])
     return rows
 
 
@@ -101,3 +115,14 @@ def band(rows: Rows, width: int = 50) -> str:
         drawn = drawn[:middle] + "o" + drawn[middle + 1 :]
         lines.append(f"{name.ljust(longest)}  {mean(values):5.3f}  {drawn}")
     return "\n".join(lines)
+
+
+def main(path: str, *results: str) -> None:
+    """Draw the curves of committed results, each under the name of its file."""
+    logs = {Path(Path(result).stem): kept_lines(Path(result)) for result in results}
+    kept = [r for result in results for r in json.loads(Path(result).read_text())["results"]]
+    picture(logs, kept, Path(path), Path(path).suffix[1:])
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
