@@ -755,7 +755,7 @@ def test_the_real_files(folder):
 
 def test_every_loop_runs_unchanged_on_a_folder(folder, tmp_path, monkeypatch, capsys):
     """Nothing can be learned from random weights. This is the way from ids to saved folders."""
-    shared = """--config hf --device cpu --threads 1 --response 40 --prompts 3 --samples 4 --micro 6
+    shared = """--config hf --device cpu --threads 1 --response 24 --prompts 3 --samples 4 --micro 6
         --minibatch 12 --updates 2 --eval-problems 6 --start-data 12 --start-updates 2 --demos 12
         --base-batch 4""".split()
     shared += ["--model", str(folder), "--data", str(folder), "--cache", str(tmp_path / "cache")]

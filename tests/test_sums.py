@@ -527,7 +527,7 @@ def test_every_loop_runs_unchanged_on_a_folder(folder, tmp_path, monkeypatch, ca
     """Nothing can be learned from random weights. This is the way from ids to saved folders."""
     shared = """--config sums --device cpu --threads 1 --prompts 3 --samples 4 --micro 6
         --minibatch 12 --updates 2 --eval-problems 6 --start-data 12 --start-updates 2 --demos 12
-        --base-batch 4 --max-ops 2 --response 64 --shots 1""".split()
+        --base-batch 4 --max-ops 2 --response 40 --shots 1""".split()
     shared += ["--model", str(folder), "--cache", str(tmp_path / "cache")]
     rounds = "--rounds 2 --judgements 3 --reward-data 6 --reward-updates 2".split()
     loops = [name for name in nr.METHODS if name != "refine"]
