@@ -1,6 +1,6 @@
 """Dev accuracy over the updates of one or several runs, as a picture or as lines of text.
 
-python notebooks/curves.py PICTURE.png RESULT.json ...     of committed results
+`python notebooks/curves.py PICTURE.png RESULT.json ...` draws committed results.
 """
 
 import json
