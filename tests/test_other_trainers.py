@@ -13,8 +13,8 @@ import torch
 import nanoreward as nr
 import train_small as front
 from data import sums
-from tests.conftest import ROOT, write_word_folder
-from tests.test_sums import SPECIAL, TEMPLATE
+from tests.conftest import ROOT
+from tests.test_sums import write_chat_folder
 
 pytest.importorskip("trl")
 # The two examples of data/README.md: a script for TRL, and a reward for verl.
@@ -33,11 +33,7 @@ def watched(prompts, completion_ids, **rest):
 def place(tmp_path_factory):
     """A folder with a run of ppo, runs/x. Its tiny model answers with some digit."""
     path = tmp_path_factory.mktemp("other")
-    model, lines = path / "tiny", [f"What is {i} + {i}?\n" for i in range(60)]
-    write_word_folder(model, lines, SPECIAL, 400, pad_id=401, bos_id=3, eos_id=2)
-    about = {"bos_token": "<|begin|>", "eos_token": "<|im_end|>", "chat_template": TEMPLATE}
-    about["tokenizer_class"] = "PreTrainedTokenizerFast"
-    (model / "tokenizer_config.json").write_text(json.dumps(about))
+    model = write_chat_folder(path / "tiny")
     numbers = {"task": "sums", "model": str(model), "max_ops": 1, "largest": 9, "response": 32}
     policy = nr.Transformer.load(model)
     c = nr.PPOConfig(**vars(policy.config), **numbers)

@@ -31,10 +31,8 @@ TEMPLATE = """\
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|begin|>"]
 
 
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory):
+def write_chat_folder(path):
     """The folder of a tiny Llama with a byte-level vocabulary and a chat template."""
-    path = tmp_path_factory.mktemp("sums")
     lines = [f"Question: What is {i} + {i}?\nAnswer: assistant user system\n" for i in range(60)]
     write_word_folder(path, lines, SPECIAL, 400, pad_id=401, bos_id=3, eos_id=2)
     about = {
@@ -45,6 +43,11 @@ def folder(tmp_path_factory):
     }
     (path / "tokenizer_config.json").write_text(json.dumps(about))
     return path
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    return write_chat_folder(tmp_path_factory.mktemp("sums"))
 
 
 def config(folder, **numbers):
