@@ -2221,6 +2221,8 @@ def finish_run(run: Run) -> int:
     about["changed"] = {name: changed_numbers(c) for name, c in run.configs.items()}
     if note := getattr(make_task(c), "note", ""):
         print(note, flush=True)
+    if c.model and run.preset == PRESET and c.lr == type(c).lr:
+        print(f"note: --lr {c.lr} is for a small GPT; a folder wants --config sums or hf")
     out, cache = shlex.quote(str(run.out)), shlex.quote(str(run.cache))
     script = shlex.quote(os.path.basename(sys.argv[0]) or "train_small.py")
     again = f"python {script} --resume {out} --cache {cache}"

@@ -526,6 +526,17 @@ def test_chance_is_that_of_all_problems(folder, least, most):
 # ---- the front door ------------------------------------------------------------------------------
 
 
+def test_a_folder_at_the_rate_of_a_small_model_is_told_so(folder, tmp_path, capsys):
+    argv = ["ppo", "--task", "sums", "--model", str(folder), "--max-ops", "1", "--shots", "1"]
+    argv += ["--updates", "1", "--prompts", "3", "--response", "12", "--eval-problems", "4"]
+    argv += ["--threads", "1", "--cache", str(tmp_path / "cache"), "--device", "cpu"]
+    notes = []
+    for more in ([], ["--config", "sums"], ["--lr", "1e-5"]):
+        assert front.main([*argv, *more, "--out", str(tmp_path / f"run-{len(notes)}")]) == 0
+        notes.append("a folder wants --config sums or hf" in capsys.readouterr().out)
+    assert notes == [True, False, False]
+
+
 def test_every_loop_runs_unchanged_on_a_folder(folder, tmp_path, monkeypatch, capsys):
     """Nothing can be learned from random weights. This is the way from ids to saved folders."""
     shared = """--config sums --device cpu --threads 1 --prompts 3 --samples 4 --micro 6
