@@ -120,6 +120,12 @@ class UserError(Exception):
     """An error that the user can fix. train_small.py prints it as one line and exits with 2."""
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether there was no room. torch says so in the text of a RuntimeError."""
+    said = re.search("out of memory|allocate memory|not enough memory", str(error), re.I)
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(said))
+
+
 @dataclass(frozen=True)
 class Architecture:
     """The shape of a network and its special tokens. A model folder brings its own."""
@@ -201,11 +207,11 @@ class Config(Architecture):
     largest: int = 99
     # Sums: how many solved problems stand in front of a question; 0 is zero-shot.
     shots: int = 4
-    # Room for a response, R: 8 tokens for each step, 3 for `#answer` and 1 for EOS.
+    # Room for a response, R tokens. Arithmetic: 8 for each step, 3 for `#answer` and 1 for EOS.
     response: int = 28
 
     # ---- the base model, trained on demonstrations
-    # A Hugging Face folder to start from, in place of a base model of our own.
+    # A Hugging Face folder to start from. --config sums and hf have the rates for it.
     model: str = ""
     # With --model: train adapters of this rank and leave the folder's weights as they are (LoRA,
     # section 19); 0 trains all weights.
@@ -216,8 +222,8 @@ class Config(Architecture):
     base_updates: int = 400
     # Rows of a supervised update. 64 rows need twice the updates.
     base_batch: int = 128
-    # AdamW, for everything but the matrices of the blocks. With 0.003 and 0.03 fewer facts are
-    # learned.
+    # AdamW, for everything but the matrices of the blocks; learned rewards have it too. With 0.003
+    # and 0.03 fewer facts are learned.
     base_lr: float = 0.01
     # Muon, for the matrices of the blocks; 0 leaves all to AdamW. With 0.02 one seed of three never
     # learned + and -.
@@ -656,6 +662,8 @@ class Transformer(nn.Module):
             model.load_state_dict(shapes)
             model.load_state_dict(weights.read(), assign=True)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            if out_of_memory(error):
+                raise  # the folder may be whole
             why = " ".join(str(error).split())
             raise UserError(f"{folder} is no model folder to read: {why:.400}") from error
         model.source = folder
@@ -698,10 +706,12 @@ def fast_reader(model: Transformer) -> Transformer:
     One that computes in bfloat16 would convert its matrices in every call. Here it is done once.
     """
     if model.config.bf16:
-        model = deepcopy(model).requires_grad_(False)  # what is converted must not be shared
+        # The modules are new, the weights are not: what is not converted is shared.
+        model = deepcopy(model, {id(p): p for p in model.parameters()})
         for module in model.layers.modules():
             if isinstance(module, nn.Linear):
-                module.bfloat16()
+                for name, p in list(module.named_parameters(recurse=False)):
+                    setattr(module, name, nn.Parameter(p.detach().bfloat16(), requires_grad=False))
     return model
 
 
@@ -1043,14 +1053,17 @@ class Muon(torch.optim.Optimizer):
 def optimizers(
     modules: list[nn.Module], lr: float, muon_lr: float = 0.0
 ) -> list[torch.optim.Optimizer]:
-    """AdamW for everything; with a muon_lr, Muon for the matrices of the blocks."""
+    """AdamW for everything; with a muon_lr, Muon for the matrices of the blocks.
+
+    AdamW trains adapters too: the two thin matrices of one have no meaning by themselves.
+    """
     named = [pair for module in modules for pair in module.named_parameters()]
     blocks = []
     rest = []
     for name, p in named:
         if not p.requires_grad:
             continue  # beside adapters the other weights stay
-        if muon_lr > 0 and "layers." in name and p.dim() == 2:
+        if muon_lr > 0 and "layers." in name and "lora_" not in name and p.dim() == 2:
             blocks.append(p)
         else:
             rest.append(p)
@@ -4127,6 +4140,8 @@ def load_state(folder: str | Path, into: Any = None, device: str | torch.device 
         refuse_bad_numbers(saved)
         return saved if into is None else fill(into, saved)
     except Exception as error:  # torch.load may raise almost anything
+        if out_of_memory(error):
+            raise  # the file may be whole
         raise UserError(f"{path} is damaged or of other code, delete it: {error!r:.100}") from error
 
 

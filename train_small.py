@@ -7,7 +7,8 @@
     python train_small.py report runs/x                 one page: runs/x/report.html
     python train_small.py plot runs/x runs/y            two runs on one picture
 
-Every number of a method is a flag. A flag that none of the named methods reads is a mistake.
+Every number of a method is a flag. A flag that none of the named methods reads is a mistake. In
+[brackets] stands the number of --config laptop; PRESETS in this file holds the others.
 Several methods or seeds are computed side by side, in as many processes as there are cores.
 Exit: 0 done, 1 missed --target, 2 a mistake (one line says which), 130 Ctrl-C (saved).
 """
@@ -579,13 +580,21 @@ def check_methods() -> None:
                 )
 
 
+def may_adapt(c: Config) -> bool:
+    """Whether adapters would save memory here: a folder is trained whole and need not be."""
+    allowed = all(holds for holds, _ in replace(c, lora=16).rules())
+    return bool(c.model) and c.lora == 0 and allowed
+
+
 def memory_needed(c: Config) -> dict[str, int]:
     """About how many bytes a run needs at least, by the flags that they depend on."""
     attention = 2 * c.width * (c.heads + c.kv_heads) * c.head_dim
-    parameters = 2 * c.vocab * c.width + c.layers * (attention + 3 * c.width * c.mlp_width)
+    # A model that is tied has its embedding for an output layer.
+    ends = (1 if c.tied else 2) * c.vocab * c.width
+    parameters = ends + c.layers * (attention + 3 * c.width * c.mlp_width)
     # An adapter of a layer has rank * (inputs + outputs) numbers; q and o are of one size.
-    ends = 7 * c.width + 2 * (c.heads + c.kv_heads) * c.head_dim + 3 * c.mlp_width
-    adapters = c.lora * c.layers * ends
+    sides = 7 * c.width + 2 * (c.heads + c.kv_heads) * c.head_dim + 3 * c.mlp_width
+    adapters = c.lora * c.layers * sides
     trained = adapters if c.lora else parameters
     number = 2 if c.bf16 else 4
     rows = max(c.eval_problems, c.responses_at_once())
@@ -624,9 +633,12 @@ def check_memory(name: str, c: Config) -> None:
     if sum(needed.values()) > there:
         largest = max(needed, key=needed.__getitem__).split()
         flags = [flag(f.name) for f in fields(c) if flag(f.name) in largest]
+        advice = f"lower {' or '.join(flags)}"
+        if c.model and "--layers" in flags:
+            advice = "take a smaller folder" + " or --lora 16" * may_adapt(c)
         raise UserError(
             f"{name} needs about {sum(needed.values()) / 1e9:,.1f} GB of memory and {c.device} has "
-            f"{there / 1e9:,.1f}; lower {' or '.join(flags)}"
+            f"{there / 1e9:,.1f}; {advice}"
         )
 
 
@@ -1353,6 +1365,8 @@ class CachedTrainer:
         wanted = {f.name for f in fields(Config)} - NOT_OF_A_BASE | set(reads.split())
         values = {k: v for k, v in vars(c).items() if k in wanted}
         code = code_of(make_batches) + code_of_task(c.task)
+        if c.lora:
+            code += code_of(nr.add_adapters)
         parts = [code, values, inputs_of(c), numbers, torch.__version__]
         key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
         return self.cache / f"{self.prefix}{name}-{key[:16]}"
@@ -1771,26 +1785,33 @@ def run_job(run: Run, name: str, seed: int) -> None:
 
 # ---- all jobs of a run, one after another or side by side ----------------------------------------
 
-# What torch says when there is no memory left.
-NO_MEMORY = re.compile("out of memory|allocate memory|not enough memory", re.I)
-# What to lower if it ran out inside this function of nanoreward.py; the first that fits.
+# What to lower if memory ran out inside this function of nanoreward.py; the first that fits.
 TO_LOWER = {
+    "optimizer_step": "--micro",
+    "pose_problems": "--prompts",
+    "judged": "--judgements",
     "respond": "--eval-problems",
     "sample": "--prompts or --samples",
-    "optimizer_step": "--micro, or train adapters with --lora 16",
     "annotate": "--micro",
+    "pair_logprobs": "--micro",
+    "likelihoods": "--micro",
+    "read": "--micro",
 }
 # What Python takes with torch loaded, in bytes.
 PROCESS_MEMORY = 300_000_000
 
 
-def in_a_line(error: Exception) -> str:
-    """What to tell the user of an error; empty if it is none that a user can mend."""
+def in_a_line(error: Exception, c: Config | None = None) -> str:
+    """What to tell the user of an error; empty if it is none that a user can mend.
+
+    c: the config of the job that met it, if it was in a job.
+    """
     message = str(error)
-    memory = isinstance(error, RuntimeError) and NO_MEMORY.search(message)
-    if memory or isinstance(error, MemoryError):
+    if nr.out_of_memory(error):
         inside = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
         lower = next((flags for name, flags in TO_LOWER.items() if name in inside), "the sizes")
+        if "optimizer_step" in inside and c and may_adapt(c):
+            lower += ", or train adapters with --lora 16"
         message = f"there is not enough memory, lower {lower}: {message}"
     elif not isinstance(error, UserError | OSError):
         return ""
@@ -1804,7 +1825,7 @@ def try_job(run: Run, name: str, seed: int) -> str:
     except Exception as error:
         if dist.is_initialized():
             raise  # the other processes would wait for ever
-        if message := in_a_line(error):
+        if message := in_a_line(error, run.configs[name]):
             return message
         path = job_folder(run.out, name, seed) / ERROR
         write_text(path, traceback.format_exc())
@@ -2103,7 +2124,7 @@ def join_processes() -> None:
 def check_shared(folder: Path, given: str) -> None:
     """Refuse processes on several machines that do not share this folder; given: its flag."""
     seen = torch.tensor(int(time.time_ns()) if nr.is_first() else 0)
-    mark = folder / f"shared-{int(nr.over_ranks(seen))}.tmp"
+    mark = folder / f"shared.{int(nr.over_ranks(seen))}.tmp"
     if nr.is_first():
         mark.touch()
     dist.barrier()
@@ -2287,7 +2308,7 @@ def open_trained(out: Path, name: str, seed: int | None, temperature: float) -> 
         c = replace(c, device="cpu")  # it was trained on another machine
     task = make_task(c)
     method = METHODS[name]
-    policy = Transformer.load(folder).to(c.device)
+    policy = Transformer.load(folder)
     for f in fields(nr.Architecture):
         # A diffusion LM looks ahead, and it may have one token more than its base: MASK.
         may_differ = f.name in ("vocab", "causal", "bf16")
@@ -2296,7 +2317,12 @@ def open_trained(out: Path, name: str, seed: int | None, temperature: float) -> 
                 f"{folder / 'config.json'} was changed by hand or damaged: its {f.name} is "
                 f"{vars(policy.config)[f.name]!r}, but the run has trained {vars(c)[f.name]!r}"
             )
-    state = method.start(policy, c)
+    policy = policy.to(c.device)
+    if c.lora and method.answer_parts:  # the saved policy is merged, and these parts are not
+        state = method.start(nr.add_adapters(Transformer.load(folder), c).to(c.device), c)
+        state.policy = policy
+    else:
+        state = method.start(policy, c)
     if method.answer_parts:
         nr.load_state(folder, into={part: vars(state)[part] for part in method.answer_parts})
     return Trained(name, c, task, state, temperature)

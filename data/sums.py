@@ -152,8 +152,17 @@ def render(template: str, messages: list[dict[str, str]], tokens: dict[str, str]
     def tojson(value: Any, **how: Any) -> str:
         return json.dumps(value, **{"ensure_ascii": False} | how)
 
+    class Generation(jinja2.ext.Extension):
+        """The tag that marks what an assistant has written; here it changes nothing."""
+
+        tags = {"generation"}
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, Generation]
     )
     environment.globals["raise_exception"] = raise_exception
     environment.filters["tojson"] = tojson

@@ -969,3 +969,19 @@ def test_a_trained_model_is_keyed_by_the_source_of_its_task(tmp_path, monkeypatc
     monkeypatch.setattr(arithmetic, "__file__", str(edited))
     assert key() != before
     assert trainer.folder("gpt", nr.gpt_base, replace(c, task="sudoku"), reads="") != before
+
+
+def test_what_adapters_have_learned_is_keyed_by_their_code(tmp_path, monkeypatch):
+    trainer = front.CachedTrainer(tmp_path)
+
+    def keys():
+        return [
+            trainer.folder("m1", nr.gpt_base, tiny("ppo", lora=rank), reads="") for rank in (0, 4)
+        ]
+
+    whole, adapted = keys()
+    source = Path(nr.__file__).read_text()
+    assert source.count("\nLORA_SCALE = 2") == 1
+    (tmp_path / "nanoreward.py").write_text(source.replace("\nLORA_SCALE = 2", "\nLORA_SCALE = 8"))
+    monkeypatch.setattr(nr, "__file__", str(tmp_path / "nanoreward.py"))
+    assert keys()[0] == whole and keys()[1] != adapted

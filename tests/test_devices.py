@@ -67,6 +67,13 @@ def test_without_the_stand_in_there_is_float64():
         updates("ppo")
 
 
+def test_the_script_for_a_gpu_keeps_to_its_time(tmp_path):
+    argv = [sys.executable, "tests/bench/gpu.py", "decode", "--config", "smoke", "--limit", "0"]
+    argv += ["--out", str(tmp_path / "gpu.json"), "--cache", str(tmp_path / "cache")]
+    run = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
 def test_the_script_for_a_gpu_measures_all_methods_in_a_dry_run(tmp_path):
     argv = [sys.executable, "tests/bench/gpu.py", "loops", "--config", "smoke"]
     argv += ["--out", str(tmp_path / "gpu.json"), "--cache", str(tmp_path / "cache")]

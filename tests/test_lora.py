@@ -112,3 +112,17 @@ def test_sampling_in_bfloat16_leaves_the_weights_that_models_share():
     reader = nr.fast_reader(model)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert all(x.weight.dtype == torch.bfloat16 for x in nr.adapters(reader).values())
+    assert all(p.requires_grad == ("lora_" in name) for name, p in model.named_parameters())
+    # What stays in float32 is the same tensor, with a folder most of what there is.
+    assert reader.embed_tokens.weight is model.embed_tokens.weight
+
+
+def test_adapters_are_trained_by_adamw_with_a_rate_for_muon_too():
+    c = tiny("ppo", lora=4)
+    model = nr.add_adapters(rough(c), c)
+    [adamw] = nr.optimizers([model], 1e-3, muon_lr=1e-2)
+    assert isinstance(adamw, torch.optim.AdamW)
+    assert len(adamw.param_groups[0]["params"]) == 2 * len(nr.adapters(model))
+    muon, adamw = nr.optimizers([rough(c)], 1e-3, muon_lr=1e-2)
+    assert isinstance(muon, nr.Muon)
+    assert sum(len(group["params"]) for group in muon.param_groups) == 7 * c.layers

@@ -11,6 +11,7 @@ import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, make_dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -611,6 +612,26 @@ def test_the_memory_of_adapters_is_counted_by_their_parameters():
     assert needed == 4 * rest + 20 * thin
 
 
+def test_an_embedding_that_is_the_output_layer_too_is_counted_once():
+    sides = "--width --layers --heads --head-dim --mlp-width"
+    tied, apart = (front.memory_needed(tiny("ppo", tied=x))[sides] for x in (True, False))
+    c = tiny("ppo")
+    assert apart - tied == 20 * c.vocab * c.width
+
+
+def test_a_folder_that_is_too_large_is_told_of_adapters_and_not_of_its_own_sizes(monkeypatch):
+    monkeypatch.setattr(front, "memory_of", lambda device: 64e9)
+    large = dict(model="x", width=8192, layers=80, heads=64, head_dim=128, mlp_width=28672)
+    for name, given, advice in [
+        ("ppo", {}, "; take a smaller folder or --lora 16"),
+        ("ppo", {"lora": 8}, "; take a smaller folder"),
+        ("denoise", {}, "; take a smaller folder"),
+    ]:
+        with pytest.raises(nr.UserError, match="GB of memory") as refusal:
+            front.check_memory(name, tiny(name, **large, **given))
+        assert str(refusal.value).endswith(advice)
+
+
 def test_where_the_system_does_not_say_how_much_memory_there_is_nothing_is_refused(monkeypatch):
     assert 1e8 < front.memory_of("cpu") < 1e14
     monkeypatch.delattr(front.os, "sysconf")
@@ -628,7 +649,7 @@ def test_a_memory_that_runs_out_is_one_line(half, cache, monkeypatch, capsys):
     [
         ("write_forward", "lower --eval-problems:"),
         ("gae_credit", "lower the sizes:"),
-        ("clip_grad_norm_", "lower --micro, or train adapters with --lora 16:"),
+        ("clip_grad_norm_", "lower --micro:"),
         ("compared", "lower --micro:"),
         ("prompts", "lower the sizes:"),
     ],
@@ -648,6 +669,44 @@ def test_a_memory_that_runs_out_names_what_to_lower(
     error = refused(capsys, *RUN, "--out", tmp_path / "x", "--cache", cache)
     assert lower in error
     assert "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0" in error
+
+
+def test_adapters_are_advised_to_those_who_train_a_whole_folder():
+    def optimizer_step():
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    advised = []
+    for name, given in [("ppo", {}), ("ppo", {"lora": 4}), ("denoise", {})]:
+        with pytest.raises(torch.OutOfMemoryError) as full:
+            optimizer_step()
+        for model in ("", "folder"):
+            told = front.in_a_line(full.value, tiny(name, model=model, **given))
+            assert told.startswith("there is not enough memory, lower --micro")
+            advised.append("--lora 16" in told)
+    assert advised == [False, True, False, False, False, False]
+
+
+def test_every_function_that_is_asked_what_to_lower_is_there():
+    source = Path(nr.__file__).read_text(encoding="utf-8")
+    assert all(f"def {name}(" in source for name in front.TO_LOWER)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
+def test_a_whole_file_that_has_no_room_is_not_called_damaged(
+    error, finished, cache, monkeypatch, capsys
+):
+    def full(*_, **__):
+        raise error
+
+    model = finished / "models" / "ppo-0"
+    monkeypatch.setattr(torch, "load", full)
+    with pytest.raises(type(error)):
+        nr.load_state(next(Path(cache).rglob("state.pt")).parent)
+    monkeypatch.setattr(nr.Transformer, "load_state_dict", full)
+    with pytest.raises(type(error)):
+        nr.Transformer.load(model)
+    told = refused(capsys, "sample", finished, "--prompt", "1+1=")
+    assert "there is not enough memory" in told and "delete" not in told
 
 
 # ---- the task and its files ----------------------------------------------------------------------

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, normalizers
@@ -424,6 +425,8 @@ def test_templates_have_the_helpers_of_transformers():
     assert (
         sums.render("{{ strftime_now is defined }}{{ x_token }}", [], {"x_token": "y"}) == "Falsey"
     )
+    marked = "{% for m in messages %}{% generation %}{{ m.role }}{% endgeneration %}.{% endfor %}"
+    assert sums.render(marked, messages * 2, {}) == "user.user."
     asked = "{{ add_generation_prompt }} {{ enable_thinking }}"
     assert sums.render(asked, [], {}) == "True False"
 
@@ -559,6 +562,13 @@ def test_every_loop_runs_unchanged_on_a_folder(folder, tmp_path, monkeypatch, ca
     monkeypatch.setattr(sums.Sums, "grade", lambda self, prompt, response: float(len(response) % 2))
     refine = ["refine", *shared, "--continuations", "2", "--out", str(tmp_path / "some")]
     assert front.main(refine) == 0
+    # Its scorers keep their adapters, and the policy that they stand beside is merged.
+    assert front.main([*refine[:-1], str(tmp_path / "thin-refine"), "--lora", "2"]) == 0
+    trained = front.open_trained(tmp_path / "thin-refine", "refine", None, 0.0)
+    saved = nr.Transformer.load(tmp_path / "thin-refine" / "models" / "refine-0")
+    assert not nr.adapters(trained.state.policy) and nr.adapters(trained.state.orm.trunk)
+    for name, p in saved.named_parameters():
+        assert torch.equal(p, trained.state.policy.state_dict()[name])
 
     # The same with adapters. The folder's weights stay, and what is saved can be talked to.
     out = tmp_path / "thin"
