@@ -305,6 +305,8 @@ TASK_ONLY |= {key: "task sums" for key in ("largest", "shots")}
 TASK_ONLY |= {"data": "task gsm8k", "model": "task gsm8k sums"}
 # Numbers that describe a base model of our own.
 OF_OWN_BASE = set("width layers heads kv_heads head_dim mlp_width base_updates".split())
+# Numbers of its training, which learned rewards and other starts of a loop read too.
+OF_TRAINING = {"demos", "base_batch", "base_lr", "muon_lr"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -428,6 +430,13 @@ def given_numbers(a: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in named.items() if value is not None}
 
 
+def trains_first(name: str, c: Config) -> bool:
+    """Whether a method trains a model before its loop even if its base is a folder."""
+    method = METHODS[name]
+    models = nr.REWARDS[c.reward].models if "reward" in vars(c) else method.reward_models
+    return bool(method.starts_from) or models is not nr.no_models
+
+
 def why_unread(name: str, given: str, c: Config) -> str:
     """Why this method does not read a number that was given; empty if it does."""
     if given not in {f.name for f in fields(c)}:
@@ -435,6 +444,8 @@ def why_unread(name: str, given: str, c: Config) -> str:
         return f"{name} does not read it, but {', '.join(readers)}"
     if c.model and given in OF_OWN_BASE:
         return "the folder of --model decides it"
+    if c.model and given in OF_TRAINING and not trains_first(name, c):
+        return f"{name} takes the folder of --model as it is"
     of_tasks = TASK_ONLY if c.task in OWN_TASKS else {}  # another task may read what it likes
     condition = (of_tasks | METHODS[name].only_with).get(given)
     if condition is None:

@@ -954,6 +954,14 @@ def test_why_a_number_is_not_read_is_said_in_words():
     assert why("refine", "epochs").startswith("refine does not read it, but ppo, seq2seq")
     assert why("ppo", "width", model="folder") == "the folder of --model decides it"
     assert why("ppo", "width") == "" and why("ppo", "lr", model="folder") == ""
+    for number in front.OF_TRAINING:
+        assert why("ppo", number) == why("iterative_dpo", number) == ""
+        for name in ("ppo", "iterative_dpo"):
+            told = f"{name} takes the folder of --model as it is"
+            assert why(name, number, model="folder") == told
+        assert why("ppo", number, model="folder", reward="learned") == ""
+        for name in ("self_rewarding", "seq2seq", "refine", "denoise"):
+            assert why(name, number, model="folder") == ""
 
 
 def test_a_trained_model_is_keyed_by_the_source_of_its_task(tmp_path, monkeypatch):
