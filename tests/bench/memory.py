@@ -2,7 +2,7 @@
 
     python tests/bench/memory.py --model FOLDER --out tests/bench/memory.json
 
-Each row is two updates of ppo on sums in a process of its own, on the CPU, and its peak. Beside it
+Each peak is that of two updates of ppo on sums in a process of its own, on the CPU. Beside it
 stands what weights, gradients, Adam and reference need by their shapes. Two larger models are
 counted on the device "meta", which holds shapes and no numbers.
 """
@@ -54,12 +54,12 @@ def needed(model: nr.Transformer, rank: int) -> dict[str, float]:
     return {"weights": weights, "trained": trained, "MB": (4 * weights + 16 * trained) / 1e6}
 
 
-def run(folder: str, rank: int) -> float:
+def run(folder: str, rank: int, bf16: bool) -> float:
     """The peak of a process that trains, in MB."""
     with tempfile.TemporaryDirectory() as out:
-        argv = "ppo --config sums --arm grpo --updates 2 --eval-problems 8 --threads 1".split()
+        argv = "ppo --config sums --updates 2 --eval-problems 8 --threads 1".split()
         argv += ["--model", folder, "--out", f"{out}/run", "--cache", f"{out}/cache"]
-        argv += ["--lora", str(rank)] if rank else []
+        argv += ["--bf16", str(bf16), "--lora", str(rank)]
         done = subprocess.run(
             [sys.executable, "-c", RUN, *argv], cwd=ROOT, capture_output=True, text=True
         )
@@ -79,7 +79,10 @@ def main() -> None:
         with torch.device("meta"):
             model = nr.Transformer(nr.Transformer.load(a.model).config)
         row = {"model": "SmolLM2-135M", "lora": rank, **needed(model, rank)}
-        row["peak_MB"] = run(a.model, rank)
+        row["peak_MB"] = {
+            "float32": run(a.model, rank, False),
+            "bfloat16": run(a.model, rank, True),
+        }
         rows.append(row)
         for name, (width, layers, heads, kv_heads, inner) in SHAPES.items():
             shape = nr.Architecture(
