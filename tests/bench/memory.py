@@ -2,13 +2,15 @@
 
     python tests/bench/memory.py --model FOLDER --out tests/bench/memory.json
 
-Each peak is that of two updates of ppo on sums in a process of its own, on the CPU. Beside it
+Each peak is that of two updates of ppo on sums in a process of its own, on the CPU. Freed memory
+is given back at once there, so that the peak is what is needed and not what glibc keeps. Beside it
 stands what weights, gradients, Adam and reference need by their shapes. Two larger models are
 counted on the device "meta", which holds shapes and no numbers.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -27,6 +29,7 @@ SHAPES = {
     "Qwen2.5-0.5B": (896, 24, 14, 2, 4864),
     "Qwen2.5-1.5B": (1536, 28, 12, 2, 8960),
 }
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_TRIM_THRESHOLD_": "1000000"}
 RUN = """
 import resource, sys
 import train_small as front
@@ -61,7 +64,11 @@ def run(folder: str, rank: int, bf16: bool) -> float:
         argv += ["--model", folder, "--out", f"{out}/run", "--cache", f"{out}/cache"]
         argv += ["--bf16", str(bf16), "--lora", str(rank)]
         done = subprocess.run(
-            [sys.executable, "-c", RUN, *argv], cwd=ROOT, capture_output=True, text=True
+            [sys.executable, "-c", RUN, *argv],
+            cwd=ROOT,
+            env=os.environ | GIVE_BACK,
+            capture_output=True,
+            text=True,
         )
     if done.returncode != 0:
         raise SystemExit(done.stderr)
