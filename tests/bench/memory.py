@@ -34,7 +34,7 @@ RUN = """
 import resource, sys
 import train_small as front
 code = front.main(sys.argv[1:])
-print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6)  # it is in KiB
 sys.exit(code)
 """
 
