@@ -164,7 +164,8 @@ class Architecture:
     mask_id: int = 3
     # Further ids that end a text, as in "128008 128009"; many chat models have several.
     other_ends: str = ""
-    # Compute the layers in bfloat16. Weights, logits and losses stay in float32.
+    # Compute the layers in bfloat16. Weights, logits and losses stay in float32. What changes a
+    # weight by less than a 500th of it is not seen until more has added up.
     bf16: bool = False
 
     @property
@@ -632,13 +633,22 @@ class Transformer(nn.Module):
         """Write config.json and model.safetensors, named as Hugging Face names them.
 
         A model that was loaded from a folder also takes along what else that folder says and holds,
-        such as its tokenizer. Adapters are merged into the weights; see also `save_adapters`.
+        such as its tokenizer. Adapters are merged into the weights; see also `save_adapters`. What
+        computes in bfloat16 is written as it reads itself, with its matrices rounded.
         """
         from data import folders
 
         names = [f.name for f in fields(Architecture)]
         about = {name: vars(self.config)[name] for name in names}
-        folders.write_folder(Path(folder), about, merged_weights(self), write_whole, self.source)
+        weights = merged_weights(self)
+        if self.config.bf16 and not adapters(self):
+            # Steps that are too small for bfloat16 add up unseen. Written with them, SmolLM2 after
+            # 40 updates of ppo was right in 6 % of its sums, and as training saw it in 54 %.
+            for name, layer in self.named_modules():
+                if name.startswith("layers.") and isinstance(layer, nn.Linear):
+                    for part, p in layer.named_parameters():
+                        weights[f"{name}.{part}"] = p.detach().bfloat16().float()
+        folders.write_folder(Path(folder), about, weights, write_whole, self.source)
 
     @classmethod
     def load(cls, folder: str | Path) -> Transformer:

@@ -253,6 +253,29 @@ def test_a_real_model_says_what_it_says_in_transformers():
         torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("family", ["smollm2", "qwen2"])
+def test_a_model_that_computes_in_bfloat16_is_written_as_it_reads_itself(family, tmp_path):
+    theirs(FAMILIES[family]).to(torch.bfloat16).save_pretrained(tmp_path / "before")
+    model = nr.Transformer.load(tmp_path / "before")
+    model.config = nr.replace(model.config, bf16=True)
+    ids = torch.randint(6, 99, (2, 9), generator=nr.rng(0, "ids"))
+    with torch.no_grad():
+        before = model(ids)
+        for name, p in model.named_parameters():
+            if "_proj" in name:
+                p.mul_(1 + 2**-10)  # a quarter of what bfloat16 can tell apart
+        assert torch.equal(model(ids), before)
+        model.save(tmp_path / "after")
+        after = nr.Transformer.load(tmp_path / "after")
+        for name, p in nr.Transformer.load(tmp_path / "before").named_parameters():
+            assert torch.equal(after.state_dict()[name], p), name
+        # In float32 they are written as they are.
+        model.config = nr.replace(model.config, bf16=False)
+        model.save(tmp_path / "exact")
+        exact = nr.Transformer.load(tmp_path / "exact")
+        assert torch.equal(exact(ids), model(ids)) and not torch.equal(exact(ids), after(ids))
+
+
 def broken(kind, path):
     """Damage a good folder."""
     about = json.loads((path / "config.json").read_text())
