@@ -2319,7 +2319,7 @@ def open_trained(out: Path, name: str, seed: int | None, temperature: float) -> 
         c = replace(c, device="cpu")  # it was trained on another machine
     task = make_task(c)
     method = METHODS[name]
-    policy = Transformer.load(folder)
+    policy = Transformer.load(folder).to(c.device)
     for f in fields(nr.Architecture):
         # A diffusion LM looks ahead, and it may have one token more than its base: MASK.
         may_differ = f.name in ("vocab", "causal", "bf16")
@@ -2328,7 +2328,6 @@ def open_trained(out: Path, name: str, seed: int | None, temperature: float) -> 
                 f"{folder / 'config.json'} was changed by hand or damaged: its {f.name} is "
                 f"{vars(policy.config)[f.name]!r}, but the run has trained {vars(c)[f.name]!r}"
             )
-    policy = policy.to(c.device)
     if c.lora and method.answer_parts:  # the saved policy is merged, and these parts are not
         state = method.start(nr.add_adapters(Transformer.load(folder), c).to(c.device), c)
         state.policy = policy

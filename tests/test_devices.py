@@ -72,6 +72,8 @@ def test_the_script_for_a_gpu_keeps_to_its_time(tmp_path):
     argv += ["--out", str(tmp_path / "gpu.json"), "--cache", str(tmp_path / "cache")]
     run = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert found["decode 1"] == found["operations/s and bytes/s"] == "no time was left"
 
 
 def test_the_script_for_a_gpu_measures_all_methods_in_a_dry_run(tmp_path):

@@ -300,11 +300,11 @@ def main() -> int:
         """Measure one thing and write all that is known so far."""
         if time.perf_counter() - began > a.limit:
             found[part] = "no time was left"
-            return None
-        try:
-            found[part] = measure(*arguments)
-        except Exception as error:  # one failure must not hide the other numbers
-            found[part] = f"failed: {error!r:.300}"
+        else:
+            try:
+                found[part] = measure(*arguments)
+            except Exception as error:  # one failure must not hide the other numbers
+                found[part] = f"failed: {error!r:.300}"
         print(f"{time.perf_counter() - began:6.1f} s  {part}: {found[part]}", flush=True)
         front.write_text(a.out, json.dumps(found, indent=1) + "\n")
         return found[part]
