@@ -69,6 +69,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "coupled": {},
     "with_place": {},
     "mu8": {"epochs": 8},
+    "bound": {},
+    "bounds": {"arm": "bounds"},
     # (7), with several provers.
     "tail": PROCESS,
     "canvas": PROCESS | CANVAS,
@@ -103,6 +105,8 @@ TITLES = {
     "coupled": "coupled masks: half of it beside half of the others",
     "with_place": "on the sampler's own canvas, and that it was written there",
     "mu8": "mean field, eight passes over a batch",
+    "bound": "a lower bound from two orders",
+    "bounds": "the same, an upper bound for wrong answers",
     "tail": "(7), short tail: the paper's",
     "canvas": "(7), same canvas: the null prover",
     "base": "(7), the frozen base on the same canvas",
@@ -137,7 +141,9 @@ CONTROLS = {
 }
 CONTROLS |= dict.fromkeys(("canvas", "base", "once", "best_of_4"), OF_ALL)
 CONTROLS |= dict.fromkeys(("no_indicator", "segments", "read_along"), OF_ALL)
-EVERY = ("provers", *(arm for arm in ARMS if arm != "mu8"))
+# Arms that `claims.py` runs, at sizes of its own.
+SMALL_ONLY = ("mu8", "bound", "bounds")
+EVERY = ("provers", *(arm for arm in ARMS if arm not in SMALL_ONLY))
 EVERY += tuple(COUNTDOWN + arm for arm in EVERY if arm == "outcome" or arm not in LIKELIHOODS)
 EVERY += tuple(LONG + COUNTDOWN + arm for arm in ("outcome", "own_once"))
 
@@ -435,11 +441,57 @@ def with_place(model: nr.Transformer, b: nr.Rollout, c: nr.DenoiseConfig) -> tup
     return found.index_put(at, mine[here]) * b.mask, None
 
 
+def in_two_orders(model: nr.Transformer, b: nr.Rollout, c: nr.DenoiseConfig) -> Tensor:
+    """The log-probs of the tokens (2, B, R) in the order they were written, and in the reverse.
+
+    Reverse within each block: the tokens of its first pass are read beside all others, and so on.
+    """
+    first_pass = b.order // c.block_passes * c.block_passes  # of the token's block
+    reverse = 2 * first_pass + c.block_passes - 1 - b.order
+    found = []
+    for order in (b.order, torch.where(b.order >= 0, reverse, b.order)):
+        logp, _ = nr.estimate_diffusion(model, replace(b, order=order, logp=None), c)
+        found.append(logp)
+    return torch.stack(found)
+
+
+def lower_bound(model: nr.Transformer, b: nr.Rollout, c: nr.DenoiseConfig) -> tuple[Tensor, None]:
+    """The mean of both orders' log-probs: at most the log-prob that any of the two wrote it."""
+    return in_two_orders(model, b, c).mean(0), None
+
+
+def two_bounds(model: nr.Transformer, b: nr.Rollout, c: nr.DenoiseConfig) -> tuple[Tensor, None]:
+    """As arXiv 2510.09541: a lower bound for right answers, an upper one for wrong answers.
+
+    Who pushes a lower bound down need not push down what lies above it. The upper bound of a token
+    is the logarithm of its mean probability.
+    """
+    logp = in_two_orders(model, b, c)
+    lower = logp.mean(0)
+    if b.adv is None:
+        return lower, None
+    upper = logp.logsumexp(0) - math.log(2)
+    return torch.where(b.adv < 0, upper, lower), None
+
+
+def credit_of_two_bounds(
+    state: nr.PPOState, task: nr.Task, b: nr.Rollout, reward: Tensor, c: nr.DenoiseConfig
+) -> Tensor:
+    """The outcome alone. The log-probs are read again, now that it is known who was wrong."""
+    b.adv = nr.outcome(state, task, b, reward, c)
+    again = nr.annotate(state, replace(b, logp=None), c, two_bounds)
+    b.logp, b.ref_logp = again.logp, again.ref_logp
+    return b.adv
+
+
+nr.DENOISE_ARMS["bounds"] = credit_of_two_bounds
 ESTIMATES = {
     "mean_field": mean_field,
     "coupled": coupled,
     "with_place": with_place,
     "mu8": mean_field,
+    "bound": lower_bound,
+    "bounds": two_bounds,
 }
 
 

@@ -229,15 +229,30 @@ class SolvesFirst(Arithmetic):
         return solution.removesuffix("<eos>") + super().judgement(prompt, response)
 
 
-def m1_that_solves_first(
-    base: nr.Transformer, task: nr.Task, c: nr.SelfRewardingConfig, train: nr.Trainer
-) -> nr.Transformer:
-    """M1 of that task, under a name of its own: the cache does not know the task's class."""
+@dataclass(frozen=True)
+class OneChoice(Arithmetic):
+    """Arithmetic whose judge writes its score at once, as one answer of a multiple choice."""
 
-    def trained(name: str, *about: Any, **more: Any) -> None:
-        train("m1-solves-first", *about, **more)
+    def judgement(self, prompt: str, response: str) -> str:
+        """What a judge should write: `!4`, and no check of the steps in front of it."""
+        return f"!{self.rubric(prompt, response)}<eos>"
 
-    return nr.m1(base, task, c, trained)
+
+def m1_called(called: str) -> Callable[..., nr.Transformer]:
+    """M1 of a task whose judge writes something else, under a name of its own.
+
+    The cache does not know the task's class.
+    """
+
+    def start(
+        base: nr.Transformer, task: nr.Task, c: nr.SelfRewardingConfig, train: nr.Trainer
+    ) -> nr.Transformer:
+        def trained(name: str, *about: Any, **more: Any) -> None:
+            train(called, *about, **more)
+
+        return nr.m1(base, task, c, trained)
+
+    return start
 
 
 # ---- arms ---------------------------------------------------------------------------------------
@@ -280,7 +295,7 @@ ARMS = {
         "self_rewarding",
         {"response": 44},
         task=lambda c: SolvesFirst(**vars(front.make_task(c))),
-        starts_from=m1_that_solves_first,
+        starts_from=m1_called("m1-solves-first"),
     ),
     "plain": Arm("self_rewarding", PLAIN),
     "plain_frozen": Arm("self_rewarding", PLAIN | {"judge": "frozen"}),
@@ -288,6 +303,12 @@ ARMS = {
     "one_judgement": Arm("self_rewarding", PLAIN | {"judgements": 1}),
     "top_sft": Arm("self_rewarding", PLAIN | SFT),
     "own_dpo": Arm("self_rewarding", PLAIN | {"alpha": 0.0}),
+    "one_choice": Arm(
+        "self_rewarding",
+        PLAIN,
+        task=lambda c: OneChoice(**vars(front.make_task(c))),
+        starts_from=m1_called("m1-one-choice"),
+    ),
     "task_problems": Arm("self_rewarding", PLAIN, task_problems),
 }
 # Arms whose judge stands in the tables.
@@ -384,14 +405,16 @@ class Judged:
 
     One look is noisy: with four responses to each of 200 problems, which are 370 to 410 pairs, five
     looks at one judge differed by 0.010 to 0.019 (standard deviation, two seeds of dev). With eight
-    responses to each of 800 problems, which are 7,500 pairs, it was 0.003. Here there are 500
+    responses to each of 800 problems, which are 7,500 pairs, it was 0.003. Here there are up to 500
     problems, and two looks with three judgements each are averaged.
     """
 
+    PROBLEMS = 500
     EACH = 8
     JUDGEMENTS = 8
 
     def __init__(self, first: nr.Transformer, task: nr.Task, test: list[str], c: nr.Config):
+        test = test[: self.PROBLEMS]
         problems = [x for x in test for _ in range(self.EACH)]
         prompt = nr.encode_prompts(task, problems, c)
         group = torch.arange(len(problems)) // self.EACH

@@ -53,6 +53,7 @@ ESTIMATES = [
     denoise.mean_field,
     denoise.coupled,
     denoise.with_place,
+    denoise.lower_bound,
 ]
 
 
@@ -218,6 +219,42 @@ def test_half_of_coupled_is_each_token_beside_the_other_passes():
     mean_field = denoise.mean_field(model, b, FULL)[0]
     got = 2 * denoise.coupled(model, b, FULL)[0] - mean_field
     assert torch.allclose(got, expected, atol=1e-4)
+
+
+def test_two_bounds_read_each_block_forwards_and_backwards():
+    model, b = rolled()  # 12 places in blocks of 4, one token a pass
+    backwards = b.order.clone()
+    for old, new in zip(range(12), (3, 2, 1, 0, 7, 6, 5, 4, 11, 10, 9, 8), strict=True):
+        backwards[b.order == old] = new
+    each = []
+    for order in (b.order, backwards):
+        b_in_order = nr.replace(b, order=order, logp=None)
+        each.append(nr.estimate_diffusion(model, b_in_order, FULL)[0])
+    assert not torch.allclose(each[0], each[1], atol=1e-3)
+    lower = (each[0] + each[1]) / 2
+    upper = ((each[0].exp() + each[1].exp()) / 2).log()
+    assert torch.allclose(denoise.lower_bound(model, b, FULL)[0], lower, atol=1e-5)
+    b.adv = torch.where(b.group == 0, -1.0, 1.0)[:, None] * b.mask
+    found = denoise.two_bounds(model, b, FULL)[0]
+    assert torch.allclose(found[b.group == 0], (upper * b.mask)[b.group == 0], atol=1e-5)
+    assert torch.allclose(found[b.group != 0], lower[b.group != 0], atol=1e-5)
+    assert (upper >= lower - 1e-6).all() and (b.group == 0).any() and (b.group != 0).any()
+
+
+def test_the_credit_of_two_bounds_leaves_the_first_ratio_at_one():
+    config = nr.replace(FULL, epochs=1, updates=1, minibatch=100, arm="bounds")
+    [log] = nr.denoise(started(config), TASK, config, denoise.two_bounds)
+    assert log["clipfrac"] == 0.0 and log["kl"] == 0.0
+    state, b = started(config), rolled(config)[1]
+    b = nr.annotate(state, nr.replace(b, logp=None), config, denoise.two_bounds)
+    before = b.logp
+    reward = torch.arange(len(b.group)).float() % 3
+    b.adv = denoise.credit_of_two_bounds(state, TASK, b, reward, config)
+    assert torch.equal(b.adv, nr.outcome(state, TASK, b, reward, config))
+    wrong = b.adv < 0
+    assert (b.logp[wrong] > before[wrong]).any() and torch.equal(b.logp[~wrong], before[~wrong])
+    now = denoise.two_bounds(state.policy, b, config)[0]
+    assert torch.allclose(now, b.logp, atol=1e-5)
 
 
 @pytest.mark.parametrize("estimate", ESTIMATES)
@@ -796,7 +833,7 @@ def learned(estimate=nr.estimate_diffusion, seed=0, **more):
     return logs[0], logs[-1]
 
 
-FREE = ("outcome", "right_more", "right_only", "read_along", "short")
+FREE = ("outcome", "right_more", "right_only", "read_along", "short", "bounds")
 # Where wrong answers get D too, its mean has to be zero, so that the policy has to be its own
 # prover. And where no answer is right at first, as with seed 1, its noise is all that they follow.
 FOR_ALL = ("segments", "no_indicator")

@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 from itertools import cycle, islice
 
 import pytest
@@ -525,3 +526,13 @@ def test_judge_statistics_by_hand_and_by_scipy():
     assert found["kendall"] == pytest.approx(kendalltau(score[0], truth[0]).statistic / 2, abs=1e-4)
     perfect = preferences.judge_statistics(truth, truth)
     assert perfect["pairwise"] == perfect["exact"] == perfect["spearman"] == 1.0
+
+
+def test_a_judge_of_one_choice_is_taught_the_same_scores_and_no_checks():
+    task = Arithmetic(1, 3)
+    one_choice = preferences.OneChoice(1, 3)
+    for seed in range(20):
+        asked, told = task.judge_demo(nr.rng(seed, "judge"))
+        same, short = one_choice.judge_demo(nr.rng(seed, "judge"))
+        assert asked == same and re.fullmatch("![0-5]<eos>", short) and told.endswith(short)
+        assert told != short or "=" not in asked.split("<sep>")[1]
