@@ -1,8 +1,9 @@
 """nanoreward: how rewards teach language models, in one file that a person can read.
 
 A small GPT imitates a careless teacher of arithmetic and gets 44 % of its problems right. From then
-on it sees no demonstration any more, only rewards. The true reward is known exactly, and nothing is
-hidden in a framework: every method is one equation, one function and one loop.
+on rewards make it better. The true reward is known exactly, and nothing is hidden in a framework:
+each equation is a function that stands below it, and each method is a loop of four phases: sample,
+score, give credit, update.
 
     python nanoreward.py              the smallest example: PPO, one problem before and after
     python train_small.py ppo         one method;  without a name all of them (7 minutes on 2 cores)
@@ -19,10 +20,11 @@ has 0.01, a model trained on error-free demonstrations 1.00.
     denoise          0.43 -> 0.88  the right answer, of a diffusion LM       2504.12216, 2510.01544
 
 How to read it. Part I is what all methods share; its last section says what a method is. Part II
-has one section per method, and a section holds all of its method: its numbers, what it starts from,
-its losses, its loop. Part III adds the second model, a masked-diffusion language model. Part IV can
-be skipped on a first reading: saved runs, several processes, GPUs. Part V is the example that runs
-when this file is started.
+has one section per method: its numbers, what it starts from, its losses, its loop. Sections 11, 12
+and 15 go on with the loops of 9 and 10, and section 13 with the scorer of 12. Part III adds the
+second model, a masked-diffusion language model. Part IV can be skipped on a first reading: saved
+runs, several processes, GPUs. Part V is the example that runs when this file is started. With one
+process `own_rows(x)` and `over_ranks(x)` are x itself.
 
 The equations are numbered as they are in the comments; (3) to (5) belong to methods that are not
 here:
@@ -81,8 +83,10 @@ from torch import Tensor, nn
 #
 # A word has one meaning too.
 #
+#   problem      a text of the task;  prompt: the ids that a model is given, often a problem
 #   policy       the model that is trained
-#   reference    a frozen copy of the policy as it was at the start, to which the KL is measured
+#   reference    the policy as it was at the start, or where it learns from pairs, as it was at the
+#                start of the round
 #   rollout      a response that was sampled, with all that is known about it
 #   group        the responses to one prompt
 #   mask         a float tensor (B, R): 1.0 where a response token counts, 0.0 behind its end
@@ -97,11 +101,17 @@ from torch import Tensor, nn
 #   verifier     the task's own grader;  truth: what it says
 #   signal       where a reward comes from: the verifier, a learned model, a judge
 #   reward       what a response or a token earns
+#   critic       a head on the policy that learns the value of a token
 #   value        what a critic expects that is still to be earned, before a token
 #   return       what the critic should have expected: (13) mixes rewards and later values
 #   advantage    how much better than expected a token was; positive ones become likelier
-#   credit       how the reward of a response is spread over its tokens as advantages
+#   credit       how the reward of a response is spread over its tokens as advantages; in the
+#                methods that learn from pairs or labels, which responses they are made of
 #   arm          one of several ways of a method, chosen by --arm
+#   draft        a response that is judged and mended;  prefix: its beginning, up to a step's end
+#   ORM          outcome reward model: is the answer of this draft right?
+#   SORM         stepwise ORM: can the right answer still be reached from the end of this prefix?
+#   prover       who finishes a canvas;  prospects: how often that is right, V(x_t) in the paper
 #   facts        results of single operations;  habits: when the teacher guesses or forgets a carry
 #
 # Everything behind `response_part` is aligned with the response: entry k of a (B, R) tensor belongs
@@ -134,7 +144,7 @@ class Architecture:
     vocab: int = 32
     # Width of the hidden vectors, C.
     width: int = 64
-    # Two layers learn the habits of the teacher as fast, but fewer facts of arithmetic.
+    # Layers. Two of them learn the habits of the teacher as fast, but fewer facts of arithmetic.
     layers: int = 3
     # Attention heads, H. With 2 heads of 32 the facts come 100 updates later.
     heads: int = 4
@@ -149,6 +159,7 @@ class Architecture:
     rope_theta: float = 10_000.0
     # Llama 3's stretched frequencies: factor, low, high, old length, as in "8 1 4 8192".
     rope_scaling: str = ""
+    # What the norms add to a variance, so that nothing is divided by 0.
     norm_eps: float = 1e-5
     # qwen2 adds biases to queries, keys and values; qwen3 norms its queries and keys.
     family: str = "llama"
@@ -164,8 +175,9 @@ class Architecture:
     mask_id: int = 3
     # Further ids that end a text, as in "128008 128009"; many chat models have several.
     other_ends: str = ""
-    # Compute the layers in bfloat16. Weights, logits and losses stay in float32. What changes a
-    # weight by less than a 500th of it is not seen until more has added up.
+    # Compute the layers in bfloat16. Weights, logits and losses stay in float32. The layers compute
+    # with rounded weights: a change of less than a 500th of a weight shows only when several of
+    # them have added up.
     bf16: bool = False
 
     @property
@@ -179,9 +191,10 @@ class Config(Architecture):
     """What all methods share. The defaults are those of a laptop: 0.16 million parameters."""
 
     # ---- the run
-    # Every random number comes from a generator seeded by (seed, purpose, index).
+    # The first part of the name of every generator, see `rng`.
     seed: int = 0
-    # The same seed, machine and threads give the same bytes. One thread is best on busy cores.
+    # Threads of the CPU; one is best on busy cores. The same seed, machine and threads give the
+    # same bytes.
     threads: int = 2
     # auto takes cuda if there is one, else the cpu; mps has to be asked for.
     device: str = "auto"
@@ -197,7 +210,7 @@ class Config(Architecture):
     data: str = "gsm8k"
     # Arithmetic, countdown and sums: how many operations a problem has at least; each is a step.
     min_ops: int = 1
-    # Arithmetic, countdown and sums: and at most.
+    # Arithmetic, countdown and sums: how many operations a problem has at most.
     max_ops: int = 3
     # Arithmetic: how many final answers there are. With few of them wrong steps are often lucky.
     answers: int = 100
@@ -217,7 +230,8 @@ class Config(Architecture):
     # With --model: train adapters of this rank and leave the folder's weights as they are (LoRA,
     # section 19); 0 trains all weights.
     lora: int = 0
-    # Demonstrations are drawn once; the base model sees each of them two or three times.
+    # Demonstrations. They are drawn once, and the base model sees each of them 2.6 times on
+    # average.
     demos: int = 20_000
     # The accuracy of single operations jumps between update 200 and 350.
     base_updates: int = 400
@@ -229,8 +243,9 @@ class Config(Architecture):
     # Muon, for the matrices of the blocks; 0 leaves all to AdamW. With 0.02 one seed of three never
     # learned + and -.
     muon_lr: float = 0.01
-    # Rows of one backward pass. It decides memory and speed, and the result only by rounding. A
-    # step with 32 takes 14 % less time than with 64: more of it fits into a core's cache.
+    # Rows of one backward pass; a pair is one row. It decides memory and speed, and the result only
+    # by rounding. An optimizer step with 32 takes 14 % less time than with 64: more of it fits into
+    # a core's cache.
     micro: int = 32
 
     # ---- the loop
@@ -277,6 +292,10 @@ class Config(Architecture):
 # `step_ok`, which steps are right, `reading_order`, if tokens stand in another order than people
 # read them, and a text `note`, which it prints when a run begins. Only notebooks/ call `split`,
 # `answer` and `rubric`.
+#
+# The examples below are of arithmetic. Its operations are done from left to right and its results
+# are taken modulo 100, so 37+5*3= is solved by `37+5=42;42*3=26;#26`. Each digit is a token, and
+# models read and write the units of a number first: the ids of 26 are those of 6 and 2.
 
 
 class Task(Protocol):
@@ -389,8 +408,9 @@ def rewriter_prompt(
 
 # ==== 4. The GPT =================================================================================
 #
-# After this section you have read a whole Llama. The same class becomes the masked-diffusion LM of
-# Part III with one number: `future_weight`, how much a position sees of what comes after it.
+# After this section you have read a whole Llama. The same class is the masked-diffusion LM of Part
+# III if `causal` is false. Then `future_weight` is how much a position sees of what comes after it:
+# 1 in the end, and less while the model is still a GPT that learns to look ahead.
 
 
 def rope(position: Tensor, c: Architecture) -> tuple[Tensor, Tensor]:
@@ -633,8 +653,8 @@ class Transformer(nn.Module):
         """Write config.json and model.safetensors, named as Hugging Face names them.
 
         A model that was loaded from a folder also takes along what else that folder says and holds,
-        such as its tokenizer. Adapters are merged into the weights; see also `save_adapters`. What
-        computes in bfloat16 is written as it reads itself, with its matrices rounded.
+        such as its tokenizer. Adapters are merged into the weights; see also `save_adapters`. The
+        matrices of a model that computes in bfloat16 are written rounded, as it has used them.
         """
         from data import folders
 
@@ -750,8 +770,9 @@ class Rollout:
     # (B, R) tokens including EOS, then PAD. A diffusion LM may have written something behind EOS.
     response: Tensor
     mask: Tensor  # (B, R) 1.0 for tokens that count: up to and including the first EOS
-    # (B, R) when a token was written: 0, 1, ...; -1 if it was given or never was. PAD that a
-    # diffusion LM left behind the end has the number of all passes: it was open in each of them.
+    # (B, R) in which pass a token was written: 0, 1, ...; a GPT writes one token a pass. -1 for
+    # tokens that were given, and for the PAD of a GPT. PAD that a diffusion LM left behind the end
+    # has the number of all passes: it was open in each of them.
     order: Tensor
     group: Tensor  # (B,) which prompt it answers
     logp: Tensor | None = None  # (B, R) log-probs under the policy that sampled it
@@ -761,7 +782,10 @@ class Rollout:
     ret: Tensor | None = None  # (B, R) returns, which the critic learns
 
     def select(self, rows: Tensor) -> Rollout:
-        """These rows, without the columns at the end in which none of them has a token."""
+        """These rows, without the columns at the end that none of them has written.
+
+        PAD that a diffusion LM left open stays, because it belongs to its canvases.
+        """
         used = ((self.mask > 0) | (self.order >= 0))[rows].any(0)
         R = int(used.nonzero().max()) + 1
         found = {}
@@ -804,7 +828,13 @@ def log_softmax(logits: Tensor, temperature: float, c: Architecture) -> Tensor:
     return (logits / temperature + never[:V]).log_softmax(-1)
 
 
-# Prompts that begin with so many equal tokens, such as the same solved problems, share them.
+def of_tokens(logp: Tensor, token: Tensor) -> Tensor:
+    """Of the log-probs of all tokens (..., V) those of one token each (...)."""
+    return logp.gather(-1, token[..., None])[..., 0]
+
+
+# What all prompts begin with, such as the same solved problems, is read once if it has at least so
+# many tokens.
 WORTH_SHARING = 16
 
 
@@ -851,9 +881,8 @@ def gather_logprobs(
     logp = log_softmax(model.lm_head(hidden), temperature, model.config)
     is_pad = response == model.config.pad_id
     token = response.masked_fill(is_pad, 0)  # PAD may lie behind the vocabulary
-    logp = logp.gather(-1, token[..., None])[..., 0]
     # Not -inf: a masked sum would multiply it with 0, and 0 * inf is NaN.
-    return logp.masked_fill(is_pad, 0.0)
+    return of_tokens(logp, token).masked_fill(is_pad, 0.0)
 
 
 def token_logprobs(
@@ -877,13 +906,15 @@ def draw(logits: Tensor, uniform: Tensor, c: Config) -> Tensor:
     drawn. Logits that are no numbers raise UserError.
     """
     if c.temperature == 0:
-        mass, token = log_softmax(logits, 1.0, c).max(-1)
+        best, token = log_softmax(logits, 1.0, c).max(-1)
+        is_number = best.isfinite().all()
     else:
         logp = log_softmax(logits, c.temperature, c)
         cdf = logp.to(uniform.dtype).exp().cumsum(-1)
-        mass = cdf[..., -1]
-        token = (cdf <= (uniform * mass)[..., None]).sum(-1)
-    if not mass.isfinite().all():
+        total = cdf[..., -1]  # 1, but for rounding
+        token = (cdf <= (uniform * total)[..., None]).sum(-1)
+        is_number = total.isfinite().all()
+    if not is_number:
         raise UserError(
             "the model has diverged: its logits are not finite; lower the learning rate"
         )
@@ -922,7 +953,8 @@ def sample(
         uniform = uniform.float() * (1 - 1e-6)
     uniform = uniform.to(prompt.device)
 
-    # Several processes share the rows, see section 17; a single one has all of them.
+    # Several processes share the rows, see section 17; a single one has all of them. Each fills its
+    # own rows of zeros, and the sum over all processes is the whole.
     write = write_forward if causal else unmask
     written = start.new_zeros(B, 2, R)
     model = fast_reader(model)
@@ -944,17 +976,12 @@ def write_forward(
 ) -> tuple[Tensor, Tensor, None]:
     """The GPT writes from left to right behind what each canvas (B, R) already holds.
 
-    Returns the canvas and the order in which it was written, each (B, R). The log-probs of what it
-    wrote are found later, for all tokens at once.
+    The canvas is filled in place. Returns it, the order in which it was written (B, R), and None in
+    place of log-probs: those are found later, for all tokens at once.
     """
     R = canvas.shape[1]
     given = canvas != c.pad_id
     order = torch.full_like(canvas, -1)
-    # A stable sort moves PAD to the front of each row. Prompt and given tokens then end at the same
-    # place in all rows, so that all of them write their next token at once.
-    context = torch.cat([prompt, canvas], dim=1)
-    context = context.gather(1, (context != c.pad_id).int().argsort(dim=1, stable=True))
-    context = context[:, (context != c.pad_id).any(0)]
 
     ended = is_end(canvas, c).any(1)
     full = given[:, -1]
@@ -963,6 +990,14 @@ def write_forward(
         return canvas, order, None
     place = given.sum(1)[rows]  # where each row writes next
     writing = torch.ones_like(rows, dtype=torch.bool)
+
+    # A stable sort moves PAD to the front of each row. Prompt and given tokens then end at the same
+    # place in all rows, so that all of them write their next token at once.
+    context = torch.cat([prompt, canvas], dim=1)
+    real = context != c.pad_id
+    context = context.gather(1, real.int().argsort(dim=1, stable=True))
+    longest = int(real.sum(1).max())
+    context = context[:, -longest:]
 
     # Rows with the same context are read once; then each gets its own copy of keys and values.
     # What all of them begin with is read once, too.
@@ -1003,10 +1038,9 @@ def write_forward(
 #
 # After this section nothing between a loss and a changed weight is unknown.
 
-# The learning rate of PPO and DPO rises for so many updates; without it the first ones cost
-# accuracy.
+# The learning rate of a loop rises for so many updates; without it the first ones cost accuracy.
 WARMUP = 5
-# The same where a model is trained by `fit`.
+# In supervised training it rises for so many.
 FIT_WARMUP = 20
 # The largest norm of a gradient; longer ones are shortened to it.
 CLIP_GRAD = 1.0
@@ -1026,11 +1060,12 @@ def nll_loss(logp: Tensor, mask: Tensor, denom: Tensor | int) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024): a matrix moves by lr sqrt(max(1, rows / cols)) times a rotation.
+    """Muon (Jordan et al. 2024): a matrix moves by an orthogonal one, in the momentum's direction.
 
-    It is the rotation nearest to the momentum: the product of the two orthogonal matrices of its
-    singular value decomposition. All matrices of one shape are computed together in float32;
-    torch.optim.Muon uses bfloat16, which takes ten times as long on a CPU.
+    It is the orthogonal matrix nearest to the momentum: the product of the two of its singular
+    value decomposition, times lr sqrt(max(1, rows / cols)). All matrices of one shape are computed
+    together in float32, and their momentum is kept with the first of them; torch.optim.Muon uses
+    bfloat16, which takes ten times as long on a CPU.
     """
 
     def __init__(self, params: list[nn.Parameter], lr: float, momentum: float = 0.95):
@@ -1184,7 +1219,8 @@ class Demos:
         R = int(self.response_length[rows].max())
         response = self.response[rows, :R]
         logp = token_logprobs(model, self.prompt[rows, -P:], response, temperature=1.0)
-        return nll_loss(logp, response != model.config.pad_id, denom)
+        mask = (response != model.config.pad_id).float()
+        return nll_loss(logp, mask, denom)
 
 
 def gpt_batches(
@@ -1211,9 +1247,10 @@ def task_demos(task: Task, c: Config) -> list[Demo]:
     return encode_demos(task, [task.demo(generator) for _ in range(c.demos)], c)
 
 
-# How the models that a method needs are trained before its loop. `train_now` shows the arguments.
-# train_small.py passes another trainer, which draws a bar and keeps the result in a cache: only for
-# that one are `name` and `reads`, the numbers of the method's own that data or modules depend on.
+# How the models that a method needs are trained before its loop. `train_now` shows the arguments,
+# of which it ignores two. train_small.py passes another trainer, which draws a bar and keeps the
+# result in a cache. There `name` is the name of the entry, and `reads` lists the numbers of the
+# method that change data or modules: if one of them is changed, it is another entry.
 Trainer = Callable[..., None]
 
 
@@ -1296,7 +1333,8 @@ def grades(task: Task, b: Rollout) -> Tensor:
 def check_rewards(reward: Tensor, task: Task, b: Rollout) -> None:
     """Rewards (B, R) or (B,) that are NaN or infinite raise UserError, which names the response.
 
-    One of them would make all weights NaN. So does a reward of another shape or of whole numbers.
+    One of them would make all weights NaN. A reward of another shape, or of whole numbers, raises
+    UserError too.
     """
     shapes = (tuple(b.mask.shape), (len(b.mask),))
     if tuple(reward.shape) not in shapes or not reward.is_floating_point():
@@ -1342,8 +1380,8 @@ def group_advantage(reward: Tensor, group: Tensor, kind: str) -> Tensor:
         """The sum over each row's own group, (B,)."""
         return x.new_zeros(groups).index_add(0, group, x)[group]
 
-    # What is the same for a whole group makes no difference. Without its lowest reward a group of
-    # equal ones is exactly 0, where the mean of 8 times 1000.1 would be off by a rounding.
+    # The lowest reward of each group is subtracted first. It changes no difference, and it makes
+    # equal rewards exactly 0, where the mean of 8 times 1000.1 would be off by a rounding.
     given = ~reward.isnan()
     lowest = reward.new_full((groups,), torch.inf)
     lowest = lowest.scatter_reduce(0, group, reward.masked_fill(~given, torch.inf), "amin")[group]
@@ -1543,18 +1581,18 @@ class PolicyGradientConfig(Config):
     # the policy is no longer the one that sampled, so that the clip of (14) acts. With one
     # optimizer step for all 512 dev ends at 92 % and not at 94.
     minibatch: int = 128
-    # A ratio earns nothing more outside of 1 +- clip, and a value more than clip away from its old
-    # one neither. As in PPO.
+    # The ratio of (14) is clipped to 1 +- clip, and a value may move by at most clip. As in PPO.
     clip: float = 0.2
     # The weight of the value loss in (14).
     value_coef: float = 0.1
     # The lambda of (13): 1 waits for the end, 0 trusts the critic.
     lam: float = 0.95
-    # The weight of the KL to the reference. A verifier cannot be fooled, so it needs none.
+    # The weight of the KL to the reference. A verifier needs none, because it cannot be fooled; a
+    # learned reward can.
     beta: float = 0.0
     # How many examples a learned reward is trained on: preference pairs, or drafts for the SORM.
     reward_data: int = 4_000
-    # Updates of this training.
+    # Updates of the training of a learned reward.
     reward_updates: int = 100
 
     def rules(self) -> list[tuple[bool, str]]:
@@ -1572,12 +1610,16 @@ class PPOConfig(PolicyGradientConfig):
     reward: str = "verifier"
     # Continuations of each prefix, K, by which the SORM's steps are labelled.
     continuations: int = 8
-    # What the log-prob of a response counts at first in its learned score; 0 leaves it out.
+    # The weight of a response's log-prob in its learned score (section 12), before it is trained; 0
+    # leaves the log-prob out.
     logp_weight: float = 0.5
 
     def responses_at_once(self) -> int:
-        """The rollouts of an update, or the continuations of a prefix."""
-        return max(self.prompts * self.samples, self.continuations)
+        """The rollouts of an update, or what is drawn to train the model of the reward."""
+        rollouts = self.prompts * self.samples
+        if self.reward in ("sorm", "shaped"):
+            return max(rollouts, self.reward_data, self.continuations)
+        return rollouts
 
 
 def gae(
@@ -1679,7 +1721,7 @@ def grpo_objective(
 ) -> Tensor:
     """(15), and (2) for the diffusion LM: the clipped loss plus beta times the KL.
 
-    DEVIATION: one mean over all tokens of the step, not one over each response.
+    DEVIATION: one mean over all tokens of the optimizer step, not one over each response.
     """
     policy_part = ppo_loss(logp, b.logp, b.adv, b.mask, denom, c.clip)
     if c.beta == 0:
@@ -1787,7 +1829,7 @@ def estimate_gpt(model: Transformer, b: Rollout, c: Config) -> tuple[Tensor, Ten
 KL_ROWS = 64
 
 
-def compared(b: Rollout, c: Config) -> Tensor:
+def read_by_reference(b: Rollout, c: Config) -> Tensor:
     """(B,) which rollouts the reference reads: all if beta needs it, else the first ones."""
     rows = torch.arange(len(b.mask))
     return (rows < KL_ROWS) | (c.beta > 0)
@@ -1809,7 +1851,7 @@ def annotate(state: PPOState, b: Rollout, c: Config, estimate: Callable = estima
     Rollouts that the reference does not read keep the policy's log-probs in its place.
     """
     found = b.mask.new_zeros(3, *b.mask.shape)
-    is_read = compared(b, c)
+    is_read = read_by_reference(b, c)
     in_order = alike(state.policy, b).argsort(stable=True)
     for rows in own_rows(in_order).split(c.micro):
         if len(rows) == 0:
@@ -1822,7 +1864,7 @@ def annotate(state: PPOState, b: Rollout, c: Config, estimate: Callable = estima
         ref_logp = logp.clone()
         read = is_read[rows].nonzero()[:, 0]
         if len(read) > 0:
-            again = replace(part.select(read), logp=None)
+            again = replace(part.select(read), logp=None)  # those known are the policy's
             answer, _ = estimate(state.reference, again, c)
             ref_logp[read, : answer.shape[1]] = answer
         value = torch.zeros_like(logp) if state.head is None else state.head(hidden)
@@ -1869,7 +1911,7 @@ def policy_update(
     for name in logs[0]:
         metrics[name] = sum(x[name] for x in logs) / len(logs)
     kl = (k1(b.logp, b.ref_logp) * b.mask).sum(1)
-    metrics["kl"] = float(kl[compared(b, c)].mean())
+    metrics["kl"] = float(kl[read_by_reference(b, c)].mean())
     return metrics
 
 
@@ -1881,7 +1923,9 @@ def ppo(
     arm = PPO_ARMS[c.arm]
     device = state.policy.device
     if state.update == 0:
-        state.samples = sum(int(getattr(model, "drawn", 0)) for model in state.models.values())
+        # What was drawn to train the models of the reward counts too.
+        scorers = [model for model in state.models.values() if isinstance(model, Scorer)]
+        state.samples = sum(int(scorer.drawn) for scorer in scorers)
     while state.update < c.updates:
         u = state.update
 
@@ -1918,18 +1962,19 @@ def token_rewards(
 ) -> list[Metrics]:
     """What each token of a response earns, and what policy and critic say of it.
 
-    shift: how much likelier the policy finds the token than the reference does, in nats; value:
-    what the critic expects from there on, before the token is written.
+    shift: how much likelier the policy finds the token than the reference does, in nats (where beta
+    is 0, of the first KL_ROWS responses alone, and 0 in the others); value: what the critic expects
+    from there on, before the token is written.
     """
     signal = signal or REWARDS[c.reward].signal
     reward = signal(state, task, b, grades(task, b), c)
     b = annotate(state, b, c)
     found = []
-    for row, mask in enumerate(b.mask > 0):
+    for row, counts in enumerate(b.mask > 0):
         shift = b.logp[row] - b.ref_logp[row]
-        inside = {"token_rewards": rounded(reward[row][mask]), "shift": rounded(shift[mask])}
+        inside = {"token_rewards": rounded(reward[row][counts]), "shift": rounded(shift[counts])}
         if state.head is not None:
-            inside["value"] = rounded(b.value[row][mask])
+            inside["value"] = rounded(b.value[row][counts])
         found.append(inside)
     return found
 
@@ -2022,13 +2067,23 @@ def dpo_nll(logp: Tensor, ref: Tensor, length: Tensor, c: DPOConfig) -> tuple[Te
 
 
 def sft_chosen(logp: Tensor, ref: Tensor, length: Tensor, c: DPOConfig) -> tuple[Tensor, Tensor]:
-    """The NLL of (9) alone: STaR, arXiv 2203.14465, but each round goes on from the last model."""
+    """The NLL of (9) alone, on the winners of the same pairs: much as STaR, arXiv 2203.14465.
+
+    DEVIATION: STaR learns every right response, also of a problem that gives no pair, and each of
+    its rounds starts from the first model again.
+    """
     per_token = logp[:, 0] / length[:, 0]
     gain = (logp - ref).detach()
     return -per_token.mean(), gain[:, 0] - gain[:, 1]
 
 
 DPO_ARMS = {"dpo_nll": dpo_nll, "sft_chosen": sft_chosen}
+
+
+def rows_of_groups(group: Tensor) -> list[Tensor]:
+    """The rows of each group, for group (B,): the responses to one prompt each."""
+    sizes = group.bincount().tolist()
+    return list(group.argsort(stable=True).split(sizes))
 
 
 def pair_up(score: Tensor, group: Tensor, c: DPOConfig) -> Tensor:
@@ -2039,7 +2094,7 @@ def pair_up(score: Tensor, group: Tensor, c: DPOConfig) -> Tensor:
     DEVIATION: on GSM8K the paper counts the gold solution as a right response too.
     """
     pairs = []
-    for rows in group.argsort(stable=True).split(group.bincount().tolist()):
+    for rows in rows_of_groups(group):
         good = rows[score[rows] > 0.5].tolist()
         bad = rows[score[rows] <= 0.5].tolist()
         if good and bad:
@@ -2051,7 +2106,11 @@ def pair_up(score: Tensor, group: Tensor, c: DPOConfig) -> Tensor:
 
 
 def pair_logprobs(policy: Transformer, pairs: dict[str, Tensor], rows: Tensor) -> Tensor:
-    """log pi(y | x) of chosen and rejected (n, 2), summed over tokens, at temperature 1."""
+    """log pi(y | x) of chosen and rejected (n, 2), summed over tokens, at temperature 1.
+
+    (9) compares two models and not a model with the sampler, so the sampler's temperature has no
+    part in it.
+    """
     prompt = pairs["prompt"][rows].repeat_interleave(2, 0)
     response = pairs["response"][rows].flatten(0, 1)
     # Columns that hold only PAD are cut off. They change nothing.
@@ -2218,7 +2277,7 @@ def iterative_dpo(
 
 
 @torch.no_grad()
-def likelihoods(policy: Transformer, b: Rollout, c: Config) -> Tensor:
+def logprobs_in_parts(policy: Transformer, b: Rollout, c: Config) -> Tensor:
     """The log-prob of each token of the responses (B, R), at temperature 1."""
     parts = []
     for rows in torch.arange(len(b.mask)).split(c.micro):
@@ -2226,10 +2285,10 @@ def likelihoods(policy: Transformer, b: Rollout, c: Config) -> Tensor:
     return torch.cat(parts)
 
 
-def token_likelihoods(state: State, task: Task, b: Rollout, c: Config) -> list[Metrics]:
+def explain_logprobs(state: State, task: Task, b: Rollout, c: Config) -> list[Metrics]:
     """The log-prob of each token, as transcripts hold it: one list for each response."""
-    logp = likelihoods(state.policy, b, c)
-    return [{"logp": rounded(row[mask])} for row, mask in zip(logp, b.mask > 0, strict=True)]
+    logp = logprobs_in_parts(state.policy, b, c)
+    return [{"logp": rounded(row[counts])} for row, counts in zip(logp, b.mask > 0, strict=True)]
 
 
 # How many pairs of a round are shown at a time.
@@ -2249,9 +2308,10 @@ def pairs_of_the_round(state: RoundsState, task: Task, c: DPOConfig) -> list[Met
     prompt = state.pairs["prompt"][rows].repeat_interleave(2, 0)
     response = state.pairs["response"][rows].flatten(0, 1)
     group = torch.arange(len(rows)).repeat_interleave(2)
-    b = Rollout(prompt, response, up_to_eos(response, c), response, group)
+    order = torch.full_like(response, -1)  # nobody asks for it
+    b = Rollout(prompt, response, up_to_eos(response, c), order, group)
     texts = texts_of(task, response, b.mask)
-    of_token = likelihoods(state.policy, b, c)
+    of_token = logprobs_in_parts(state.policy, b, c)
     logp = of_token.sum(1).view(-1, 2)
     gains = rounded((logp - state.pairs["ref"][rows]).flatten())
     sides = []
@@ -2271,7 +2331,7 @@ METHODS["iterative_dpo"] = Method(
     config=DPOConfig,
     start=start_rounds,
     loop=iterative_dpo,
-    explain=token_likelihoods,
+    explain=explain_logprobs,
     pairs=pairs_of_the_round,
     choices={"arm": DPO_ARMS},
     only_with={"beta": "arm dpo_nll", "alpha": "arm dpo_nll"},
@@ -2309,12 +2369,12 @@ class SelfRewardingConfig(DPOConfig):
     # The share of them that judge (the paper's evaluation fine-tuning, EFT). With 0.8 M1 solves
     # 37 % and not 45.
     judging: float = 0.7
-    # Updates of the training of what the loop starts from. After 300 of them the judge ranks a
-    # right response above a wrong one in 80 % of the pairs, after 400 in 86 %; they take a third
-    # longer.
+    # Updates of the training of M1. After 300 of them the judge ranks a right response above a
+    # wrong one in 80 % of the pairs, after 400 in 86 %, which takes a third longer.
     start_updates: int = 300
-    # AdamW's learning rate in this training, and Muon's below it.
+    # AdamW's learning rate in the training of M1.
     start_lr: float = 0.01
+    # Muon's learning rate in the training of M1.
     start_muon_lr: float = 0.01
 
     def responses_at_once(self) -> int:
@@ -2337,7 +2397,8 @@ class SelfRewardingConfig(DPOConfig):
 
 # The share of M1's demonstrations that pose a problem.
 POSING = 0.07
-# How many prompts are given to a model at once where there are many. It decides memory alone.
+# Where there are many prompts, so many are given to a model at once, each with all its samples. It
+# decides memory alone.
 SAMPLED_AT_ONCE = 512
 
 
@@ -2377,7 +2438,8 @@ def m1(
     return model
 
 
-# Behind the beginning of the text, a `!` or the word score: a number, perhaps `/ 5`, and the end.
+# A number at the very end, perhaps with `/ 5`. In front of it stands the beginning of the text, a
+# `!` or the word score.
 SCORE = re.compile(r"(?:^|!|score[\s:=]*)([0-9]+(?:\.[0-9]+)?)(?:\s*/\s*5)?$", re.I | re.A)
 
 
@@ -2483,7 +2545,7 @@ def judged(
 def best_and_worst(score: Tensor, group: Tensor, c: DPOConfig) -> Tensor:
     """Scores (B,), NaN = none, and group (B,) -> rows (n, 2): best and worst. A tie gives none."""
     pairs = []
-    for rows in group.argsort(stable=True).split(group.bincount().tolist()):
+    for rows in rows_of_groups(group):
         rows = rows[~score[rows].isnan()]
         if len(rows) == 0:
             continue
@@ -2501,7 +2563,7 @@ def agreed(judgements: list[list[int]]) -> tuple[int, int] | None:
     Of two that were written equally often the first one counts.
     """
     kinds = [tuple(ids) for ids in judgements]
-    [(most, times)] = Counter(kinds).most_common(1)
+    most, times = Counter(kinds).most_common(1)[0]
     if times == 1 or times == len(kinds):
         return None
     other = next(k for k, kind in enumerate(kinds) if kind != most)
@@ -2556,7 +2618,7 @@ def explain_judgements(
     state: SelfRewardingState, task: Task, b: Rollout, c: SelfRewardingConfig
 ) -> list[Metrics]:
     """The log-prob of each token, and what the judge writes about the whole response."""
-    found = token_likelihoods(state, task, b, c)
+    found = explain_logprobs(state, task, b, c)
     asked = replace(state)  # the loop's own state keeps its count of samples and its judgements
     judged(asked, task, b, c, state.update)
     written = asked.judgements["response"]
@@ -2600,6 +2662,7 @@ class Seq2SeqConfig(PolicyGradientConfig):
     # A leash, because whatever is learned can be fooled. Without it the KL of one seed of two grew
     # to 5 nats.
     beta: float = 0.1
+    # Updates of the training of the rewriter.
     reward_updates: int = 150
     # UNKNOWN: what a token earns before the first disagreement in (11).
     c_pos: float = 0.1
@@ -2632,17 +2695,18 @@ class Scorer(nn.Module):
     are busy with what comes next. It has computed it already: just before, to predict these very
     tokens, so that their log-probs say how well they fit.
 
-    An example, `37+5*3=` and a draft whose second step is right or wrong. The units come first:
+    An example, `37+5*3=` and a draft whose second step is right or wrong (modulo 100, and the units
+    are written first):
 
         `42*3=26;`   log-probs of 6 and 2:  -1.7  -0.2   SORM 0.94; of hidden vectors alone 0.32
         `42*3=22;`   log-probs of 2 and 2:  -7.7  -3.7   SORM 0.29; of hidden vectors alone 0.29
 
     As a reward such a log-prob is known from arXiv 2412.01981. There it is relative to the model
-    that the scorer started from, which gave nothing here: the area under the curve was 0.72 with
-    the ORM's log-probs relative to the student, 0.93 with them as they are (dev, seed 0, ORM and
-    SORM on one trunk).
+    that the scorer started from, which ranked responses worse here: the area under the curve was
+    0.72 with it and 0.93 without (ORM; dev, seed 0).
 
-    logp_weight: the weight of the log-prob at first; it is learned. 0 leaves the log-prob out.
+    logp_weight: the weight of the log-prob before training; it is learned. 0 leaves the log-prob
+    out.
     """
 
     def __init__(self, trunk: Transformer, logp_weight: float, generator: torch.Generator):
@@ -2810,7 +2874,7 @@ def rewriter_models(
 
 
 def agreement_reward(
-    logits: Tensor, response: Tensor, mask: Tensor, c_pos: float = 1.0, c_neg: float = 1.0
+    logits: Tensor, response: Tensor, mask: Tensor, c_pos: float, c_neg: float
 ) -> Tensor:
     """(11) the sequence-to-sequence reward, arXiv 2409.00162 -> (B, R).
 
@@ -2872,11 +2936,11 @@ METHODS["seq2seq"] = Method(
 
 # ==== 13. refine =================================================================================
 #
-# Four models mend the drafts of a fifth, the student, which itself stays as it is. Two of them
+# Four models work on the drafts of a fifth, the student, which itself stays as it is. Two of them
 # judge. The ORM (outcome reward model) says whether the draft's answer is right, the SORM (stepwise
-# ORM) whether the right answer can still be reached from the end of a prefix. The global refiner
-# writes the whole response anew, the local one goes on from the step that the SORM blames, and the
-# ORM chooses between the draft and these two.
+# ORM) whether the right answer can still be reached from the end of a prefix. The other two mend:
+# the global refiner writes the whole response anew, the local one goes on from the step that the
+# SORM blames. In the end the ORM chooses between the draft and these two.
 #
 # The SORM learns from labels that nobody has to write: a prefix is good if the student gets from
 # its end to the right answer in one of K tries.
@@ -2884,14 +2948,18 @@ METHODS["seq2seq"] = Method(
 
 @dataclass(frozen=True)
 class RefineConfig(Config):
-    """The numbers of refine. `prompts` is the number of drafts, `lr` that of its four models."""
+    """The numbers of refine."""
 
+    # Drafts, one for each problem.
     prompts: int = 6_144
+    # Updates of the training of each of the four models.
     updates: int = 150
+    # AdamW's learning rate in it; Muon's is `muon_lr`.
     lr: float = 0.01
     # Continuations of each prefix, K of (8).
     continuations: int = 8
-    # What the log-prob of a prefix counts at first in its scores; 0 leaves it out.
+    # The weight of a prefix's log-prob in its scores (section 12), before it is trained; 0 leaves
+    # the log-prob out.
     logp_weight: float = 0.5
     # Labelled drafts of an optimizer step; the refiners take half as many demonstrations. More
     # problems help, several drafts of one problem do not.
@@ -2909,7 +2977,7 @@ class RefineConfig(Config):
         return max(self.prompts, self.continuations)
 
 
-# A step is blamed if its SORM probability is below.
+# The SORM blames the first step whose probability is below this number.
 THRESHOLD = 0.5
 
 
@@ -2971,25 +3039,25 @@ def prefix_ends(task: Task, b: Rollout) -> Tensor:
 # ---- step labels
 
 
-def rollout_labels(success: Tensor, uses: Tensor | None = None) -> Tensor:
-    """(8) GLoRe, arXiv 2402.10963: success of K continuations of each prefix -> (B, S).
+def rollout_labels(good: Tensor) -> Tensor:
+    """(8) GLoRe, arXiv 2402.10963: K continuations of each prefix (B, S, K) -> its label (B, S).
 
-    success (B, S, K); uses (B, S, K): whether a continuation uses the last result of its prefix.
-    One that does not is no evidence for the prefix. Whatever stands before a good prefix is good.
+    good: whether a continuation is right and uses the last result of its prefix. One that does not
+    use it is no evidence for the prefix. Whatever stands before a good prefix is good.
     """
-    # label_s = 1 if any_k (success_sk and uses_sk) or label_{s+1} = 1
-    good = (success if uses is None else success & uses).any(-1)
-    return good.flip(1).cummax(1).values.flip(1)
+    # label_s = 1 if any_k (right_sk and uses_sk) or label_{s+1} = 1
+    reached = good.any(-1)
+    return reached.flip(1).cummax(1).values.flip(1)  # read from the end: good from there on
 
 
-def balance(labels: Tensor, position: Tensor, generator: torch.Generator) -> Tensor:
-    """Which examples to keep (n,): for each position as many good as bad ones.
+def balance(labels: Tensor, s: Tensor, generator: torch.Generator) -> Tensor:
+    """Which examples to keep (n,): of each number of a prefix, s (n,), as many good as bad ones.
 
-    Otherwise the position alone would predict the label, because late prefixes are mostly bad.
+    Otherwise that number alone would predict the label, because late prefixes are mostly bad.
     """
     keep = torch.zeros_like(labels, dtype=torch.bool)
-    for p in position.unique():
-        at = (position == p).nonzero()[:, 0]
+    for number in s.unique():
+        at = (s == number).nonzero()[:, 0]
         at = at[torch.randperm(len(at), generator=generator).to(at.device)]
         good = at[labels[at] > 0]
         bad = at[labels[at] <= 0]
@@ -3066,17 +3134,15 @@ def step_labels(
         SORM        1      1            0                    0     the second step is the error
         ORM         0      0            0                    0
 
-    The whole draft is its own trace. DEVIATION: the steps of a right draft are good without a check
-    that they are used.
+    DEVIATION: the steps of a right draft are good without a check that they are used.
     """
-    # From which prefixes the right answer was reached.
-    reached = torch.zeros(ends.shape, dtype=torch.bool)
-    for (row, s), any_good in zip(origin.tolist(), good.any(1).tolist(), strict=True):
-        reached[row, s] = any_good
-    whole = ends.argmax(1).tolist()  # the prefix that is the whole draft
-    for row, is_right in enumerate(right.tolist()):
-        reached[row, whole[row]] = is_right
-    sorm = rollout_labels(reached[..., None])
+    # Which traces of each prefix are good, (B, S, K). The whole draft is its own trace.
+    good_traces = torch.zeros(*ends.shape, max(1, good.shape[1]), dtype=torch.bool)
+    row, s = origin.cpu().T
+    good_traces[row, s] = good
+    whole = ends.cpu().argmax(1)  # the prefix that is the whole draft
+    good_traces[torch.arange(len(ends)), whole] = right.cpu()[:, None]
+    sorm = rollout_labels(good_traces)
 
     # Every prefix but the empty one may be an example. The ORM gets a random choice of as many as
     # the SORM keeps.
@@ -3203,7 +3269,8 @@ def local_demos(task: Task, drafts: LabelledDrafts, c: Config) -> list[Demo]:
     demos = []
     for row, s, trace in good_traces(drafts, c):
         # If prefix n is the first bad one, the error stands behind prefix n - 1.
-        last_good = first_error(drafts.examples["label"][1, row], 0.5) - 1
+        label = drafts.examples["label"][SCORERS.index("sorm"), row]
+        last_good = first_error(label, 0.5) - 1
         if s == last_good:
             end = int(drafts.examples["ends"][row, s])
             prompt = drafts.examples["prompt"][row].tolist()
@@ -3325,7 +3392,9 @@ def refinements(
     prompt = encode_prompts(task, prompts, c).to(state.policy.device)
     draft = sample(state.policy, prompt, c, generator=generator)
 
-    # Where: the SORM blames the first step whose probability is below the threshold.
+    # Where: the SORM blames the first step whose probability is below the threshold. With prefixes
+    # that end at 0, 8, 16 and 20, and probabilities of 0.9, 0.3 and 0.2 from the second on, it is
+    # step 1 (counted from 0), which begins at 8.
     ends = prefix_ends(task, draft)
     sorm = state.sorm.read(prompt, draft.response, c, ends).sigmoid()
     blamed: list[int | None] = []
@@ -3334,8 +3403,8 @@ def refinements(
         first = first_error(score[1 : len(row)], THRESHOLD)  # the empty prefix has no step
         blamed.append(row[first] if first < len(row) - 1 else None)
 
-    # How: the local refiner's rest replaces the draft's. A draft that is not blamed is rewritten
-    # too, from its beginning, but it stays as it is.
+    # How: the local refiner's rest replaces the draft's. It reads all drafts in one batch; where
+    # nothing is blamed, what it writes is not used.
     bad_at = [0 if at is None else at for at in blamed]
     rest = rewritten(state.local_refiner, task, draft, bad_at, c, generator)
     local = []
@@ -3454,8 +3523,9 @@ def step_progress(state: PPOState, task: Task, b: Rollout, truth: Tensor, c: PPO
 def shaped_progress(state: PPOState, task: Task, b: Rollout, truth: Tensor, c: PPOConfig) -> Tensor:
     """The SORM on the way and the verifier at the end, which has the last word.
 
-    The probability of the whole response is its true reward. So the rewards add up to the true one,
-    minus what the SORM says of the problem: it moves credit to the steps, and cannot be fooled.
+    The true reward takes the place of the SORM's probability of the whole response. So the rewards
+    add up to the true one, minus what the SORM says of the problem: it moves credit to the steps,
+    and cannot be fooled.
     """
     ends = prefix_ends(task, b)
     probability = step_probabilities(state, b, ends, c)
@@ -3501,7 +3571,7 @@ class DenoiseConfig(Config):
     prover: str = "short_tail"
     # The places that short_tail may still write: here one step, or the answer.
     tail: int = 8
-    # Over how many answers of the prover the prospects are averaged, N in (6). UNKNOWN: the paper
+    # Over how many answers of the prover the prospects are averaged in (6). UNKNOWN: the paper
     # tries 1 to 9; with 3 it has the numbers of its main table.
     branches: int = 3
     # What the process reward weighs beside the advantage in (7).
@@ -3512,11 +3582,11 @@ class DenoiseConfig(Config):
     block: int = 4
     # Passes that a block takes. With fewer several tokens are chosen at once, independently.
     block_passes: int = 4
-    # Updates of its training.
+    # Updates of the training of the diffusion LM.
     start_updates: int = 500
-    # AdamW. At the rate of the GPT's training the facts are lost.
+    # AdamW's learning rate in it. At the rate of the GPT's training the facts are lost.
     start_lr: float = 0.002
-    # Muon. 0.003 and 0.01 know less after as many updates.
+    # Muon's learning rate in it. With 0.003 and 0.01 it knows less after as many updates.
     start_muon_lr: float = 0.006
     # The share of these updates in which attention to later positions fades in; 0 starts from
     # random weights that see everything at once.
@@ -3577,8 +3647,9 @@ def diffusion_loss(
     model stops. rows: a part of the batch; open places are drawn for all of it, so that parts add
     up.
     """
-    # mean over rates and open places of  1/R 1/rate sum_k is_open_k (-log p(y_k | x, the rest))
-    # The division is by R, not by the number of open places.
+    # mean over rows of  1/R 1/rate sum_k is_open_k (-log p(y_k | x, the rest))
+    # Rate and open places are drawn once for each row. The division is by R, not by the number of
+    # open places.
     c = model.config
     response = response.masked_fill(response == c.pad_id, c.eos_id)
     is_open, weight = rate_masks(response, generator, t_min)
@@ -3640,7 +3711,7 @@ def diffusion_base(
         model.load_state_dict(weights)
 
     def make_batches() -> Batches:
-        return diffusion_batches(model, task_demos(task, c), wide)
+        return diffusion_batches(model, task_demos(task, c), c)
 
     train(
         "diffusion",
@@ -3701,9 +3772,9 @@ def unmask(
 
         3 7 + 5 | = M M ; | M M M M
 
-    The first block with a MASK is the second, and 2 of its places are open. Of the ladder 1 and 0
-    are below 2, so two passes are left. Counted from 0 this is pass 2 of the block and pass 6 of
-    the canvas. It goes down to the next rung, 1: of the two tokens the surer one is written.
+    The first block with a MASK is the second, and 2 of its places are open. The rungs of the ladder
+    below 2 are 1 and 0, so two passes are left. Counted from 0 this is pass 2 of the block and pass
+    6 of the canvas. It goes down to the next rung, 1: of the two tokens the surer one is written.
     """
     R = canvas.shape[1]
     block = uniform.shape[2]
@@ -3738,12 +3809,13 @@ def unmask(
         token = draw(logits, uniform[rows, this_pass[:, 0]], c)
 
         # Sure is what had a high probability at temperature 1, whatever temperature drew it.
-        sure = log_softmax(logits, 1.0, c).gather(-1, token[..., None])[..., 0]
+        sure = of_tokens(log_softmax(logits, 1.0, c), token)
         drawn = sure
         if c.temperature not in (0, 1):
-            drawn = log_softmax(logits, c.temperature, c).gather(-1, token[..., None])[..., 0]
+            drawn = of_tokens(log_softmax(logits, c.temperature, c), token)
         sure = sure.masked_fill(~is_open, -torch.inf)
-        rank = sure.argsort(dim=1, descending=True, stable=True).argsort(1)
+        surest_first = sure.argsort(dim=1, descending=True, stable=True)
+        rank = surest_first.argsort(1)  # of each place: 0 for the surest
         chosen = rank < n_open - stay_open
         at = (rows[:, None], place)
         canvas[at] = torch.where(chosen, token, canvas[at])
@@ -3781,11 +3853,12 @@ def estimate_diffusion(model: Transformer, b: Rollout, c: Config) -> tuple[Tenso
 
     Tokens that were written in the same pass share a canvas, and so do responses that begin alike;
     each canvas is read once. When b.logp is known, what can change little keeps it and is not read:
-    tokens without a rival, and where beta is 0 the responses without an advantage.
+    tokens without a rival, and where beta is 0 the responses without an advantage. That the sampler
+    chose this place is not counted.
     DEVIATION: arXiv 2504.12216 reads all tokens on a canvas of MASKs only, as if none of them were
-    there yet. That is one pass, but it underrates what follows from other tokens: after 25 updates
-    59 % of the test problems are right, and 84 % with these log-probs. That the sampler chose this
-    place is not counted; with it, it is 81 %.
+    there yet. That is one pass, but it underrates what follows from other tokens. After 25 updates
+    59 % of the test problems are right with it, 84 % with these log-probs, and 81 % if the choice
+    of the place counts too.
     """
     is_read = (b.mask > 0) & (b.order >= 0)
     if b.logp is None:
@@ -3799,9 +3872,10 @@ def estimate_diffusion(model: Transformer, b: Rollout, c: Config) -> tuple[Tenso
     row, place = is_read.nonzero(as_tuple=True)  # (n,) the tokens that are read
     canvas = canvas_before(b.response[row], b.order[row], b.order[row, place], c)  # (n, R)
     hidden, which = read_once(model, b.prompt[row], canvas)
-    token = b.response[row, place, None]
-    found = log_softmax(model.lm_head(hidden[which, place]), c.temperature, model.config)
-    return logp.index_put((row, place), found.gather(-1, token)[:, 0]), None
+    logits = model.lm_head(hidden[which, place])  # (n, V)
+    of_all = log_softmax(logits, c.temperature, model.config)
+    found = of_tokens(of_all, b.response[row, place])
+    return logp.index_put((row, place), found), None
 
 
 def some_pass(b: Rollout, generator: torch.Generator) -> Tensor:
@@ -3818,9 +3892,9 @@ def some_pass(b: Rollout, generator: torch.Generator) -> Tensor:
 # ---- provers: (state, rollouts, pass (B,), c, generator) -> a Rollout with some branches of each
 #
 # A prover finishes the canvas that a response was before a pass. The share of its answers that are
-# right is V in (6), the prospects of the canvas. If the policy itself goes on where it was, then
-# (6) tells it on average what its own answers tell it already, arXiv 2410.08146. So a useful prover
-# does something else.
+# right are the prospects of the canvas, the V of (6). If the policy itself goes on where it was,
+# then (6) tells it on average what its own answers tell it already, arXiv 2410.08146. So a useful
+# prover does something else.
 
 
 def same_canvas(
@@ -3896,8 +3970,8 @@ def denoise_advantage(
     """(7) the denoising process reward; all (B,).
 
     branch_reward: the prospects of a canvas of each response. They count only where the response
-    beats its group, and may be NaN elsewhere. For those of the empty canvas the paper takes the
-    accuracy of the group, whoever the prover is.
+    beats its group, and may be NaN elsewhere. As the prospects of the empty canvas the paper takes
+    the accuracy of the group, whoever the prover is.
     """
     # adv = reward - mean reward of the group
     # (6) progress = prospects of the canvas before pass p - accuracy of the group
@@ -3918,10 +3992,10 @@ def outcome(state: PPOState, task: Task, b: Rollout, reward: Tensor, c: DenoiseC
 def process(state: PPOState, task: Task, b: Rollout, reward: Tensor, c: DenoiseConfig) -> Tensor:
     """(7) more for a response that was on the right way at a random pass, less for a wrong way.
 
-    In arithmetic it loses: (6) compares the short tail with the policy, which is far better, so D
-    is negative for most right answers. After 25 updates 49 % of the test problems are right, and
-    84 % with the outcome alone. With V dealt to other right answers at random it is 66 %: half of
-    the harm is done by the weight, whatever the prover says.
+    In arithmetic it loses: (6) compares the short tail with the policy, which is far better, so the
+    progress is negative for most right answers. After 25 updates 49 % of the test problems are
+    right, and 84 % with the outcome alone. With the prospects dealt to other right answers at
+    random it is 66 %: half of the harm is done by the weight, whatever the prover says.
     """
     better = group_advantage(reward, b.group, "mean") > 0
     _, half_way = prospects(state, task, b, better, c)
@@ -3964,7 +4038,7 @@ def denoise(
         # 3. credit
         b.adv = DENOISE_ARMS[c.arm](state, task, b, reward.sum(1), c)
 
-        # 4. update
+        # 4. update: the loss is that of grpo
         metrics = policy_update(state, b, PPO_ARMS["grpo"], c, estimate)
         state.update += 1
         state.samples += len(prompt)
@@ -4176,7 +4250,7 @@ def own_rows(x: Tensor) -> Tensor:
 
 
 def over_ranks(x: Tensor) -> Tensor:
-    """The sum over all processes, in place. So every count, mean and moment is global."""
+    """The sum over all processes, in place: so sums, and means of them, are those of the whole."""
     if dist.is_initialized():
         dist.all_reduce(x)
     return x

@@ -1805,7 +1805,7 @@ TO_LOWER = {
     "sample": "--prompts or --samples",
     "annotate": "--micro",
     "pair_logprobs": "--micro",
-    "likelihoods": "--micro",
+    "logprobs_in_parts": "--micro",
     "read": "--micro",
 }
 # What Python takes with torch loaded, in bytes.

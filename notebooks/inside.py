@@ -126,12 +126,11 @@ def label_quality(
     table[:, which[:, 0], which[:, 1]] = torch.stack(nr.check_traces(task, b, ends, which, traces))
     table[:, torch.arange(len(ends)), ends.argmax(1)] = (nr.grades(task, b) > 0.5)[:, None]
     success, uses = table
-    made = {
-        f"K = {k}": nr.rollout_labels(success[..., :k], uses[..., :k]) for k in (1, 2, 4, 8, 16)
-    }
+    both = success & uses
+    made = {f"K = {k}": nr.rollout_labels(both[..., :k]) for k in (1, 2, 4, 8, 16)}
     made["no consistency"] = nr.rollout_labels(success[..., :8])
-    made["no propagation"] = (success & uses)[..., :8].any(-1)
-    made["mean above 1/2"] = (success & uses)[..., :8].float().mean(-1) > 0.5
+    made["no propagation"] = both[..., :8].any(-1)
+    made["mean above 1/2"] = both[..., :8].float().mean(-1) > 0.5
     found = {}
     for name, label in made.items():
         found[name] = {"precision": share(good[label & step]), "recall": share(label[good & step])}

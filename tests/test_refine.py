@@ -52,7 +52,7 @@ def test_a_coin_flipping_student_gives_the_label_of_any_of_k(v, K):
 def test_propagation_is_monotone_and_idempotent(seed):
     g = nr.rng(seed, "labels")
     success, uses = torch.rand(2, 9, 5, 3, generator=g) < 0.3
-    labels = nr.rollout_labels(success, uses)
+    labels = nr.rollout_labels(success & uses)
     assert (labels[:, 1:] <= labels[:, :-1]).all()
     assert torch.equal(nr.rollout_labels(labels[..., None]), labels)
     # good until the last prefix with a trace
@@ -258,18 +258,6 @@ def test_step_scores_read_the_prefix_unshifted_and_nothing_behind_it(heads):
     score = heads.sorm.head(hidden[:, -1]) + heads.sorm.logp_weight * logp
     assert torch.allclose(score, a[1, :, 1], atol=1e-4)
     assert not torch.allclose(a[0], a[1])
-
-
-def test_padding_and_batch_order_change_no_step_score(heads):
-    prompts = ["37+5*3=", "8+1=", "90*2-7+1="]
-    texts = ["37+5=42;42*3=26;#26<eos>", "#9<eos>", "90*2=80;80-7=73;73+1=74;#74<eos>"]
-    together = scores_of(heads, prompts, texts)
-    turned = scores_of(heads, prompts[::-1], texts[::-1]).flip(1)
-    for i, (x, y) in enumerate(zip(prompts, texts, strict=True)):
-        alone = scores_of(heads, [x], [y])[:, 0]
-        n = alone.shape[1]
-        assert torch.allclose(together[:, i, :n], alone, atol=1e-4)
-        assert torch.allclose(turned[:, i, :n], alone, atol=1e-4)
 
 
 def test_micro_batches_of_labelled_drafts_change_nothing(heads):

@@ -16,6 +16,7 @@ import nanoreward as nr
 import train_small
 from data.arithmetic import Arithmetic
 from notebooks import denoise, inside, preferences
+from tests import check_mutations
 from tests.conftest import ROOT
 
 MAIN = (ROOT / "nanoreward.py").read_text()
@@ -286,13 +287,6 @@ def test_the_readmes_last_lines_are_those_of_the_main_job():
     assert f"{seconds['seconds to the first trained result']:.0f} s" in RESULTS
 
 
-@pytest.mark.parametrize(
-    "path", [".ci/run", "pyproject.toml", "LICENSE", "data/README.md", "tests/mutations.md"]
-)
-def test_the_files_of_the_layout_exist(path):
-    assert (ROOT / path).exists()
-
-
 def test_ci_runs_exactly_the_readmes_test_command():
     command = re.search(r"<!-- tests -->\s+```sh\n(.+?)\n```", README, re.S)[1]
     assert command in (ROOT / ".ci" / "run").read_text()
@@ -369,3 +363,13 @@ def test_links_to_a_heading_of_a_page_lead_to_one():
                 checked += 1
                 assert heading in headings(target), (path, link, heading)
     assert checked >= 20
+
+
+def test_every_row_of_the_mutations_names_a_line_and_a_test_that_are_there():
+    found = list(check_mutations.rows())
+    assert len(found) > 600
+    for file, line, broken, test in found:
+        assert (ROOT / file).read_text().count(line) == 1 and line != broken, (file, line)
+        name, _, function = test.partition("::")
+        text = (ROOT / "tests" / name).read_text()
+        assert f"def {function.partition('[')[0]}" in text, test

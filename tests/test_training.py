@@ -86,19 +86,6 @@ def test_prompt_tokens_and_padding_are_not_trained(model):
     assert (hidden.grad[eos].abs().sum(-1) > 0).all()
 
 
-def test_fit_warms_up_decays_and_learns():
-    model = nr.Transformer(TINY, nr.rng(0, "init"))
-    state = nr.Fit([model], nr.optimizers([model], 3e-3, 0.02))
-    batches = nr.gpt_batches(model, nr.task_demos(TASK, TINY), TINY)
-    logs = list(nr.fit(state, batches, 60, TINY, warmup=10))
-    lr = [m["lr"] for m in logs]
-    assert lr[0] == pytest.approx(3e-4)
-    assert max(lr) == lr[9]
-    assert lr[-1] == pytest.approx(3e-3 / 60)
-    assert logs[-1]["loss"] < 0.7 * logs[0]["loss"]
-    assert state.update == 60
-
-
 def test_demonstrations_train_response_tokens_incl_eos():
     config = nr.replace(TINY, demos=50)
     model = rough(config)
@@ -138,44 +125,6 @@ def test_accuracy_grades_the_text_of_its_own_samples(model):
 
 
 # ---- state -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "shape", [{}, dict(tied=True), dict(family="qwen2", kv_heads=1), dict(family="qwen3")]
-)
-def test_model_folder_round_trip(tmp_path, shape):
-    model = rough(nr.replace(TINY, **shape))
-    model.save(tmp_path / "m")
-    again = nr.Transformer.load(tmp_path / "m")
-    ids = random_batch(TINY)[0]
-    assert torch.equal(model(ids), again(ids))
-    assert sorted(p.name for p in (tmp_path / "m").iterdir()) == [
-        "config.json",
-        "model.safetensors",
-    ]
-
-
-@pytest.mark.parametrize(
-    "damage", ["no folder", "no weights", "cut weights", "bad json", "other shape"]
-)
-def test_a_damaged_model_folder_is_one_clear_line(tmp_path, model, damage):
-    folder = tmp_path / "m"
-    model.save(folder)
-    weights = folder / "model.safetensors"
-    about = folder / "config.json"
-    if damage == "no folder":
-        folder = tmp_path / "other"
-    if damage == "no weights":
-        weights.unlink()
-    if damage == "cut weights":
-        weights.write_bytes(weights.read_bytes()[:-100])
-    if damage == "bad json":
-        about.write_text("{")
-    if damage == "other shape":
-        about.write_text(about.read_text().replace('"hidden_size": 32', '"hidden_size": 64'))
-    with pytest.raises(nr.UserError, match="no model folder") as caught:
-        nr.Transformer.load(folder)
-    assert "\n" not in str(caught.value)
 
 
 def test_what_is_loaded_comes_to_the_device_that_is_named(tmp_path, model):
@@ -355,11 +304,6 @@ def test_score_sits_on_the_last_real_token_and_a_missing_eos_gets_the_penalty():
     expected[2, 1] = expected[3, TINY.response - 1] = -1
     assert torch.allclose(reward, expected)
     assert ((reward != 0) <= (rollout.mask > 0)).all()
-
-
-def test_grades_are_the_tasks():
-    rollout = rollout_of(["#42<eos>", "37+5=42;#41<eos>", "#42"])
-    assert nr.grades(TASK, rollout).tolist() == [1, 0, 0]
 
 
 def scored(model, seed=0, logp_weight=0.7):
@@ -606,7 +550,7 @@ def test_without_beta_the_reference_reads_a_few_rollouts_and_the_kl_is_theirs(mo
     monkeypatch.setattr(nr, "KL_ROWS", 5)
     b = nr.annotate(state, sampled, config)
     read = torch.arange(len(prompt)) < (len(prompt) if beta > 0 else 5)
-    assert torch.equal(nr.compared(b, config), read)
+    assert torch.equal(nr.read_by_reference(b, config), read)
     assert torch.allclose(b.ref_logp[read], all_rows.ref_logp[read], atol=1e-5)
     assert torch.equal(b.ref_logp[~read], b.logp[~read])
     assert torch.equal(b.logp, all_rows.logp) and torch.equal(b.value, all_rows.value)
@@ -747,14 +691,6 @@ def test_clipfrac_counts_what_the_clip_stops_and_nothing_else():
     _, metrics = loss(torch.arange(4))
     assert 4 < seen[0] < float(denom) - 4
     assert float(metrics["clipfrac"]) == pytest.approx(seen[0] / float(denom))
-
-
-def test_learned_reward_and_truth_are_logged_apart(model):
-    config = nr.replace(TINY, reward="learned", updates=2)
-    state = nr.start_ppo(model, config)
-    state.models = {"scorer": scored(rough(TINY, 1))}
-    logs = list(nr.ppo(state, TASK, config))
-    assert all(m["reward"] != m["truth"] and m["truth"] <= 1 for m in logs)
 
 
 def test_an_optimizer_step_is_divided_by_the_count_that_its_arm_makes_of_all_its_rows(monkeypatch):
