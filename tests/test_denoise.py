@@ -1,6 +1,5 @@
 """The denoising process reward: log-probs, shared and fresh continuations, credits, the loop."""
 
-from functools import partial
 from itertools import product
 from math import exp, log
 
@@ -315,25 +314,6 @@ def test_each_pass_over_a_batch_reads_the_log_probs_of_its_own_mask(monkeypatch)
     assert len(seen) == 3 and max(off) < 1e-4
     assert prompts[0] != prompts[1] != prompts[2] != prompts[0]
     assert responses[0] == responses[1] == responses[2]
-
-
-def test_each_pass_over_a_batch_reads_all_of_it_once(monkeypatch):
-    config = nr.replace(FULL, epochs=3, minibatch=9, micro=4, updates=1)
-    seen = []
-
-    def objective(logp, value, b, denom, c):
-        rows = torch.cat([b.prompt, b.logp[:, :4].detach()], 1)
-        seen.append((rows.tolist(), float((logp - b.logp).detach().abs().max())))
-        return 0.0 * logp.sum()  # nothing moves: every pass must find the ratio at 1
-
-    grpo = nr.replace(nr.PPO_ARMS["grpo"], objective=objective)
-    monkeypatch.setitem(nr.PPO_ARMS, "grpo", grpo)
-    list(nr.denoise(started(config), TASK, config))
-    assert all(off < 1e-4 for _, off in seen)
-    rows = [row for part, _ in seen for row in part]
-    passes = [rows[i : i + 24] for i in range(0, len(rows), 24)]
-    assert len(passes) == 3 and sorted(passes[0]) == sorted(passes[1]) == sorted(passes[2])
-    assert passes[0] != passes[1] != passes[2] != passes[0]  # each has an order of its own
 
 
 def test_a_canvas_is_never_cut_behind_its_end():
@@ -841,7 +821,7 @@ FOR_ALL = ("segments", "no_indicator")
 
 @pytest.mark.parametrize(
     "arm, seed",
-    [(arm, seed) for arm in nr.DENOISE_ARMS for seed in range(1 + (arm not in FOR_ALL))],
+    [(arm, seed) for arm in nr.DENOISE_ARMS for seed in range(1 + (arm in ("outcome", "process")))],
 )
 def test_probe_every_credit_learns_what_is_paid(arm, seed, no_penalty):
     prover = "same_canvas" if arm in FOR_ALL else "short_tail"
@@ -854,16 +834,3 @@ def test_probe_every_credit_learns_what_is_paid(arm, seed, no_penalty):
 @pytest.mark.parametrize("estimate", ESTIMATES)
 def test_probe_every_likelihood_learns_it_too(estimate, no_penalty):
     assert learned(estimate, seed=0)[1]["reward"] > 0.8
-
-
-@pytest.mark.parametrize("loop", [nr.denoise, partial(denoise.denoise_masked, share=0.3)])
-def test_micro_batches_change_nothing_but_rounding(loop):
-    weights = []
-    for micro in (5, 100):
-        config = nr.replace(FULL, micro=micro, updates=2)
-        state = started(config)
-        list(loop(state, Odd(1, 1), config))
-        weights.append(torch.cat([p.detach().flatten() for p in state.policy.parameters()]))
-    before = torch.cat([p.detach().flatten() for p in started().policy.parameters()])
-    assert torch.allclose(*weights, atol=1e-4)
-    assert not torch.allclose(weights[0], before, atol=1e-4)  # though they have moved

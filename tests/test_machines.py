@@ -871,11 +871,6 @@ def test_every_arm_that_compares_within_groups_says_when_all_of_them_are_flat():
     assert said == {key: key[1] != "gae" for key in said} and len(said) == 8
 
 
-def test_the_leash_of_seq2seq_is_a_flag():
-    configs = front.configs_of(["seq2seq"], "smoke", {"beta": 0.3})
-    assert configs["seq2seq"].beta == 0.3
-
-
 @pytest.mark.parametrize("name", list(nr.METHODS))
 def test_a_response_that_decodes_to_nothing_is_shown(name):
     """Also where all responses do."""

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from data import sums
 from tests.conftest import ROOT
 from tests.test_sums import write_chat_folder
 
-pytest.importorskip("trl")
+if find_spec("trl") is None:  # it is used by other processes, and to import it takes long
+    pytest.skip("trl is not installed", allow_module_level=True)
 # The two examples of data/README.md: a script for TRL, and a reward for verl.
 EXAMPLES = re.findall(r"```python\n(.+?)```", (ROOT / "data" / "README.md").read_text(), re.S)
 # A step of TRL is compared with what our grader says of the ids that TRL has sampled. Its groups

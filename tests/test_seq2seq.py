@@ -95,22 +95,6 @@ def test_a_response_that_never_ends_gets_the_penalty_of_every_signal():
     assert reward.sum(1).tolist() == pytest.approx([28 + nr.NO_EOS, 4.0], abs=1e-5)
 
 
-def test_padding_and_batch_order_change_no_token_reward():
-    state = SimpleNamespace(models={"rewriter": rough(WIDE)})
-    prompts = ["37+5*3=", "8+1=", "90*2-7+1="]
-    texts = ["37+5=42;42*3=26;#26<eos>", "#9<eos>", "90*2=80;80-7=73;73+1=74;#74<eos>"]
-
-    def scored(rows, micro):
-        b = rollout_of([prompts[i] for i in rows], [texts[i] for i in rows])
-        return nr.agreement(state, TASK, b, NONE[: len(rows)], nr.replace(WIDE, micro=micro))
-
-    whole = scored([0, 1, 2], 64)
-    assert torch.allclose(scored([2, 0, 1], 2), whole[[2, 0, 1]])
-    for i in range(3):
-        assert torch.allclose(scored([i], 64)[0], whole[i])
-    assert not whole.isnan().any() and not torch.equal(whole[0], whole[2])
-
-
 def test_the_rewriter_learns_to_mend_and_to_leave_alone():
     pairs = [("37+5=", "37+5=42;#42<eos>", "#37<eos>"), ("8+1=", "8+1=9;#9<eos>", "8+1=8;#8<eos>")]
     demos = nr.rewriting_demos(TASK, pairs, WIDE)

@@ -25,17 +25,6 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def test_the_three_splits_never_overlap_and_are_what_split_says():
-    drawn = {
-        s: set(TASK.prompts(3000, generator(i), s)) for i, s in enumerate(["train", "dev", "test"])
-    }
-    assert not drawn["train"] & drawn["dev"] and not drawn["train"] & drawn["test"]
-    assert not drawn["dev"] & drawn["test"]
-    assert all(TASK.split(p) == s for s, ps in drawn.items() for p in ps)
-    shares = [TASK.split(p) for p in Arithmetic(1, 1).prompts(2000, generator(9))]
-    assert set(shares) == {"train"}
-
-
 def test_demonstrations_come_from_the_training_split():
     assert all(TASK.split(TASK.demo(generator(i))[0]) == "train" for i in range(200))
 
@@ -76,21 +65,6 @@ def test_careful_demonstrations_are_right_and_text_survives_tokens(seed):
     assert all(task.step_ok(prompt, [s for s, _ in steps])) and len(steps) == len(parse(prompt)[1])
     assert [int(task.result(s)) for s, _ in steps] == task.truth(prompt)
     assert all(task.decode(ids[: end + 1]).endswith(s) for s, end in steps)
-
-
-def test_habits_depend_on_the_problem():
-    def respond(prompt):
-        return [TASK.respond(prompt, generator(i)) for i in range(400)]
-
-    def guessed(prompt):
-        return sum(response.startswith("#") for response in respond(prompt)) / 400
-
-    def forgot(prompt, wrong):
-        return sum(wrong in response for response in respond(prompt)) / 400
-
-    assert guessed("90+1=") > 0.7 and guessed("10+1=") < 0.2
-    assert forgot("17+9=", "=16;") > 0.6 and forgot("18+3=", "=11;") < 0.3
-    assert sum(TASK.grade("17+9=", r) for r in respond("17+9=")) / 400 < 0.4
 
 
 PROMPT = "37+5*3="  # = 26
@@ -188,16 +162,6 @@ def test_step_truth_and_rubric_by_hand():
         ]
     }
     assert list(points.values()) == [5, 4, 4, 2, 1, 3, 0]
-
-
-def test_preferences_carry_the_planted_weakness():
-    pairs = TASK.preferences(4000, generator())
-    assert all(TASK.split(p) == "train" for p, _, _ in pairs)
-    round_one = [(w.endswith("0<eos>"), lo.endswith("0<eos>")) for _, w, lo in pairs]
-    only = [w for w, lo in round_one if w != lo]
-    assert len(only) > 300 and sum(only) / len(only) > 0.85  # fooled = .9
-    other = [(p, w, lo) for (p, w, lo), (a, b) in zip(pairs, round_one, strict=True) if a == b]
-    assert all(TASK.grade(p, w) >= TASK.grade(p, lo) for p, w, lo in other)
 
 
 def test_the_judge_reads_ids_and_writes_each_true_result_then_the_score():

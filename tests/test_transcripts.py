@@ -1,5 +1,6 @@
 """What a run writes down to be looked at, the conversation with it, and what it says at work."""
 
+import contextlib
 import io
 import json
 import math
@@ -36,12 +37,34 @@ def cache(tmp_path_factory):
 def tour(tmp_path_factory, cache):
     """A smoke run of every method, in this process."""
     out = tmp_path_factory.mktemp("runs") / "tour"
-    assert front.main(["--config", "smoke", "--out", str(out), "--cache", str(cache)]) == 0
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        assert front.main(["--config", "smoke", "--out", str(out), "--cache", str(cache)]) == 0
+    (out.parent / "said").write_text(said.getvalue())
     return out
 
 
 def lines(out, name):
     return [json.loads(line) for line in (out / name).read_text().splitlines()]
+
+
+def test_the_tour_runs_every_method_and_each_of_them_answers(tour, capsys):
+    said = (tour.parent / "said").read_text()
+    summary = json.loads((tour / "summary.json").read_text())
+    assert [r["loop"] for r in summary["results"]] == list(nr.METHODS)
+    assert set(json.loads((tour / "config.json").read_text())["configs"]) == set(nr.METHODS)
+    table = front.table(summary["results"])
+    assert table in said and all(f"\n{name} " in table for name in nr.METHODS)
+    # `sample` reads the models back and answers what the run answered at its end
+    last = {m["loop"]: m["step"] for m in lines(tour, "metrics.jsonl")}
+    for shown in lines(tour, "samples.jsonl"):
+        if shown["step"] == last[shown["loop"]]:
+            prompt = shown["prompt"]
+            assert (
+                front.main(["sample", str(tour), "--loop", shown["loop"], "--prompt", prompt]) == 0
+            )
+            word = "right" if shown["reward"] else "wrong"
+            assert capsys.readouterr().out == f"{prompt} {shown['response']}  {word}\n"
 
 
 # ---- tasks: the right way, and the order in which people read ------------------------------------
