@@ -76,7 +76,6 @@ ARMS: dict[str, dict[str, Any]] = {
     "canvas": PROCESS | CANVAS,
     "base": PROCESS | {"prover": "frozen_base"},
     "once": PROCESS | ONCE,
-    "best_of_4": CANVAS | {"arm": "best_of_four"},
     "n1": PROCESS | {"branches": 1},
     "n9": PROCESS | {"branches": 9},
     # (7) with D against what the prover itself makes of the empty canvas.
@@ -96,7 +95,6 @@ ARMS: dict[str, dict[str, Any]] = {
     # Other credits.
     "no_indicator": CANVAS | {"arm": "no_indicator"},
     "segments": CANVAS | {"arm": "segments"},
-    "read_along": {"arm": "read_along"},
 }
 TITLES = {
     "outcome": "the outcome alone",
@@ -111,7 +109,6 @@ TITLES = {
     "canvas": "(7), same canvas: the null prover",
     "base": "(7), the frozen base on the same canvas",
     "once": "(7), all at once, nothing drawn",
-    "best_of_4": "(7), same canvas, best of four",
     "n1": "(7), short tail, N = 1",
     "n9": "(7), short tail, N = 9",
     "own_tail": "(7), short tail, D against its own start",
@@ -127,7 +124,6 @@ TITLES = {
     "short": "control: more for short right answers",
     "no_indicator": "same canvas, without the indicator",
     "segments": "same canvas, each stretch its own",
-    "read_along": "A, and what each token did to the answer at once",
 }
 LIKELIHOODS = ("mean_field", "coupled", "outcome", "with_place")
 # The controls of each arm that asks a prover, beside those of all of them. What a prover tells is
@@ -139,8 +135,8 @@ CONTROLS = {
     "own_once": ("own_once_shuffled", *OF_ALL),
     "paid_once": ("paid_shuffled", *OF_ALL),
 }
-CONTROLS |= dict.fromkeys(("canvas", "base", "once", "best_of_4"), OF_ALL)
-CONTROLS |= dict.fromkeys(("no_indicator", "segments", "read_along"), OF_ALL)
+others = ("canvas", "base", "once", "no_indicator", "segments")
+CONTROLS |= dict.fromkeys(others, OF_ALL)
 # Arms that `claims.py` runs, at sizes of its own.
 SMALL_ONLY = ("mu8", "bound", "bounds")
 EVERY = ("provers", *(arm for arm in ARMS if arm not in SMALL_ONLY))
@@ -215,17 +211,6 @@ def changed_process(change: Change, own: bool = False) -> Credit:
     return credit
 
 
-def best_of_four(
-    state: nr.PPOState, task: nr.Task, b: nr.Rollout, reward: Tensor, c: nr.DenoiseConfig
-) -> Tensor:
-    """(7) where a prover may try four times, V -> 1 - (1 - V)^4: at small V that is four V."""
-    adv = nr.group_advantage(reward, b.group, "mean")
-    better = adv > 0
-    _, value = nr.prospects(state, task, b, better, c)
-    progress = (1 - nr.group_accuracy(reward, b.group)) ** 4 - (1 - value) ** 4
-    return torch.where(better, adv + c.process_weight * progress, adv)[:, None] * b.mask
-
-
 def paid_by_prospects(change: Change) -> Credit:
     """r (1 + weight change(V)) against the mean of the group.
 
@@ -291,47 +276,11 @@ def segments(
     return torch.where(b.order < p[:, None], before[:, None], after[:, None]) * b.mask
 
 
-def read_at_once(policy: nr.Transformer, task: nr.Task, b: nr.Rollout, c: nr.Config) -> Tensor:
-    """(B, canvases) whether what would be written at once on each of its canvases is right.
-
-    They are those before each pass. Behind the last pass that counts it is the response itself.
-    """
-    B = len(b.order)
-    last = (b.order * b.mask).amax(1).long()
-    canvases = int(last.max()) + 2
-    which_row = torch.arange(B).repeat_interleave(canvases)
-    p = torch.minimum(torch.arange(canvases).repeat(B), last[which_row] + 1)
-    canvas = nr.canvas_before(b.response[which_row], b.order[which_row], p, c)
-    both = torch.cat([b.prompt[which_row], canvas], dim=1)
-    unique, which = both.unique(dim=0, return_inverse=True)
-    right = []
-    for part in unique.split(c.micro):
-        prompt, canvas = part.tensor_split([b.prompt.shape[1]], dim=1)
-        said = nr.fill_at_once(policy, prompt, canvas, c)
-        for x, y in zip(prompt.tolist(), said.tolist(), strict=True):
-            right.append(task.grade(task.decode(x), task.decode(y)))
-    return torch.tensor(right)[which].view(B, canvases)
-
-
-def read_along(
-    state: nr.PPOState, task: nr.Task, b: nr.Rollout, reward: Tensor, c: nr.DenoiseConfig
-) -> Tensor:
-    """Every token of every response gets A, and what it did to the answer that is read at once.
-
-    As process advantages of arXiv 2410.08146: each token has its own, and nothing more is drawn.
-    """
-    adv = nr.group_advantage(reward, b.group, "mean")
-    change = read_at_once(state.policy, task, b, c).diff(dim=1)
-    own = change.gather(1, b.order.clamp(min=0, max=change.shape[1] - 1))
-    return (adv[:, None] + c.process_weight * own) * b.mask
-
-
 nr.DENOISE_ARMS |= {
     "constant": changed_process(constant),
     "shuffled": changed_process(shuffled),
     "own": changed_process(unchanged, own=True),
     "own_shuffled": changed_process(shuffled, own=True),
-    "best_of_four": best_of_four,
     "paid": paid_by_prospects(unchanged),
     "paid_shuffled": paid_by_prospects(shuffled),
     "short": short,
@@ -339,7 +288,6 @@ nr.DENOISE_ARMS |= {
     "right_only": right_only,
     "no_indicator": no_indicator,
     "segments": segments,
-    "read_along": read_along,
 }
 
 
@@ -679,17 +627,15 @@ def direction_of_own(arm: str, policy: nr.Transformer, task: nr.Task, c: nr.Deno
 
 
 def steps_and_answers(task: nr.Task, test: list[str], b: nr.Rollout) -> dict[str, float]:
-    """Of right answers, how many have steps that hold a whole right way; of wrong ones the same."""
-    found: dict[bool, list[bool]] = {True: [], False: []}
+    """Of right answers, how many have steps that hold a whole right way."""
+    found = []
     for x, y in zip(test, b.response.tolist(), strict=True):
         text = task.decode(y)
-        steps = [step for step, _ in task.steps(task.encode([text])[0])]
-        whole = sum(task.step_ok(x, steps)) == len(task.truth(x))  # aimless ones may stand between
-        found[task.grade(x, text) == 1].append(whole)
-    return {
-        "right answers with right steps": mean(found[True] or [math.nan]),
-        "wrong answers with right steps": mean(found[False] or [math.nan]),
-    }
+        if task.grade(x, text) == 1:
+            steps = [step for step, _ in task.steps(task.encode([text])[0])]
+            # Aimless steps may stand between the others.
+            found.append(sum(task.step_ok(x, steps)) == len(task.truth(x)))
+    return {"right answers with right steps": mean(found or [math.nan])}
 
 
 def transcripts(
@@ -738,11 +684,9 @@ def measure(
         looked = nr.accuracy(policy, task, dev, c) if look else None
         curve.append([state.samples, round(m["truth"], 4), looked])
     found["nats above the base"] = m["kl"]
-    seen = [x[2] for x in curve if x[2] is not None]
     found["seconds of training"] = round(time.time() - training, 1)
     found["samples"] = state.samples
     found["curve"] = curve
-    found["largest drop"] = max(max(seen[: i + 1]) - x for i, x in enumerate(seen))
 
     by_passes = {k: nr.accuracy(policy, task, test, each) for k, each in fewer(c).items()}
     found["greedy, passes a block"] = by_passes

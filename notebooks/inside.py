@@ -2,7 +2,7 @@
 
 `refine`: ORM and SORM against the truth of every step, their labels, and what the refiners mend,
 beside solvers that learn from the same traces and never see a draft. `hidden`: the same with scores
-of hidden vectors alone. `converged`: a student that has learned as much as its refiners.
+of hidden vectors alone.
 What must hold, written before the runs, each by an interval above zero: the ORM's choice beats the
 draft, the best of three drafts and the better refiner; the best of three beats the draft; the SORM
 beats the ORM in step accuracy; the ORM's area under the curve is larger with log-probs than
@@ -58,7 +58,6 @@ PLANTED = ("none", "round", "long", "refusal")
 REFINE: dict[str, dict[str, Any]] = {
     "refine": {},
     "hidden": {"logp_weight": 0.0},
-    "converged": {"start_data": 2048, "start_updates": 100},
 }
 LABELLERS = (*PLANTED, "coin", "short")
 ARMS = (*REFINE, *LABELLERS)
@@ -175,17 +174,14 @@ def scorer_quality(
         p = s.sigmoid()
         missed = s < 0
         at = {i: step & (position == i) for i in (1, 2, 3)}
-        known = {i: step & ~value.isnan() & (position == i) for i in (1, 2, 3)}
         found[name] = {
             "step accuracy": share((s > 0)[step] == good[step]),
-            "step auc": auc(s[step], good[step]),
             "first error": share((blamed(s, step) == first)[~right]),
             "final accuracy": share((s[whole] > 0) == right),
             "final auc": auc(s[whole], right),
             "missed, V^pi above 1/2": share(missed[step & good & (value > 0.5)]),
             "missed, V^pi below 1/2": share(missed[step & good & (value <= 0.5)]),
             "calibration": [[share(p[rows]), share(good[rows])] for rows in at.values()],
-            "against V^pi": [[share(p[rows]), share(value[rows])] for rows in known.values()],
         }
     for name, s in (("balanced", score[1]), ("not balanced", other)):
         both = torch.stack([s.sigmoid()[step], position[step].float()])
@@ -482,17 +478,11 @@ def controls(
     task: nr.Task,
     test: list[str],
     pairs: list[tuple[str, str, str]],
-    rewriter: nr.Transformer,
     errors: Injected,
     fresh: Callable[[], nr.Transformer],
 ) -> dict[str, Any]:
-    """The rewriter as a solver, DPO on the same pairs, rewriters of one mapping only."""
+    """DPO on the same pairs, and rewriters of one mapping only."""
     found: dict[str, Any] = {}
-    greedy = replace(c, temperature=0.0)
-    draft = nr.sample(fresh(), nr.encode_prompts(task, test, c), greedy)
-    again = nr.rewritten(rewriter, task, draft, [None] * len(test), greedy, None)
-    both = zip(test, again, strict=True)
-    found["rewritten"] = mean(task.grade(x, task.decode(y)) for x, y in both)
     found["DPO on the pairs"] = outcome(dpo_on(fresh(), task, pairs, dpo), task, test, c)
 
     demos = nr.rewriting_demos(task, pairs, c)
@@ -570,7 +560,6 @@ def measure_seq2seq(
     rewriter = models[SEQ]["rewriter"]
     found: dict[str, Any] = {"base": outcome(fresh(), task, test, c)}
     pairs = nr.labelled_pairs(task, c)
-    found["preferred right"] = mean(task.grade(x, y) for x, y, _ in pairs)
     demos = nr.encode_demos(task, [(x, y) for x, y, _ in pairs], c)
     taught = fresh()
     trained(taught, nr.gpt_batches(taught, demos, c), c.reward_updates, c)
@@ -581,7 +570,7 @@ def measure_seq2seq(
     likely = errors.quality(partial(falls, models[LIKELY]["scorer"]))
     found |= {f"{name}, with log-probs": x for name, x in likely.items()}
     if c.planted == "round":
-        found |= controls(c, dpo, task, test, pairs, rewriter, errors, fresh)
+        found |= controls(c, dpo, task, test, pairs, errors, fresh)
     return found | paid_by_each(c, scalar, task, test, models, fresh)
 
 
@@ -663,7 +652,7 @@ def placed(whom: str, who: str = "local") -> tuple[str, str]:
 def refine_tables(kept: dict) -> list[str]:
     """Scorers, refiners and labels."""
     there = [arm for arm in REFINE if arm in kept]
-    titles = {"refine": "", "hidden": "hidden vectors alone: ", "converged": "converged student: "}
+    titles = {"refine": "", "hidden": "hidden vectors alone: "}
     heads = ("ORM", "SORM", "SORM minus ORM")
     lines = head(
         "on held-out drafts of the student", *(titles[a] + h for a in there for h in heads)
@@ -683,7 +672,6 @@ def refine_tables(kept: dict) -> list[str]:
         lines.append(row(title, *cells))
 
     names = {"refine": "with log-probs", "hidden": "hidden vectors alone"}
-    names["converged"] = "converged student"
     lines += head("right, greedy, test problems", *(names[arm] for arm in there))
     for title, key in (
         ("the student's draft", "greedy"),

@@ -18,16 +18,13 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from itertools import combinations
 from math import isnan
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
-from scipy.stats import kendalltau, spearmanr
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,42 +50,6 @@ OUT = ROOT / "notebooks" / "results" / "preferences.json"
 
 
 # ---- loops that only stand here -----------------------------------------------------------------
-
-
-def rest_em(state: nr.RoundsState, task: nr.Task, c: nr.DPOConfig) -> Iterator[dict[str, Any]]:
-    """ReST-EM, arXiv 2312.06585: every round trains the first model again, on new responses."""
-    first = deepcopy(state.policy.state_dict())
-
-    def from_the_first(score: Tensor, group: Tensor, c: nr.DPOConfig) -> Tensor:
-        state.policy.load_state_dict(first)
-        state.optimizers[:] = nr.optimizers([state.policy], c.lr)
-        return nr.pair_up(score, group, c)
-
-    return nr.iterative_dpo(state, task, c, pair=from_the_first)
-
-
-def spin(state: nr.RoundsState, task: nr.Task, c: nr.DPOConfig) -> Iterator[dict[str, Any]]:
-    """SPIN, arXiv 2401.01335: the winner is a careful demonstration, the loser one's own sample."""
-    teacher = front.make_task(c, careful=True)
-
-    def against_teacher(
-        state: nr.RoundsState, task: nr.Task, b: nr.Rollout, c: nr.DPOConfig, u: int
-    ) -> tuple[Tensor, dict[str, float]]:
-        # "Right" is the first row of each prompt, which the teacher writes anew.
-        first = torch.cat([torch.tensor([True]), b.group[1:] != b.group[:-1]])
-        problems = [task.decode(ids) for ids in b.prompt[first].tolist()]
-        texts = [teacher.respond(x, nr.rng(c.seed, "teacher", u)) for x in problems]
-        b.response[first] = nr.right_pad(task.encode(texts), c.pad_id, c.response)
-        return first.float(), {"truth": float(nr.grades(task, b)[~first].mean())}
-
-    return nr.iterative_dpo(state, task, c, judge=against_teacher)
-
-
-def task_problems(
-    state: nr.SelfRewardingState, task: nr.Task, c: nr.SelfRewardingConfig
-) -> Iterator[dict[str, Any]]:
-    """`self_rewarding` on the task's problems: its own scores alone."""
-    return nr.iterative_dpo(state, task, c, nr.new_problems, nr.judged, nr.best_and_worst)
 
 
 def any_judgements(
@@ -279,9 +240,7 @@ ARMS = {
     "dpo_nll": Arm("iterative_dpo"),
     "dpo": Arm("iterative_dpo", {"alpha": 0.0}),
     "sft": Arm("iterative_dpo", SFT),
-    "rest_em": Arm("iterative_dpo", SFT, rest_em),
     "one_round": Arm("iterative_dpo", {"rounds": 1, "prompts": 1024, "updates": 60}),
-    "spin": Arm("iterative_dpo", {}, spin),
     "lucky_dpo_nll": Arm("iterative_dpo", LUCKY),
     "lucky_dpo": Arm("iterative_dpo", LUCKY | {"alpha": 0.0}),
     "lucky_sft": Arm("iterative_dpo", LUCKY | SFT),
@@ -309,7 +268,6 @@ ARMS = {
         task=lambda c: OneChoice(**vars(front.make_task(c))),
         starts_from=m1_called("m1-one-choice"),
     ),
-    "task_problems": Arm("self_rewarding", PLAIN, task_problems),
 }
 # Arms whose judge stands in the tables.
 LOOKED_AT = (
@@ -355,45 +313,11 @@ def win_rate(mine: list[float], theirs: list[float]) -> dict[str, float]:
     return {"win": mean(a > b for a, b in zip(mine, theirs, strict=True)) + ties / 2, "ties": ties}
 
 
-def pair_order(score: list[float], truth: list[float]) -> list[float]:
-    """1 for each truly ordered pair that the score orders the same way, 0 if not; a tie is half."""
-    found = []
-    for i, j in combinations(range(len(score)), 2):
-        if truth[i] != truth[j]:
-            side = 1 if truth[i] > truth[j] else -1
-            found.append(0.5 + 0.5 * side * ((score[i] > score[j]) - (score[i] < score[j])))
-    return found
-
-
-def judge_statistics(score: list[list[float]], truth: list[list[float]]) -> dict[str, float]:
-    """Scores and true scores of several responses a problem -> how well the judge orders them.
-
-    pairwise: share of truly ordered pairs that it orders the same way, a tie is half; exact:
-    problems with all of them right; best5: how often a response that it gives exactly 5 is truly a
-    best one of its problem.
-    """
-    pairs, exact, best, rho, tau, tied = [], [], [], [], [], []
-    for s, t in zip(score, truth, strict=True):
-        best += [t[i] == max(t) for i in range(len(s)) if s[i] == 5]
-        tied.append(len(set(s)) == 1)
-        if mine := pair_order(s, t):
-            pairs += mine
-            exact.append(min(mine) == 1)
-            rho.append(0.0 if tied[-1] else spearmanr(s, t).statistic)
-            tau.append(0.0 if tied[-1] else kendalltau(s, t).statistic)
-    named = {
-        "pairwise": pairs,
-        "exact": exact,
-        "best5": best,
-        "spearman": rho,
-        "kendall": tau,
-        "tied": tied,
-    }
-    return {name: round(mean(map(float, x)), 4) if x else None for name, x in named.items()}
-
-
 def in_true_order(score: Tensor, truth: Tensor) -> float:
-    """Scores and true scores (problems, responses) -> the share of `pair_order`, for many pairs."""
+    """Scores and true scores (problems, responses) -> how many pairs the scores order truly.
+
+    It is a share of the pairs of one problem whose true scores differ. A tie of the scores is half.
+    """
     i, j = torch.triu_indices(*[truth.shape[1]] * 2, offset=1)
     true = (truth[:, i] - truth[:, j]).sign()
     said = (score[:, i] - score[:, j]).sign()
@@ -429,8 +353,9 @@ class Judged:
     ) -> dict[str, Any]:
         """How well the policy judges them as it is now, with each number of judgements.
 
-        Several disjoint sets of so many judgements are asked, and their shares averaged. The other
-        statistics are those of the first c.judgements, for four responses to each of 200 problems.
+        Several disjoint sets of so many judgements are asked, and their shares averaged. Beside it,
+        for four responses to each of 200 problems and the first c.judgements: the same share, and
+        how many problems have one score for all.
         """
         look = replace(state, judge=state.policy)
         nr.judged(look, task, self.b, replace(c, judgements=self.JUDGEMENTS), 0)
@@ -443,8 +368,11 @@ class Judged:
                     mean_score = part.nanmean(1).nan_to_num(0.0).view_as(self.truth)
                     looks.append(in_true_order(mean_score, self.truth))
             found["in order"][str(J)] = round(mean(looks), 4)
-        few = score[:, : c.judgements].nanmean(1).nan_to_num(0.0).view_as(self.truth)[:200, :4]
-        return found | judge_statistics(few.tolist(), self.truth[:200, :4].tolist())
+        mean_score = score[:, : c.judgements].nanmean(1).nan_to_num(0.0).view_as(self.truth)
+        few = mean_score[:200, :4]
+        found["pairwise"] = round(in_true_order(few, self.truth[:200, :4]), 4)
+        found["tied"] = round(float((few == few[:, :1]).all(1).float().mean()), 4)
+        return found
 
     def count(self) -> Tensor:
         """How many pairs have a true order."""
@@ -598,7 +526,6 @@ def tables(kept: dict) -> str:
         "sft": "SFT on the chosen",
         "dpo": "DPO alone (`--alpha 0`)",
         "one_round": "one round, twice the pairs and updates",
-        "spin": "SPIN",
         "lucky_dpo_nll": "4 answers: DPO + NLL",
         "lucky_sft": "4 answers: SFT",
         "lucky_dpo": "4 answers: DPO alone",

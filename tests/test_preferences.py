@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 import nanoreward as nr
 import train_small
 from data.arithmetic import Arithmetic
-from notebooks import preferences
 from tests.conftest import TINY, random_batch, rough, tiny
 
 TASK = Arithmetic(1, 1)
@@ -169,34 +168,3 @@ def test_micro_batches_of_pairs_change_nothing():
 
 
 # ---- arms of notebooks/preferences.py ------------------------------------------------------------
-
-
-@pytest.mark.parametrize("arm", list(nr.DPO_ARMS))
-def test_rest_em_trains_the_first_model_again_in_every_round(arm):
-    config = nr.replace(SMALL, arm=arm)
-    state = nr.start_rounds(rough(config), config)
-    weight = state.policy.lm_head.weight
-    first = weight.detach().clone()
-    moved, steps = [], []
-    for m in preferences.rest_em(state, Short(1, 1), config):
-        if m["round"] and len(steps) in (3, 6):  # its reference is that model too
-            assert m["margin"] == pytest.approx(0, abs=1e-4)
-        moved.append(float((weight - first).detach().abs().max()))
-        steps.append(int(state.optimizers[0].state[weight]["step"]))
-    assert steps[:4] == [1, 2, 3, 1]  # nor do Adam's moments of the last round stay
-    assert moved[2] > 1.5 * moved[0] > 0  # within a round it moves away
-    assert moved[3] < 0.7 * moved[2]  # and the next one starts from the first model
-
-
-def test_spin_sets_a_careful_demonstration_against_an_own_sample():
-    config = nr.replace(SMALL, rounds=1, answers=100)
-    state = nr.start_rounds(rough(config), config)
-    next(preferences.spin(state, TASK, config))
-    pairs = state.pairs
-    careful = Arithmetic(1, 1, careful=True, guess=0)
-    assert len(pairs["prompt"]) == nr.PAIRS_EACH * config.prompts
-    for x, both in zip(pairs["prompt"].tolist(), pairs["response"].tolist(), strict=True):
-        problem = TASK.decode(x)
-        winner, loser = (TASK.decode(y) for y in both)
-        assert winner == careful.respond(problem, nr.rng(0, "any")) != loser
-        assert TASK.grade(problem, winner) == 1

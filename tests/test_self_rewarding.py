@@ -3,19 +3,17 @@
 import math
 import random
 import re
-from itertools import cycle, islice
+from itertools import combinations, cycle, islice
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import kendalltau, spearmanr
 
 import nanoreward as nr
 import train_small
 from data.arithmetic import Arithmetic
 from notebooks import preferences
-from notebooks.preferences import task_problems
 from tests.conftest import rough, tiny
 
 TASK = Arithmetic(1, 1)
@@ -233,6 +231,11 @@ def test_everything_that_is_drawn_counts_as_samples(m1):
     assert [m["samples"] for m in lines] == [each_round] * c.updates + [2 * each_round] * c.updates
 
 
+def task_problems(state, task, c):
+    """`nr.self_rewarding` on the task's problems: its own scores alone."""
+    return nr.iterative_dpo(state, task, c, nr.new_problems, nr.judged, nr.best_and_worst)
+
+
 def test_problems_may_come_from_the_task_instead(m1, monkeypatch):
     monkeypatch.setattr(nr, "pose_problems", None)
     config = nr.replace(SMALL, rounds=1)
@@ -408,13 +411,21 @@ def test_a_collapsed_judge_and_responses_that_talk_to_it_are_said_in_words():
 # ---- statistics --------------------------------------------------------------------------------
 
 
+def pair_order(score, truth):
+    """1 for each truly ordered pair that the score orders the same way, 0 if not; a tie is half."""
+    found = []
+    for i, j in combinations(range(len(score)), 2):
+        if truth[i] != truth[j]:
+            side = 1 if truth[i] > truth[j] else -1
+            found.append(0.5 + 0.5 * side * ((score[i] > score[j]) - (score[i] < score[j])))
+    return found
+
+
 def test_many_pairs_in_order_are_the_mean_of_the_pairs_of_each_problem():
     g = nr.rng(0, "pairs")
     truth = torch.randint(0, 4, (30, 5), generator=g).float()
     score = torch.randint(0, 4, (30, 5), generator=g).float()
-    each = [
-        preferences.pair_order(*both) for both in zip(score.tolist(), truth.tolist(), strict=True)
-    ]
+    each = [pair_order(*both) for both in zip(score.tolist(), truth.tolist(), strict=True)]
     flat = [x for pairs in each for x in pairs]
     assert len(flat) > 100
     assert preferences.in_true_order(score, truth) == pytest.approx(sum(flat) / len(flat))
@@ -438,7 +449,7 @@ def test_a_look_at_a_judge_by_one_by_three_and_by_eight_judgements(m1, monkeypat
 
     monkeypatch.setattr(nr, "judged", judged)
     found = fixed.statistics(state, TASK, SMALL)
-    pairs = sum(len(preferences.pair_order(t, t)) for t in fixed.truth.tolist())
+    pairs = sum(len(pair_order(t, t)) for t in fixed.truth.tolist())
     assert found["ordered pairs"] == pairs > 100
     one, three, eight = (found["in order"][J] for J in ("1", "3", "8"))
     assert 0.85 < one < 0.9 and three == eight == 1
@@ -512,20 +523,6 @@ def test_where_the_first_model_is_rejected_every_worse_response_is_its_own(m1):
 def test_win_rate_counts_ties_half():
     assert preferences.win_rate([5, 4, 1, 3], [4, 4, 2, 3]) == {"win": 0.5, "ties": 0.5}
     assert preferences.win_rate([5, 5], [1, 1]) == {"win": 1.0, "ties": 0.0}
-
-
-def test_judge_statistics_by_hand_and_by_scipy():
-    score = [[5.0, 3.0, 1.0, 1.0], [5.0, 2.0, 4.0, 5.0], [2.0, 2.0, 2.0, 2.0]]
-    truth = [[5.0, 4.0, 1.0, 4.0], [1.0, 1.0, 1.0, 1.0], [5.0, 1.0, 1.0, 1.0]]
-    found = preferences.judge_statistics(score, truth)
-    # problem 0: five ordered pairs, one of them a tie of the judge; 1: none; 2: three ties
-    assert found["pairwise"] == pytest.approx((4 + 0.5 + 3 * 0.5) / 8, abs=1e-4)
-    assert found["exact"] == 0.0 and found["tied"] == pytest.approx(1 / 3, abs=1e-4)
-    assert found["best5"] == 1.0  # the 5 of problem 0, both of problem 1 (all are equally good)
-    assert found["spearman"] == pytest.approx(spearmanr(score[0], truth[0]).statistic / 2, abs=1e-4)
-    assert found["kendall"] == pytest.approx(kendalltau(score[0], truth[0]).statistic / 2, abs=1e-4)
-    perfect = preferences.judge_statistics(truth, truth)
-    assert perfect["pairwise"] == perfect["exact"] == perfect["spearman"] == 1.0
 
 
 def test_a_judge_of_one_choice_is_taught_the_same_scores_and_no_checks():
