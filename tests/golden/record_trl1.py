@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import torch
 from golden_io import make, numbers, ragged, write
 from trl import DPOTrainer, GRPOTrainer, RewardTrainer
-from trl.trainer.utils import entropy_from_logits, nanstd, selective_log_softmax
+from trl.trainer.utils import selective_log_softmax
 
 LENGTHS, R = [6, 4, 1, 5], 6
 same = SimpleNamespace(
@@ -29,7 +29,7 @@ same = SimpleNamespace(
 )
 
 
-def grpo_loss(logp, old, ref, adv, mask, loss_type, level="token", beta=0.04, items=None):
+def grpo_loss(logp, old, ref, adv, mask, loss_type):
     logp = logp.clone().requires_grad_()
     stub = SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *a, **k: (logp, torch.zeros_like(logp), None),
@@ -38,8 +38,8 @@ def grpo_loss(logp, old, ref, adv, mask, loss_type, level="token", beta=0.04, it
         _metrics={"train": defaultdict(list)},
         args=SimpleNamespace(delta=None, use_bias_correction_kl=False, steps_per_generation=1),
         loss_type=loss_type,
-        importance_sampling_level=level,
-        beta=beta,
+        importance_sampling_level="token",
+        beta=0.04,
         epsilon_low=0.2,
         epsilon_high=0.2,
         max_completion_length=8,
@@ -59,7 +59,7 @@ def grpo_loss(logp, old, ref, adv, mask, loss_type, level="token", beta=0.04, it
         "advantages": adv,
         "old_per_token_logps": old,
         "ref_per_token_logps": ref,
-        "num_items_in_batch": mask.sum() if items is None else torch.tensor(float(items)),
+        "num_items_in_batch": mask.sum(),
     }
     loss = GRPOTrainer._compute_loss(stub, None, batch)
     loss.backward()
@@ -91,73 +91,30 @@ def grpo_records():
         -adv[:, None] * (logp - old).exp(), -adv[:, None] * (logp - old).exp().clamp(0.8, 1.2)
     )
     per_token = (per_token + 0.04 * ((ref - logp).exp() - (ref - logp) - 1)) * mask
-    formula = {  # the plain formula, checked below
-        "grpo": (per_token.sum(1) / mask.sum(1)).mean(),
-        "bnpo": per_token.sum() / mask.sum(),
-        "dr_grpo": per_token.sum() / (4 * 8),
-        "dapo": per_token.sum() / mask.sum(),
-    }
+    formula = per_token.sum() / mask.sum()  # checked below
     words = {
-        "grpo": "mean over sequences of the mean over tokens",
         "bnpo": "sum over tokens / number of counted tokens of this batch",
-        "dr_grpo": "sum over tokens / (B * max_completion_length), the constant is 8, not R=6",
         "dapo": "sum over tokens / num_items_in_batch, here the counted tokens: equals bnpo",
     }
     call = "GRPOTrainer._compute_loss(stub, None, batch), loss_type={!r}, stub in record_trl1.py"
     out = []
-    for kind in formula:
+    for kind, word in words.items():
         got = grpo_loss(logp, old, ref, adv, mask, kind)
-        error = (got["loss"] - formula[kind]).abs().item()
-        assert error < 1e-12
-        extra = {"max_completion_length": 8} if kind == "dr_grpo" else {}
+        assert (got["loss"] - formula).abs() < 1e-12
         out.append(
             make(
                 "trl",
                 f"grpo_loss_{kind}",
                 call.format(kind),
-                inputs | extra,
+                inputs,
                 got,
                 [
-                    words[kind],
+                    word,
                     "KL is k3, inside the token loss; no 1/2 anywhere",
                     "one gradient accumulation step, so nothing else divides the loss",
                 ],
             )
         )
-    got = grpo_loss(logp, old, ref, adv, mask, "dapo", items=20)
-    assert (got["loss"] - per_token.sum() / 20).abs() < 1e-12
-    out.append(
-        make(
-            "trl",
-            "grpo_loss_dapo_items_20",
-            call.format("dapo"),
-            inputs | {"num_items_in_batch": 20},
-            got,
-            ["denominator handed in: counted tokens of a larger optimizer step"],
-        )
-    )
-    got = grpo_loss(logp, old, ref, adv, mask, "bnpo", beta=0.0)
-    out.append(
-        make(
-            "trl",
-            "grpo_loss_bnpo_beta_0",
-            call.format("bnpo") + ", beta=0",
-            inputs | {"beta": 0.0},
-            {k: v for k, v in got.items() if k != "kl"},
-            ["plain clipped PPO policy loss, token mean"],
-        )
-    )
-    got = grpo_loss(logp, old, ref, adv, mask, "grpo", level="sequence")
-    out.append(
-        make(
-            "trl",
-            "grpo_loss_grpo_sequence_ratio",
-            call.format("grpo") + ", importance_sampling_level='sequence'",
-            inputs,
-            {k: v for k, v in got.items() if k != "clip_fraction"},
-            ["GSPO: the ratio is exp(masked MEAN of the log-ratio) of the sequence"],
-        )
-    )
     return out
 
 
@@ -165,7 +122,7 @@ def logits_records():
     logits, ids = numbers(4, 3, 5, 7, scale=1.5), torch.arange(15).view(3, 5) * 3 % 7
     note = ["no shift: logits[b, t] scores index[b, t]"]
     call = "trl.trainer.utils.selective_log_softmax(logits, index, temperature={})"
-    out = [
+    return [
         make(
             "trl",
             f"selective_log_softmax_temperature_{t}",
@@ -176,73 +133,37 @@ def logits_records():
         )
         for t in (1.0, 0.7)
     ]
-    rewards = torch.tensor([[1, 0, 0, 1], [0.3, 0.9, 0.2, 0.2]], dtype=torch.float64)
-    out.append(
-        make(
-            "trl",
-            "entropy_from_logits",
-            "trl.trainer.utils.entropy_from_logits(logits)",
-            {"logits": logits},
-            {"entropy": entropy_from_logits(logits)},
-            ["nats"],
-        )
-    )
-    std = nanstd(rewards, dim=1)
-    assert torch.allclose(std, rewards.std(1))
-    out.append(
-        make(
-            "trl",
-            "nanstd",
-            "trl.trainer.utils.nanstd(rewards, dim=1)",
-            {"rewards": rewards.tolist()},
-            {"std": std},
-            [
-                "unbiased; GRPOTrainer divides by this + 1e-4",
-                "compare to 1e-7: the Bessel factor is float32 inside",
-            ],
-        )
-    )
-    return out
 
 
 def reward_records():
-    chosen, rejected, margin = (numbers(seed, 6, scale=1.5) for seed in (5, 6, 7))
-    out = []
-    for name, coefficient, use_margin in (
-        ("bradley_terry", None, False),
-        ("bradley_terry_margin_center", 0.01, True),
-    ):
-        scores = torch.cat([chosen, rejected])[:, None].requires_grad_()
-        stub = SimpleNamespace(
-            model=SimpleNamespace(training=False),
-            accelerator=same,
-            _total_train_tokens=0,
-            args=SimpleNamespace(center_rewards_coefficient=coefficient),
-            _metrics={"eval": defaultdict(list)},
+    chosen, rejected = (numbers(seed, 6, scale=1.5) for seed in (5, 6))
+    scores = torch.cat([chosen, rejected])[:, None].requires_grad_()
+    stub = SimpleNamespace(
+        model=SimpleNamespace(training=False),
+        accelerator=same,
+        _total_train_tokens=0,
+        args=SimpleNamespace(center_rewards_coefficient=None),
+        _metrics={"eval": defaultdict(list)},
+    )
+    loss = RewardTrainer.compute_loss(stub, lambda **k: SimpleNamespace(logits=scores), {})
+    loss.backward()
+    grad = scores.grad.view(2, 6)
+    return [
+        make(
+            "trl",
+            "bradley_terry",
+            "RewardTrainer.compute_loss(stub, model, batch); the model is a stub that "
+            "returns .logits = cat([chosen, rejected])[:, None]",
+            {"chosen": chosen, "rejected": rejected},
+            {
+                "loss": loss,
+                "grad_chosen": grad[0],
+                "grad_rejected": grad[1],
+                "accuracy": stub._metrics["eval"]["accuracy"][0],
+            },
+            ["mean over pairs of -log sigmoid(chosen - rejected - margin)"],
         )
-        batch = {"margin": margin} if use_margin else {}
-        loss = RewardTrainer.compute_loss(stub, lambda **k: SimpleNamespace(logits=scores), batch)
-        loss.backward()
-        grad = scores.grad.view(2, 6)
-        extra = {"margin": margin, "center_rewards_coefficient": coefficient} if use_margin else {}
-        out.append(
-            make(
-                "trl",
-                name,
-                "RewardTrainer.compute_loss(stub, model, batch); the model is a stub that "
-                "returns .logits = cat([chosen, rejected])[:, None]",
-                {"chosen": chosen, "rejected": rejected} | extra,
-                {
-                    "loss": loss,
-                    "grad_chosen": grad[0],
-                    "grad_rejected": grad[1],
-                    "accuracy": stub._metrics["eval"]["accuracy"][0],
-                },
-                ["mean over pairs of -log sigmoid(chosen - rejected - margin)"]
-                + ["centering adds coefficient * mean((chosen + rejected)**2)"] * use_margin,
-            )
-        )
-    return out
+    ]
 
 
 def dpo_loss(logp, ref, mask, kinds, beta):
