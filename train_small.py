@@ -1026,7 +1026,6 @@ def new_run(a: argparse.Namespace) -> Run:
         if (there.configs, there.preset, there.seeds, there.ceiling) != asked:
             raise UserError(f"{out} holds a run with another config; choose another --out")
         if not there.finished:
-            check_layout(there)
             check_inputs(there)
         return replace(there, targets=targets, cache=a.cache, lock=run.lock)
     write_json(out / "config.json", run.about())
@@ -1063,19 +1062,9 @@ def old_run(a: argparse.Namespace) -> Run:
     run = replace(open_run(a.resume), lock=lock)
     run.cache = a.cache or run.cache
     if not run.finished:
-        check_layout(run)
         check_inputs(run)
         claim_cache(run.cache)
     return run
-
-
-def check_layout(run: Run) -> None:
-    """Refuse to go on with a run of an older version, which kept one state for all jobs."""
-    if (run.out / "state").exists():
-        raise UserError(
-            f"{run.out} was begun by an older version, whose state this one cannot go on with: "
-            "start a new run with another --out"
-        )
 
 
 def check_inputs(run: Run) -> None:

@@ -1134,8 +1134,6 @@ def own_lists(line: dict) -> dict[str, list]:
 def transcript(line: dict, path: bool) -> dict:
     """What the page shows of a response. path: with what was drawn on the way, which is long."""
     kept = {name: line[name] for name in INSIDE if as_list(line.get(name))}
-    if "order" in kept and "value" in kept:  # an older run's name of the prospects
-        kept.setdefault("prospects", kept.pop("value"))
     if len(kept.keys() - {"tokens"}) and "tokens" not in kept:
         kept["tokens"] = split(line)  # an older run names none
     if not path:

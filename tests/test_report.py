@@ -908,12 +908,6 @@ def test_no_value_is_said_of_a_canvas(visit, html):
     assert options.all_inner_texts() == ["sureness when written"]
 
 
-def test_an_older_value_of_each_pass_is_its_prospects():
-    line = {"response": "ab", "tokens": ["a", "b"], "order": [0, 1], "value": [0.5, 1.0]}
-    kept = report.transcript(line, path=True)
-    assert kept["prospects"] == [0.5, 1.0] and "value" not in kept
-
-
 def test_the_list_of_answers_explains_its_marks(visit):
     note = visit.locator("#ppo .answers [role=status]").inner_text()
     assert "◆: with its tokens and their numbers; ◇: only its texts." in note

@@ -461,21 +461,3 @@ def test_the_command_line_has_the_usual_number_of_workers_and_a_call_has_one(mon
         assert front.main() == 0
         assert front.main(argv[1:]) == 0
     assert [run.workers for run in runs] == [7, 1, 3, 3]
-
-
-# ---- the folder ----------------------------------------------------------------------------------
-
-
-def test_a_run_of_an_older_version_is_told_apart_and_stays_as_it_is(quiet, tmp_path, capsys):
-    subprocess.run(["cp", "-r", str(quiet), str(tmp_path / "old")], check=True)
-    out = tmp_path / "old"
-    (out / "state").mkdir()
-    (out / "state" / "state.pt").write_text("whatever it held")
-    assert front.main(["--resume", str(out)]) == 0  # a finished one is still shown
-    (out / "summary.json").unlink()
-    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
-    for argv in (["--resume"], [*LONG, "--out"]):
-        assert front.main([*argv, str(out), "--cache", str(tmp_path)]) == 2
-        error = capsys.readouterr().err
-        assert "older version" in error and error.count("\n") == 1
-    assert before == {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
