@@ -790,8 +790,10 @@ class Rollout:
         R = int(used.nonzero().max()) + 1
         found = {}
         for name, x in vars(self).items():
-            if x is not None:
-                found[name] = x[rows] if name in ("prompt", "group") else x[rows, :R]
+            if name in ("prompt", "group"):
+                found[name] = x[rows]
+            elif x is not None:
+                found[name] = x[rows, :R]
         return Rollout(**found)
 
 
@@ -823,7 +825,8 @@ def log_softmax(logits: Tensor, temperature: float, c: Architecture) -> Tensor:
     V = logits.shape[-1]
     unwritten = {c.pad_id, c.mask_id, c.bos_id} - set(c.ends)
     # Some of them may lie behind the vocabulary.
-    never = torch.zeros(max(V, *(i + 1 for i in unwritten)), device=logits.device)
+    room = max(V, max(unwritten) + 1)
+    never = torch.zeros(room, device=logits.device)
     never[list(unwritten)] = -torch.inf
     return (logits / temperature + never[:V]).log_softmax(-1)
 
@@ -849,14 +852,16 @@ def split_beginning(ids: Tensor, pad_id: int) -> tuple[Tensor, Tensor]:
     """
     real = ids != pad_id
     place = real.cumsum(1) - 1
-    in_front = ids.gather(1, real.int().argsort(dim=1, descending=True, stable=True))
+    real_first = real.int().argsort(dim=1, descending=True, stable=True)
+    in_front = ids.gather(1, real_first)
     shortest = int(real.sum(1).min())
     equal = (in_front == in_front[:1]).all(0).long().cumprod(0)
     D = min(int(equal.sum()), shortest - 1)
     if D < WORTH_SHARING:
         return ids[:1, :0], ids
     rest = ids.masked_fill(place < D, pad_id)
-    return in_front[:1, :D], rest[:, (rest != pad_id).any(0)]
+    used = (rest != pad_id).any(0)
+    return in_front[:1, :D], rest[:, used]
 
 
 def predictive_hidden(model: Transformer, prompt: Tensor, response: Tensor) -> Tensor:
@@ -2320,9 +2325,11 @@ def pairs_of_the_round(state: RoundsState, task: Task, c: DPOConfig) -> list[Met
         side = {"response": text, "ids": response[i][real].tolist()}
         sides.append(side | {"logp": rounded(of_token[i][real]), "gain": gains[i]})
     found = []
-    for ids, chosen, rejected in zip(prompt[::2].tolist(), sides[::2], sides[1::2], strict=True):
+    for i in range(len(rows)):
+        chosen = sides[2 * i]
+        rejected = sides[2 * i + 1]
         margin = round(chosen["gain"] - rejected["gain"], 3)
-        about_pair = {"prompt": task.decode(ids), "margin": margin}
+        about_pair = {"prompt": task.decode(prompt[2 * i].tolist()), "margin": margin}
         found.append(about_pair | {"chosen": chosen, "rejected": rejected})
     return found
 
@@ -2788,7 +2795,8 @@ def preference_batches(
     other = right_pad(task.encode(other), c.pad_id, c.response).to(device)
 
     def draw_batch(update: int) -> tuple[Tensor, Loss]:
-        rows = torch.randint(len(pairs), (c.base_batch,), generator=rng(c.seed, "pairs", update))
+        generator = rng(c.seed, "pairs", update)
+        rows = torch.randint(len(pairs), (c.base_batch,), generator=generator)
 
         def loss(part: Tensor) -> tuple[Tensor, Metrics]:
             score_w = scorer(prompt[part], preferred[part])
@@ -2821,8 +2829,10 @@ def scorer_models(
         c.base_lr / 10,
         reads="reward_data logp_weight",
     )
-    prompt = encode_prompts(task, task.prompts(512, rng(c.seed, "normalize")), c).to(base.device)
-    scorer.normalize(sample(base, prompt, c, generator=rng(c.seed, "normalize", 1)), c)
+    problems = task.prompts(512, rng(c.seed, "normalize"))
+    prompt = encode_prompts(task, problems, c).to(base.device)
+    drawn = sample(base, prompt, c, generator=rng(c.seed, "normalize", 1))
+    scorer.normalize(drawn, c)
     return {"scorer": scorer.requires_grad_(False)}
 
 
@@ -2843,7 +2853,9 @@ def rewriting_demos(task: Task, pairs: list[tuple[str, str, str]], c: Config) ->
 
     The first kind teaches it to correct, the second to leave alone what is good.
     """
-    prompts, preferred, other = (task.encode(list(texts)) for texts in zip(*pairs, strict=True))
+    prompts = task.encode([x for x, _, _ in pairs])
+    preferred = task.encode([better for _, better, _ in pairs])
+    other = task.encode([worse for _, _, worse in pairs])
     demos = []
     for given in (other, preferred):
         for x, y, target in zip(prompts, given, preferred, strict=True):
@@ -3179,7 +3191,8 @@ def label_drafts(policy: Transformer, task: Task, n: int, c: Config) -> Labelled
     """Draw n drafts, one for each problem, go on from the prefixes of the wrong ones, and label."""
     # 1. sample
     device = policy.device
-    prompt = encode_prompts(task, task.prompts(n, rng(c.seed, "draft prompts")), c).to(device)
+    problems = task.prompts(n, rng(c.seed, "draft prompts"))
+    prompt = encode_prompts(task, problems, c).to(device)
     draft = sample(policy, prompt, c, generator=rng(c.seed, "drafts"))
     right = grades(task, draft) > 0.5
     ends = prefix_ends(task, draft)
@@ -3216,11 +3229,14 @@ def step_batches(
 
     Logged is the share of labels that it predicts.
     """
-    label, keep = (examples[part][SCORERS.index(name)] for part in ("label", "keep"))
+    number = SCORERS.index(name)
+    label = examples["label"][number]
+    keep = examples["keep"][number]
     length = examples["ends"].amax(1).cpu()
 
     def draw_batch(update: int) -> tuple[Tensor, Loss]:
-        rows = torch.randint(len(length), (size,), generator=rng(c.seed, "step batch", update))
+        generator = rng(c.seed, "step batch", update)
+        rows = torch.randint(len(length), (size,), generator=generator)
         rows = rows[length[rows].argsort(stable=True)]
         denom = keep[rows].sum().clamp(min=1)
 
@@ -3338,9 +3354,10 @@ def refine(state: RefineState, task: Task, c: RefineConfig) -> Iterator[Metrics]
     batches = {}
     for name, scorer in (("orm", state.orm), ("sorm", state.sorm)):
         batches[name] = step_batches(name, scorer, state.examples, c.minibatch, c)
+    half = max(1, c.minibatch // 2)
     for name, model in (("global", state.global_refiner), ("local", state.local_refiner)):
         if state.demos[name]:
-            batches[name] = gpt_batches(model, state.demos[name], c, size=max(1, c.minibatch // 2))
+            batches[name] = gpt_batches(model, state.demos[name], c, size=half)
     learning = []
     for name, batch in batches.items():
         learning.append(fit(state.fits[name], batch, c.updates, c))
@@ -3870,7 +3887,8 @@ def estimate_diffusion(model: Transformer, b: Rollout, c: Config) -> tuple[Tenso
             is_read &= b.adv != 0
         is_read[0, 0] = True  # so that there is always something to take a gradient of
     row, place = is_read.nonzero(as_tuple=True)  # (n,) the tokens that are read
-    canvas = canvas_before(b.response[row], b.order[row], b.order[row, place], c)  # (n, R)
+    when = b.order[row, place]  # (n,) the pass in which each was written
+    canvas = canvas_before(b.response[row], b.order[row], when, c)  # (n, R)
     hidden, which = read_once(model, b.prompt[row], canvas)
     logits = model.lm_head(hidden[which, place])  # (n, V)
     of_all = log_softmax(logits, c.temperature, model.config)
@@ -3953,7 +3971,8 @@ def prospects(
     if rows.any():
         generator = rng(c.seed, "branch", state.update)
         more = PROVERS[c.prover](state, b.select(rows), p[rows], c, generator)
-        found[rows] = grades(task, more).view(int(rows.sum()), -1).mean(1)
+        right = grades(task, more).view(int(rows.sum()), -1)  # (n, branches)
+        found[rows] = right.mean(1)
         state.samples += len(more.mask)
     return p, found
 
@@ -4062,8 +4081,10 @@ def explain_denoising(state: PPOState, task: Task, b: Rollout, c: DenoiseConfig)
     row = torch.arange(B, device=b.order.device).repeat_interleave(passes)
     p = torch.arange(passes, device=b.order.device).repeat(B)
     canvas = canvas_before(b.response[row], b.order[row], p, c)
-    parts = torch.arange(len(row)).split(c.micro)
-    guess = torch.cat([fill_at_once(policy, b.prompt[row[i]], canvas[i], c) for i in parts])
+    guesses = []
+    for part in torch.arange(len(row)).split(c.micro):
+        guesses.append(fill_at_once(policy, b.prompt[row[part]], canvas[part], c))
+    guess = torch.cat(guesses)
     sure = b.logp.exp().masked_fill(b.response == c.pad_id, 0.0)  # PAD was never written
 
     generator = rng(c.seed, "trajectory", state.update)
@@ -4080,7 +4101,10 @@ def explain_denoising(state: PPOState, task: Task, b: Rollout, c: DenoiseConfig)
     for i in range(B):
         own = int((b.order[i] * b.mask[i]).max()) + 1  # the passes of this response
         said = guess.view(B, passes, -1)[i, :own].tolist()
-        first = [(i * passes + k) * c.branches for k in range(own)]
+        branches = []
+        for k in range(own):
+            first = (i * passes + k) * c.branches
+            branches.append(ends[first : first + c.branches])
         found.append(
             {
                 "ids": b.response[i][b.mask[i] > 0].tolist(),
@@ -4088,7 +4112,7 @@ def explain_denoising(state: PPOState, task: Task, b: Rollout, c: DenoiseConfig)
                 "sure": rounded(sure[i]),
                 "said": [task.decode(ids) for ids in said],
                 "prospects": rounded(share[i, :own]),
-                "branches": [ends[at : at + c.branches] for at in first],
+                "branches": branches,
             }
         )
     return found
