@@ -1238,7 +1238,7 @@ CLAIMS = [
     Claim(
         id="C3.1b",
         paper=SAPO,
-        claim="at equal updates: a planning task",
+        claim="the process reward beats the outcome alone at equal updates: a planning task",
         paper_numbers="Sudoku 22.4 against 18.4, Countdown 56.3 against 37.1",
         metric="greedy, countdown",
         arms=("d_countdown_tail", "d_countdown_outcome"),
@@ -1520,6 +1520,46 @@ WHY: dict[str, str] = {
 }
 
 
+# Of each paper the sentence that it is known for: the id of its claim, and what goes with it.
+HEADLINES: dict[str, tuple[str, str]] = {
+    "PPO, GRPO and RLOO, 1707.06347, 2402.03300, 2402.14740": (
+        "P11",
+        "The three arms cannot be told apart here (P8, P9).",
+    ),
+    "Iterative reasoning preference optimization, 2404.19733": (
+        "C5.1",
+        "SFT on the chosen alone ends as high ([rounds](#preference-rounds)); the rejected side is "
+        "needed where right answers are often lucky (C5.7b).",
+    ),
+    "GLoRe, 2402.10963": (
+        "C4.3c",
+        "It takes scores that read log-probs (C4.9). That reading a draft helps does not show: a "
+        "solver that sees none does better (C4.8).",
+    ),
+    "Sequence-to-sequence reward modelling, 2409.00162": (
+        "C6.1",
+        "A labeller without a weakness leaves a scalar model nothing wrong to learn. With one the "
+        "rewriter refuses less, stays shorter and is right more often (C6.1b to C6.3).",
+    ),
+    "Self-rewarding language models, 2401.10020": (
+        "C7.1",
+        "With the NLL; by DPO alone, as in the paper, it loses (C7.1c). The judge gets better only "
+        "if its judgements are paired too (C7.2, C7.2w).",
+    ),
+    "Diffu-GRPO (d1), 2504.12216": (
+        "C2.1",
+        "A prompt of ten tokens has none to spare. What its likelihood leaves out matters more: "
+        "log-probs on the sampler's own canvases gain far more (C2.5).",
+    ),
+    "Denoising process reward (SAPO), 2510.01544": (
+        "C3.1b",
+        "(6) compares a weak prover with the policy. By its own start it is measured rightly, and "
+        "then it does no harm and no good (C3.1w, C3.1x). Notebook 5 has a task where a process "
+        "reward must win, and does.",
+    ),
+}
+
+
 # ---- what is kept -------------------------------------------------------------------------------
 
 
@@ -1662,11 +1702,24 @@ def table(lines: list[dict]) -> str:
     return "\n".join([summary, *rows, "", *whys])
 
 
+def headlines(lines: list[dict]) -> str:
+    """What each paper is known for, and what it is here, as Markdown: a line for each."""
+    known = {x["id"]: x for x in lines}
+    rows = head("paper", "its headline", "there", "here", "verdict", "")
+    for paper, (claim, words) in HEADLINES.items():
+        x = known[claim]
+        here = f"{interval(x)} ({claim})"
+        rows.append(row(paper, x["claim"], x["paper_numbers"], here, f"**{x['verdict']}**", words))
+    return "\n".join(rows).strip()
+
+
 def main() -> None:
     """Run what is not there yet, then judge all there is."""
     own = {claim.id: claim.arms for claim in CLAIMS if not claim.laptop_runs}
     run(__doc__, ARMS, JOBS, measure, own)
-    print(table(collect()))
+    lines = collect()
+    print(headlines(lines))
+    print(table(lines))
 
 
 if __name__ == "__main__":
