@@ -1362,7 +1362,8 @@ def check_rewards(reward: Tensor, task: Task, b: Rollout) -> None:
 def at_end(score: Tensor, b: Rollout, c: Architecture) -> Tensor:
     """Scores (B,) -> rewards (B, R): on the last token that COUNTS, not on the PAD behind it.
 
-    A response that never ends earns NO_EOS in place of its score.
+    A response that never ends earns NO_EOS in place of its score. (Where pairs or labels are made
+    no reward is paid, and it has what the grader gives it: 0 in arithmetic.)
     """
     ended = is_end(b.response, c).any(1)
     last = (b.mask.sum(1).long() - 1).clamp(min=0)  # a response may hold no token at all
@@ -1654,7 +1655,8 @@ def ppo_loss(
 ) -> Tensor:
     """(14) the clipped surrogate, arXiv 1707.06347. All (B, R) -> scalar.
 
-    denom: how many tokens count in the whole optimizer step, so that every token weighs the same.
+    denom: how many tokens count in the whole optimizer step. So every token weighs the same, and
+    the parts that a step is computed in simply add up.
     """
     # -1/denom sum over all tokens of min( ratio adv, clamp(ratio, 1 - clip, 1 + clip) adv )
     # ratio = pi(y_k) / pi_old(y_k)
@@ -1766,6 +1768,14 @@ PPO_ARMS = {
 
 
 # ---- signals: (state, task, rollouts, truth (B,), c) -> rewards (B, R)
+#
+# A reward of your own is such a function. Give it a name, and --reward NAME pays by it:
+#
+#     def brief(state, task, b, truth, c):
+#         tokens = b.mask.sum(1)
+#         return at_end(truth - 0.01 * tokens, b, c)
+#
+#     REWARDS["brief"] = RewardSource(brief)
 
 
 @dataclass(frozen=True)
@@ -3136,8 +3146,9 @@ def step_labels(
 
     right (B,): whether the draft's own answer is right; good (n, K): whether the traces that were
     drawn for `origin` (n, 2) are right and use their prefix. Returns ends (B, S), label and keep
-    (2, B, S), the ORM's first (see SCORERS). The ORM's label of every prefix is `right`; the SORM's
-    is (8), with equally many good and bad examples.
+    (2, B, S), the ORM's first (see SCORERS). The ORM's label of every prefix is `right`. The SORM's
+    is (8): a prefix is good if one of its K traces is, or one of a later prefix; of good and bad
+    prefixes equally many are examples.
 
     An example, a wrong draft with two steps and so with four prefixes:
 
