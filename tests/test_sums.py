@@ -579,8 +579,6 @@ def test_every_loop_runs_unchanged_on_a_folder(folder, tmp_path, monkeypatch, ca
         model = out / "models" / f"{name}-0"
         assert (model / "adapters" / "adapter_model.safetensors").exists()
         assert (model / "model.safetensors").exists()
-    refine += ["--lora", "2", "--out", str(tmp_path / "thin-refine")]
-    assert front.main(refine) == 0
     capsys.readouterr()
     problem = "What is 4 + 5?"
     talk = ["sample", str(out), "--loop", "ppo", "--prompt", problem]

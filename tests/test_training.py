@@ -463,12 +463,11 @@ def test_probe_one_token(arm, seed):
     assert logs[0]["truth"] < 0.25 and at_the_end(logs, "truth") > 0.95
 
 
-@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("arm", ["gae", "grpo", "rloo"])
-def test_probe_reward_depends_on_the_prompt(arm, seed):
+def test_probe_reward_depends_on_the_prompt(arm):
     world = Alternating(lambda x, y: y[:1] == x)
     numbers = dict(response=3, vocab=FEW_IDS, updates=100, lr=5e-3)
-    _, logs = play(world, arm=arm, seed=seed, **numbers)
+    _, logs = play(world, arm=arm, **numbers)
     assert at_the_end(logs, "truth") > 0.65
 
 
