@@ -228,3 +228,21 @@ def test_the_coin_that_controls_ppo_is_tossed_without_a_look_at_the_response(mon
     assert set(tosses[0].tolist()) == {0.0, 1.0} and 150 < tosses[0].sum() < 250
     assert all(torch.equal(tosses[0], toss) for toss in tosses[:4])
     assert torch.equal(tosses[4], tosses[5]) and not torch.equal(tosses[0], tosses[4])
+
+
+@pytest.mark.parametrize("name", ["sorm", "shaped"])
+def test_the_drafts_that_train_the_judge_are_written_at_once_and_counted(name, monkeypatch):
+    """What `train_small.py` says of memory counts the most responses that are written at once."""
+    c = nr.replace(tiny("ppo"), reward=name, reward_data=600, reward_updates=1, continuations=2)
+    task = Arithmetic(1, 1)
+    written = []
+    sample = nr.sample
+
+    def counted(model, prompt, *rest, **more):
+        written.append(len(prompt))
+        return sample(model, prompt, *rest, **more)
+
+    monkeypatch.setattr(nr, "sample", counted)
+    nr.ppo_reward_models(rough(c), task, c, nr.train_now)
+    assert max(written) == c.responses_at_once() == 600
+    assert nr.replace(c, reward="verifier").responses_at_once() == c.prompts * c.samples < 600
