@@ -828,9 +828,13 @@ def take_lock(folder: Path) -> IO | None:
 
 
 def remove_left_behind(folder: Path) -> None:
-    """Remove the files that killed processes left half-written in this folder."""
+    """Remove the files that killed processes left half-written in this folder.
+
+    Of several processes only the one that writes does so: another one, a moment later, would remove
+    what the first one is writing.
+    """
     for left in folder.glob("*.tmp"):
-        if LEFT_BEHIND.search(left.name):
+        if nr.is_first() and LEFT_BEHIND.search(left.name):
             left.unlink(missing_ok=True)
 
 

@@ -641,7 +641,7 @@ def test_a_memory_that_runs_out_is_one_line(half, cache, monkeypatch, capsys):
         ("write_forward", "lower --eval-problems:"),
         ("gae_credit", "lower the sizes:"),
         ("clip_grad_norm_", "lower --micro:"),
-        ("compared", "lower --micro:"),
+        ("read_by_reference", "lower --micro:"),
         ("prompts", "lower the sizes:"),
     ],
 )

@@ -14,6 +14,7 @@ import time
 import pytest
 
 import nanoreward as nr
+import train_small as front
 from tests.conftest import ROOT
 
 LOOPS = list(nr.METHODS)  # what they start from and their reward models are trained by `fit`
@@ -237,3 +238,14 @@ def test_machines_that_share_no_disk_are_told_so_in_a_line(hosts, unshared, tmp_
     message = f"1 of 2 processes do not see {one}: {unshared} must name a folder on a disk"
     assert message in said[0][1]
     assert not list(tmp_path.rglob("state.pt")) and not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_late_process_removes_nothing_that_the_first_one_is_writing(tmp_path, monkeypatch):
+    half_written = tmp_path / f"config.json.{os.getpid()}.tmp"
+    half_written.touch()
+    monkeypatch.setattr(nr, "is_first", lambda: False)
+    front.remove_left_behind(tmp_path)
+    assert half_written.exists()
+    monkeypatch.undo()
+    front.remove_left_behind(tmp_path)
+    assert not half_written.exists()
