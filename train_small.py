@@ -833,8 +833,9 @@ def remove_left_behind(folder: Path) -> None:
     Of several processes only the one that writes does so: another one, a moment later, would remove
     what the first one is writing.
     """
-    for left in folder.glob("*.tmp"):
-        if nr.is_first() and LEFT_BEHIND.search(left.name):
+    half_written = folder.glob("*.tmp") if nr.is_first() else ()
+    for left in half_written:
+        if LEFT_BEHIND.search(left.name):
             left.unlink(missing_ok=True)
 
 

@@ -475,6 +475,11 @@ def policy(reward: str, key: str, other: str) -> Callable[[dict], float]:
     return lambda a: of(a, reward) - of(a, other)
 
 
+def paid_by_rewriters(a: dict, b: dict) -> float:
+    """Greedy accuracy of ppo paid by a rewriter, one arm minus the other."""
+    return a["found"][SEQ]["greedy"] - b["found"][SEQ]["greedy"]
+
+
 def lost(a: dict) -> float:
     """The greedy accuracy that is lost with two passes a block."""
     return a["found"]["greedy"] - a["found"]["greedy, passes a block"]["2"]
@@ -1029,7 +1034,7 @@ CLAIMS = [
         paper_numbers="ours, not the paper's",
         metric="greedy (the reward's size changes too)",
         arms=("none", "positive_only"),
-        effect=lambda a, b: a["found"][SEQ]["greedy"] - b["found"][SEQ]["greedy"],
+        effect=paid_by_rewriters,
     ),
     Claim(
         id="C6.7b",
@@ -1038,7 +1043,7 @@ CLAIMS = [
         paper_numbers="ours, not the paper's",
         metric="greedy (the reward's size changes too)",
         arms=("none", "negative_only"),
-        effect=lambda a, b: a["found"][SEQ]["greedy"] - b["found"][SEQ]["greedy"],
+        effect=paid_by_rewriters,
     ),
     Claim(
         id="C6.7w",
@@ -1047,7 +1052,7 @@ CLAIMS = [
         paper_numbers="ours",
         metric="greedy, labeller who falls for round answers",
         arms=("round", "round_positive_only"),
-        effect=lambda a, b: a["found"][SEQ]["greedy"] - b["found"][SEQ]["greedy"],
+        effect=paid_by_rewriters,
     ),
     # self-rewarding; with DPO + NLL (alpha 5) but for C7.1c
     Claim(
@@ -1602,12 +1607,13 @@ def judge(claim: Claim, found: dict[str, dict[int, dict]]) -> dict | None:
     runs = [found[arm][seed] for arm in claim.arms for seed in said["seeds"]]
     seeds = " ".join(str(seed) for seed in said["seeds"])
     threads = runs[0]["threads"]
-    script = f"notebooks/claims.py {claim.id}"
-    if claim.laptop_runs and "script" in runs[0]:
-        script = " ".join([runs[0]["script"], *(arm.removeprefix("d_") for arm in claim.arms)])
-    command = f"python {script} --seeds {seeds} --threads {threads}"
-    if "command" in runs[0]:  # of the tour
+    if "command" in runs[0]:  # the tour says it whole
         command = "; ".join(dict.fromkeys(run["command"] for run in runs))
+    else:
+        script = f"notebooks/claims.py {claim.id}"
+        if claim.laptop_runs:
+            script = " ".join([runs[0]["script"], *(arm.removeprefix("d_") for arm in claim.arms)])
+        command = f"python {script} --seeds {seeds} --threads {threads}"
     return {
         "id": claim.id,
         "paper": claim.paper,

@@ -135,8 +135,7 @@ CONTROLS = {
     "own_once": ("own_once_shuffled", *OF_ALL),
     "paid_once": ("paid_shuffled", *OF_ALL),
 }
-others = ("canvas", "base", "once", "no_indicator", "segments")
-CONTROLS |= dict.fromkeys(others, OF_ALL)
+CONTROLS |= dict.fromkeys(("canvas", "base", "once", "no_indicator", "segments"), OF_ALL)
 # Arms that `claims.py` runs, at sizes of its own.
 SMALL_ONLY = ("mu8", "bound", "bounds")
 EVERY = ("provers", *(arm for arm in ARMS if arm not in SMALL_ONLY))
@@ -375,9 +374,9 @@ def with_place(model: nr.Transformer, b: nr.Rollout, c: nr.DenoiseConfig) -> tup
 
     here = written.gather(1, place)
     open_still = (canvas.gather(1, place) == c.mask_id) & ~here
-    token = response.gather(1, place).masked_fill(~here, 0)[..., None]
-    mine = logp.gather(-1, token)[..., 0].masked_fill(~here, 0.0)
-    least, who = sure.gather(-1, token)[..., 0].masked_fill(~here, torch.inf).min(1)
+    token = response.gather(1, place).masked_fill(~here, 0)
+    mine = nr.of_tokens(logp, token).masked_fill(~here, 0.0)
+    least, who = nr.of_tokens(sure, token).masked_fill(~here, torch.inf).min(1)
     # Of equally sure tokens the sampler keeps the first.
     later = torch.arange(block) > who[:, None]
     lower = (sure < least[:, None, None]) | ((sure == least[:, None, None]) & later[..., None])
@@ -404,7 +403,7 @@ def in_two_orders(model: nr.Transformer, b: nr.Rollout, c: nr.DenoiseConfig) -> 
 
 
 def lower_bound(model: nr.Transformer, b: nr.Rollout, c: nr.DenoiseConfig) -> tuple[Tensor, None]:
-    """The mean of both orders' log-probs: at most the log-prob that any of the two wrote it."""
+    """The mean of both orders' log-probs: at most the logarithm of their mean probability."""
     return in_two_orders(model, b, c).mean(0), None
 
 
@@ -626,8 +625,8 @@ def direction_of_own(arm: str, policy: nr.Transformer, task: nr.Task, c: nr.Deno
     return float(F.cosine_similarity(*found, dim=0))
 
 
-def steps_and_answers(task: nr.Task, test: list[str], b: nr.Rollout) -> dict[str, float]:
-    """Of right answers, how many have steps that hold a whole right way."""
+def with_right_steps(task: nr.Task, test: list[str], b: nr.Rollout) -> float:
+    """Of right answers the share whose steps hold a whole right way."""
     found = []
     for x, y in zip(test, b.response.tolist(), strict=True):
         text = task.decode(y)
@@ -635,7 +634,7 @@ def steps_and_answers(task: nr.Task, test: list[str], b: nr.Rollout) -> dict[str
             steps = [step for step, _ in task.steps(task.encode([text])[0])]
             # Aimless steps may stand between the others.
             found.append(sum(task.step_ok(x, steps)) == len(task.truth(x)))
-    return {"right answers with right steps": mean(found or [math.nan])}
+    return mean(found or [math.nan])
 
 
 def transcripts(
@@ -695,7 +694,7 @@ def measure(
     b = nr.sample(policy, nr.encode_prompts(task, test, c), replace(c, temperature=0.0))
     found |= answers_at_once(state, task, b, c)
     found["tokens"] = float(b.mask.sum(1).mean())
-    found |= steps_and_answers(task, test, b)
+    found["right answers with right steps"] = with_right_steps(task, test, b)
     if arm == "outcome":  # collect keeps those of its first seed
         found["transcripts"] = transcripts(state, task, test[:12], b, c)
     return {"arm": arm, "seed": seed, "seconds": round(time.time() - began, 1), "found": found}

@@ -360,16 +360,19 @@ class Judged:
         look = replace(state, judge=state.policy)
         nr.judged(look, task, self.b, replace(c, judgements=self.JUDGEMENTS), 0)
         score = readable(look.judgements["score"])  # (responses, 8)
+
+        def average(part: Tensor) -> Tensor:
+            """The mean score of each response by these judgements, (problems, responses)."""
+            return part.nanmean(1).nan_to_num(0.0).view_as(self.truth)
+
         found: dict[str, Any] = {"ordered pairs": int(self.count()), "in order": {}}
         for J in (1, 3, 8):
             looks = []
             for part in score.split(J, dim=1):
                 if part.shape[1] == J:
-                    mean_score = part.nanmean(1).nan_to_num(0.0).view_as(self.truth)
-                    looks.append(in_true_order(mean_score, self.truth))
+                    looks.append(in_true_order(average(part), self.truth))
             found["in order"][str(J)] = round(mean(looks), 4)
-        mean_score = score[:, : c.judgements].nanmean(1).nan_to_num(0.0).view_as(self.truth)
-        few = mean_score[:200, :4]
+        few = average(score[:, : c.judgements])[:200, :4]
         found["pairwise"] = round(in_true_order(few, self.truth[:200, :4]), 4)
         found["tied"] = round(float((few == few[:, :1]).all(1).float().mean()), 4)
         return found

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -367,8 +368,8 @@ def test_links_to_a_heading_of_a_page_lead_to_one():
 def test_every_row_of_the_mutations_names_a_line_and_a_test_that_are_there():
     found = list(check_mutations.rows())
     assert len(found) > 600
+    read = cache(lambda path: (ROOT / path).read_text())
     for file, line, broken, test in found:
-        assert (ROOT / file).read_text().count(line) == 1 and line != broken, (file, line)
+        assert read(file).count(line) == 1 and line != broken, (file, line)
         name, _, function = test.partition("::")
-        text = (ROOT / "tests" / name).read_text()
-        assert f"def {function.partition('[')[0]}" in text, test
+        assert f"def {function.partition('[')[0]}" in read(f"tests/{name}"), test
