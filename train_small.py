@@ -1334,26 +1334,31 @@ def code_of(make_batches: Callable) -> str:
         return text + source_of(str(file))
     # The function that `make_batches` stands in, by name: lines may have moved since it was read.
     outer = make_batches.__qualname__.split(".")[0]
-    nodes = ast.parse(text).body
-    line = next(node.lineno for node in nodes if outer == vars(node).get("name"))
+    line = next(line for line, name, _ in statements(text) if outer == name)
     banners = [i for i, text in enumerate(lines, 1) if text.startswith("# ====")]
     begin = max(i for i in banners if i < line)
     end = min((i for i in banners if i > begin), default=len(lines) + 1)
     found = []
-    for node in nodes:
-        inside = node.lineno < part_two or begin < node.lineno < end
-        numbers = str(vars(node).get("name")).endswith(("Config", "Architecture"))
-        if inside and not numbers:
-            found.append(ast.dump(without_docstrings(node)))
+    for line, name, code in statements(text):
+        inside = line < part_two or begin < line < end
+        if inside and not name.endswith(("Config", "Architecture")):
+            found.append(code)
     return "\n".join(found)
 
 
-def without_docstrings(node: ast.stmt) -> ast.stmt:
-    """The node, with the docstrings of all that it defines taken out."""
-    for part in ast.walk(node):
-        if isinstance(part, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(part):
-            part.body = part.body[1:] or [ast.Pass()]
-    return node
+@functools.cache
+def statements(text: str) -> list[tuple[int, str, str]]:
+    """Of each statement of a file: its line, what it defines, its code without docstrings.
+
+    The line of a decorated function is that of its `def`. A name is "" where nothing is defined.
+    """
+    found = []
+    for node in ast.parse(text).body:
+        for part in ast.walk(node):
+            if isinstance(part, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(part):
+                part.body = part.body[1:] or [ast.Pass()]
+        found.append((node.lineno, vars(node).get("name", ""), ast.dump(node)))
+    return found
 
 
 class CachedTrainer:

@@ -756,15 +756,12 @@ def test_the_real_files(folder):
 def test_every_loop_runs_unchanged_on_a_folder(folder, tmp_path, monkeypatch, capsys):
     """Nothing can be learned from random weights. This is the way from ids to saved folders."""
     shared = """--config hf --device cpu --threads 1 --response 24 --prompts 3 --samples 4 --micro 6
-        --minibatch 12 --updates 2 --eval-problems 6 --start-data 12 --start-updates 2 --demos 12
-        --base-batch 4""".split()
+        --minibatch 12 --updates 1 --eval-problems 3 --start-data 12 --start-updates 2 --demos 12
+        --base-batch 4 --workers 1""".split()
     shared += ["--model", str(folder), "--data", str(folder), "--cache", str(tmp_path / "cache")]
     rounds = "--rounds 2 --judgements 3 --reward-data 6 --reward-updates 2".split()
     loops = [name for name in nr.METHODS if name != "refine"]
-    argv = [sys.executable, "train_small.py", *loops, *shared, *rounds]
-    argv += ["--out", str(tmp_path / "run")]
-    run = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    assert front.main([*loops, *shared, *rounds, "--out", str(tmp_path / "run")]) == 0
     results = json.loads((tmp_path / "run" / "summary.json").read_text())["results"]
     assert [r["loop"] for r in results] == loops and "ceiling" not in results[0]
     check_transcripts(tmp_path / "run")

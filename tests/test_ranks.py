@@ -19,7 +19,7 @@ from tests.conftest import ROOT
 
 LOOPS = list(nr.METHODS)  # what they start from and their reward models are trained by `fit`
 # micro-batches of 6: each process has several, of unequal number
-FLAGS = "--config smoke --micro 6 --updates 3 --min-ops 1".split()
+FLAGS = "--config smoke --micro 6 --updates 3 --min-ops 1 --eval-problems 10".split()
 
 
 def free_port():
@@ -53,17 +53,8 @@ def lines(out):
 def alone(tmp_path_factory):
     """The run of one process: what all others must repeat."""
     folder = tmp_path_factory.mktemp("alone")
-    argv = [
-        sys.executable,
-        "train_small.py",
-        *LOOPS,
-        *FLAGS,
-        "--out",
-        str(folder / "run"),
-        "--cache",
-        str(folder / "cache"),
-    ]
-    subprocess.run(argv, cwd=ROOT, check=True, capture_output=True)
+    places = ["--out", str(folder / "run"), "--cache", str(folder / "cache")]
+    assert front.main([*LOOPS, *FLAGS, "--workers", "1", *places]) == 0
     return folder / "run"
 
 

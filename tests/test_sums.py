@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -14,7 +13,7 @@ from tokenizers import Tokenizer, normalizers
 import nanoreward as nr
 import train_small as front
 from data import gsm8k, sums
-from tests.conftest import ROOT, check_conversation, check_transcripts, write_word_folder
+from tests.conftest import check_conversation, check_transcripts, write_word_folder
 
 # It writes BOS, names a special token, and shows the roles as Llama and SmolLM2 do.
 TEMPLATE = """\
@@ -543,17 +542,14 @@ def test_a_folder_at_the_rate_of_a_small_model_is_told_so(folder, tmp_path, caps
 def test_every_loop_runs_unchanged_on_a_folder(folder, tmp_path, monkeypatch, capsys):
     """Nothing can be learned from random weights. This is the way from ids to saved folders."""
     shared = """--config sums --device cpu --threads 1 --prompts 3 --samples 4 --micro 6
-        --minibatch 12 --updates 2 --eval-problems 6 --start-data 12 --start-updates 2 --demos 12
-        --base-batch 4 --max-ops 2 --response 40 --shots 1""".split()
+        --minibatch 12 --updates 1 --eval-problems 3 --start-data 12 --start-updates 2 --demos 12
+        --base-batch 4 --max-ops 2 --response 24 --shots 1 --workers 1""".split()
     shared += ["--model", str(folder), "--cache", str(tmp_path / "cache")]
     rounds = "--rounds 2 --judgements 3 --reward-data 6 --reward-updates 2".split()
     loops = [name for name in nr.METHODS if name != "refine"]
-    argv = [sys.executable, "train_small.py", *loops, *shared, *rounds]
-    argv += ["--out", str(tmp_path / "run")]
-    run = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    assert front.main([*loops, *shared, *rounds, "--out", str(tmp_path / "run")]) == 0
     note = "prompts: the chat template of the folder; solved problems in front: 1\n"
-    assert run.stdout.count(note) == 1
+    assert capsys.readouterr().out.count(note) == 1
     results = json.loads((tmp_path / "run" / "summary.json").read_text())["results"]
     assert [r["loop"] for r in results] == loops
     check_transcripts(tmp_path / "run")
