@@ -1651,7 +1651,8 @@ def at_laptop_size() -> dict[str, dict[int, dict]]:
         for arm, kept in read_result(part).items():
             common = {key: kept[key] for key in ("threads", "machine", "torch")}
             common["script"] = kept["command"].split()[1]
-            found[prefix + arm] = {job["seed"]: common | job for job in kept["seeds"]}
+            jobs = kept["seeds"] + kept.get("more seeds", [])
+            found[prefix + arm] = {job["seed"]: common | job for job in jobs}
     return found
 
 

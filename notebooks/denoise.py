@@ -33,6 +33,7 @@ from notebooks.jobs import (  # noqa: E402
     about_arm,
     config,
     head,
+    parted,
     read_arms,
     read_jobs,
     row,
@@ -711,11 +712,12 @@ def collect() -> dict:
     kept = read_arms(OUT)
     for arm in EVERY:
         if jobs := read_jobs(JOBS, arm):
-            shown = [job["found"].pop("transcripts", None) for job in jobs]
+            transcripts = [job["found"].pop("transcripts", None) for job in jobs]
             each = [{k: job[k] for k in ("seed", "commit", "seconds", "found")} for job in jobs]
-            kept[arm] = about_arm("denoise", arm, jobs) | {"seeds": each}
+            shown, more = parted(each)
+            kept[arm] = about_arm("denoise", arm, jobs) | {"seeds": shown, "more seeds": more}
             if arm == "outcome":
-                kept[arm]["transcripts"] = shown[0]
+                kept[arm]["transcripts"] = transcripts[0]
     write_arms(OUT, kept)
     return kept
 

@@ -43,6 +43,7 @@ from notebooks.jobs import (  # noqa: E402
     about_arm,
     config,
     head,
+    parted,
     read_arms,
     read_jobs,
     row,
@@ -614,12 +615,14 @@ def collect() -> dict:
             about = about_arm("inside", arm, jobs)
             for name in (SEQ, SCALAR, LIKELY):
                 if name in jobs[0]["found"]:
-                    curves = zip(*(job["found"][name].pop("curve") for job in jobs), strict=True)
+                    curves = {job["seed"]: job["found"][name].pop("curve") for job in jobs}
+                    updates = zip(*(curves[job["seed"]] for job in parted(jobs)[0]), strict=True)
                     about[name] = [
-                        [round(mean(x), 4) for x in zip(*update, strict=True)] for update in curves
+                        [round(mean(x), 4) for x in zip(*update, strict=True)] for update in updates
                     ]
             each = [{k: job[k] for k in ("seed", "commit", "seconds", "found")} for job in jobs]
-            kept[arm] = about | {"seeds": each}
+            shown, more = parted(each)
+            kept[arm] = about | {"seeds": shown, "more seeds": more}
     write_arms(OUT, kept)
     return kept
 

@@ -88,6 +88,15 @@ def read_jobs(folder: Path, arm: str) -> list[dict]:
     return [json.loads(path.read_text()) for path in sorted(folder.glob(f"{arm}-?.json"))]
 
 
+def parted(jobs: list[dict]) -> tuple[list[dict], list[dict]]:
+    """The first five seeds, which tables and pictures show, and those that only claims read.
+
+    If none of the five is there, what there is is shown.
+    """
+    shown = [job for job in jobs if job["seed"] < 5] or jobs
+    return shown, [job for job in jobs if job not in shown]
+
+
 def about_arm(script: str, arm: str, jobs: list[dict]) -> dict[str, Any]:
     """What all seeds of an arm have in common, and the command that measures them."""
     common = {key: jobs[0][key] for key in ("threads", "machine", "torch")}

@@ -38,6 +38,7 @@ from notebooks.jobs import (  # noqa: E402
     about_arm,
     config,
     head,
+    parted,
     read_arms,
     read_jobs,
     row,
@@ -482,10 +483,12 @@ def collect() -> dict:
         if jobs := read_jobs(JOBS, arm):
             curves = {}
             for i, key in enumerate(WATCHED):
-                curves[key] = average([[update[i] for update in job["logs"]] for job in jobs])
+                seeds = [[update[i] for update in job["logs"]] for job in parted(jobs)[0]]
+                curves[key] = average(seeds)
             each = [{k: job[k] for k in ("seed", "commit", "seconds", "rounds")} for job in jobs]
+            shown, more = parted(each)
             kept[arm] = {"fields": jobs[0]["fields"]} | about_arm("preferences", arm, jobs)
-            kept[arm] |= {"seeds": each, "curves": curves}
+            kept[arm] |= {"seeds": shown, "more seeds": more, "curves": curves}
     write_arms(OUT, kept)
     return kept
 
