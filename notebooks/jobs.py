@@ -67,7 +67,7 @@ def run(
     a = parser.parse_args()
     if unknown := [name for name in a.names if name not in named]:
         parser.error(f"{unknown[0]} is not one of {', '.join(named)}")
-    # As many as an interval is known for; a job's file has one digit for its seed.
+    # As many as an interval is known for.
     if not all(0 <= seed <= len(front.T95) for seed in a.seeds):
         parser.error(f"--seeds must lie in 0..{len(front.T95)}")
     torch.set_num_threads(a.threads)
@@ -85,7 +85,8 @@ def run(
 
 def read_jobs(folder: Path, arm: str) -> list[dict]:
     """What was measured of an arm, by seed."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob(f"{arm}-?.json"))]
+    jobs = [json.loads(path.read_text()) for path in folder.glob(f"{arm}-*.json")]
+    return sorted(jobs, key=lambda job: job["seed"])
 
 
 def parted(jobs: list[dict]) -> tuple[list[dict], list[dict]]:

@@ -180,7 +180,7 @@ def test_the_claims_at_laptop_size_are_those_of_the_committed_runs():
         assert kept == told, claim.id
 
 
-@pytest.mark.parametrize("seed", ["-1", "10"])
+@pytest.mark.parametrize("seed", ["-1", "20"])
 def test_a_seed_that_no_file_and_no_interval_has_is_refused(seed, tmp_path, monkeypatch, capsys):
     measured = []
 
@@ -188,15 +188,21 @@ def test_a_seed_that_no_file_and_no_interval_has_is_refused(seed, tmp_path, monk
         measured.append((arm, seed))
         return {"arm": arm, "seed": seed, "seconds": 0.0}
 
-    command = ["x.py", "one", "--cache", str(tmp_path), "--seeds", "9"]
+    command = ["x.py", "one", "--cache", str(tmp_path), "--seeds", "12", "9"]
     monkeypatch.setattr(sys, "argv", command)
     jobs.run("", ["one"], tmp_path, measure)
-    assert [job["seed"] for job in jobs.read_jobs(tmp_path, "one")] == [9]
+    assert [job["seed"] for job in jobs.read_jobs(tmp_path, "one")] == [9, 12]
     monkeypatch.setattr(sys, "argv", [*command, seed])
     with pytest.raises(SystemExit) as stop:
         jobs.run("", ["one"], tmp_path, measure)
-    assert stop.value.code == 2 and "--seeds must lie in 0..9" in capsys.readouterr().err
-    assert measured == [("one", 9)]
+    assert stop.value.code == 2 and "--seeds must lie in 0..19" in capsys.readouterr().err
+    assert measured == [("one", 12), ("one", 9)]
+
+
+def test_the_first_five_seeds_are_shown_and_claims_read_all():
+    each = [{"seed": seed} for seed in (0, 4, 5, 12)]
+    assert jobs.parted(each) == (each[:2], each[2:])
+    assert jobs.parted(each[2:]) == (each[2:], [])
 
 
 def test_the_committed_verdicts_are_those_of_the_rule():
