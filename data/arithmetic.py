@@ -310,7 +310,12 @@ class Arithmetic(CharacterTask):
 
     tokenizer = TOKENIZER
     letters = LETTERS
-    note = "problems: operations go from left to right, and every result is taken mod 100"
+
+    @property
+    def note(self) -> str:
+        """What a person has to know before typing a problem."""
+        told = "problems: operations go from left to right, and every result is taken mod 100"
+        return told if self.answers == MODULUS else f"{told}; the answer is mod {self.answers}"
 
     # ---- problems and demonstrations ------------------------------------------------------------
 

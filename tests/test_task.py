@@ -223,6 +223,11 @@ def test_fewer_answers_make_lucky_ones(answers, seed):
         assert few.chance() > 0.25
 
 
+def test_a_person_is_told_how_answers_are_counted():
+    assert TASK.note.endswith("every result is taken mod 100")
+    assert Arithmetic(answers=4).note == f"{TASK.note}; the answer is mod 4"
+
+
 def test_special_tokens_are_single_distinct_ids():
     assert [TASK.encode([w])[0] for w in SPECIAL] == [[i] for i in range(6)]
     with pytest.raises(ValueError, match="outside"):
