@@ -283,26 +283,22 @@ ARMS: dict[str, Arm] = {
     "dpo": Arm(preferences.measure, "dpo"),
     "sft": Arm(preferences.measure, "sft"),
     "lucky_dpo_nll": Arm(preferences.measure, "lucky_dpo_nll"),
-    "lucky_dpo": Arm(preferences.measure, "lucky_dpo"),
     "lucky_sft": Arm(preferences.measure, "lucky_sft"),
     "plain": Arm(preferences.measure, "plain", SHORT),
     "one_judgement": Arm(preferences.measure, "one_judgement", SHORT),
     "top_sft": Arm(preferences.measure, "top_sft", SHORT),
     "own_dpo": Arm(preferences.measure, "own_dpo", SHORT),
     "one_choice": Arm(preferences.measure, "one_choice", SHORT),
-    "no_eft": Arm(preferences.measure, "no_eft", SHORT | SOLVING),
+    "never_judging": Arm(preferences.measure, "no_eft", SHORT | SOLVING),
     "one_round": Arm(preferences.measure, "one_round", TWICE),
     "sft_one_round": Arm(preferences.measure, "sft", TWICE),
     "none": Arm(inside.measure, "none"),
     "round": Arm(inside.measure, "round"),
     "long": Arm(inside.measure, "long"),
     "refusal": Arm(inside.measure, "refusal"),
-    "short": Arm(inside.measure, "short"),
     "positive_only": Arm(inside.measure, "none", {"c_neg": 0.0}),
     "negative_only": Arm(inside.measure, "none", {"c_pos": 0.0}),
     "round_positive_only": Arm(inside.measure, "round", {"c_neg": 0.0}),
-    "d_mean_field": Arm(denoise.measure, "mean_field"),
-    "d_coupled": Arm(denoise.measure, "coupled"),
     "d_mu8": Arm(denoise.measure, "mu8"),
     "d_mu8_p15": Arm(denoise.measure, "mu8", {"masked": 0.15}),
     "d_mu8_p50": Arm(denoise.measure, "mu8", {"masked": 0.5}),
@@ -346,9 +342,8 @@ class Claim:
     A claim is judged by runs of its own at the sizes of SMALL, or, with laptop_runs, by those that
     another experiment has made at laptop size; the arms of denoise.py have the prefix `d_` here.
     C4, C7.2, C7.8, P8 and P9 went there after small runs had been seen: the methods of C4 and C7
-    changed, and P8 was undecided. So did C2.4, C5.1c, C6.1, C6.4 and C7.3b, by a rule: what five
-    small runs leave undecided is judged at laptop size, if its arms have run there, or has more
-    seeds.
+    changed, and P8 was undecided. So did C2.4, C5.1c, C6.1 and C6.4, by a rule: what five small runs
+    leave undecided is judged at laptop size, if its arms have run there, or has more seeds.
     """
 
     id: str
@@ -587,7 +582,7 @@ CLAIMS = [
         id="P11",
         paper=PPO,
         claim="a verifier's reward alone improves a base that knows the facts",
-        paper_numbers="no numbers",
+        paper_numbers="82.9 to 88.2 (GSM8K, GRPO)",
         metric="greedy: ppo minus base",
         arms=("gae",),
         effect=lambda a: a["found"]["greedy"] - a["found"]["base"],
@@ -1132,7 +1127,7 @@ CLAIMS = [
         claim="seed data for judging multiplies the pairs",
         paper_numbers="541 against 3,964",
         metric="pairs of round 1, of all problems: with minus without",
-        arms=("plain", "no_eft"),
+        arms=("plain", "never_judging"),
         effect=lambda a, b: pairs_each(a) - pairs_each(b),
     ),
     Claim(
@@ -1141,11 +1136,10 @@ CLAIMS = [
         claim="and does not hurt solving",
         paper_numbers="30.5 to 30.9",
         metric="greedy of M1, the same solving data: with minus without",
-        arms=("plain", "no_eft"),
+        arms=("plain", "never_judging"),
         effect=after(0),
         least=0.03,
         rule="no worse",
-        laptop_runs=True,
     ),
     Claim(
         id="C7.4",
@@ -1460,8 +1454,8 @@ WHY: dict[str, str] = {
         "is. C7.2w pairs judgements too."
     ),
     "C7.3b": (
-        "No difference on average, but seeds differ by more than the margin. At laptop size it "
-        "costs 6 points (three seeds): a model this small shares its room."
+        "At laptop size it costs 5 points: a model this small shares its room. Small runs of five "
+        "seeds show no difference."
     ),
     "C7.8": "No difference: a judge that does not get better (C7.2) may as well be frozen.",
     "C7.8w": (
@@ -1474,9 +1468,9 @@ WHY: dict[str, str] = {
         "tells makes up for some of that, C3.1w measures it by its own start."
     ),
     "C3.1b": (
-        "Below in every seed, by 0.6 to 19 points. Who is paid more for right answers learns to "
-        "write the expression alone: two seeds end with 8 tokens where the outcome alone has 22 "
-        "and 41."
+        "Below in every seed of eight, by 0.6 to 20 points. Who is paid more for right answers "
+        "learns to write the expression alone: two seeds end with 8 tokens where the outcome alone "
+        "has 22 and 41."
     ),
     "C3.1c": "As C3.1; twice the updates of the outcome alone gain five points besides.",
     "C3.1f": (
@@ -1486,10 +1480,10 @@ WHY: dict[str, str] = {
     ),
     "C3.1x": "No difference: without the harm there is no gain either.",
     "C3.2": (
-        "On average 4.7 points, nearly all from a seed that writes the expression alone; in two "
-        "of five it is below."
+        "On average 3 points, nearly all from a seed that writes the expression alone; in two of "
+        "eight it is below."
     ),
-    "C3.3": "On average the opposite; seeds differ by 23 points.",
+    "C3.3": ("On average the opposite; seeds differ by 32 points."),
     "C3.4": (
         "Nine tries are no better than one: 1 point worse on average, by the seed between 12 worse "
         "and 10 better."

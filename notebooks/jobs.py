@@ -99,9 +99,9 @@ def parted(jobs: list[dict]) -> tuple[list[dict], list[dict]]:
 
 
 def about_arm(script: str, arm: str, jobs: list[dict]) -> dict[str, Any]:
-    """What all seeds of an arm have in common, and the command that measures them."""
+    """What all seeds of an arm have in common, and the command that measures those shown."""
     common = {key: jobs[0][key] for key in ("threads", "machine", "torch")}
-    seeds = " ".join(str(job["seed"]) for job in jobs)
+    seeds = " ".join(str(job["seed"]) for job in parted(jobs)[0])
     command = f"python notebooks/{script}.py {arm} --seeds {seeds} --threads {common['threads']}"
     return common | {"command": command}
 
