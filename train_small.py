@@ -7,8 +7,8 @@
     python train_small.py report runs/x                 one page: runs/x/report.html
     python train_small.py plot runs/x runs/y            two runs on one picture
 
-Every number of a method's config is a flag. A flag that none of the named methods reads is a mistake. In
-[brackets] stands the number of --config laptop; PRESETS in this file holds the others.
+Every number of a method's config is a flag. A flag that none of the named methods reads is a
+mistake. In [brackets] stands the number of --config laptop; PRESETS in this file holds the others.
 Several methods or seeds are computed side by side, in as many processes as there are cores.
 Exit: 0 done, 1 missed --target, 2 a mistake (one line says which), 130 Ctrl-C (saved).
 """

@@ -342,8 +342,8 @@ class Claim:
     A claim is judged by runs of its own at the sizes of SMALL, or, with laptop_runs, by those that
     another experiment has made at laptop size; the arms of denoise.py have the prefix `d_` here.
     C4, C7.2, C7.8, P8 and P9 went there after small runs had been seen: the methods of C4 and C7
-    changed, and P8 was undecided. So did C2.4, C5.1c, C6.1 and C6.4, by a rule: what five small runs
-    leave undecided is judged at laptop size, if its arms have run there, or has more seeds.
+    changed, and P8 was undecided. So did C2.4, C5.1c, C6.1 and C6.4, by a rule: what five small
+    runs leave undecided is judged at laptop size, if its arms have run there, or has more seeds.
     """
 
     id: str
@@ -1452,10 +1452,6 @@ WHY: dict[str, str] = {
     "C7.2": (
         "Rounds pay for solutions, not for judgements, and the seed data of judging is all there "
         "is. C7.2w pairs judgements too."
-    ),
-    "C7.3b": (
-        "At laptop size it costs 5 points: a model this small shares its room. Small runs of five "
-        "seeds show no difference."
     ),
     "C7.8": "No difference: a judge that does not get better (C7.2) may as well be frozen.",
     "C7.8w": (
