@@ -5,8 +5,8 @@ rule for the verdict that was written before the run (one whose id ends in w: af
 number had not held). An arm is a method with a few numbers changed, by the functions of the loops
 and of the other experiments in this folder, at the sizes of SMALL (10 s to 4 minutes). Arms are
 shared between claims; each run is kept in runs/claims/ARM-SEED.json and not run again; all together
-make notebooks/results/claims.json. C2.5, C3, C4, C7.2, C7.8, P8 and P9 are judged by the runs of
-the experiments that make them. Needs the extra `notebooks`.
+make notebooks/results/claims.json. Claims with `laptop_runs` are judged by the runs of the
+experiments that make them. Needs the extra `notebooks`.
 """
 
 import json
