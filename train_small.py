@@ -2132,6 +2132,13 @@ def join_processes() -> None:
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
+def leave_processes() -> None:
+    """End the group. Its threads are still at work, and could abort a process that just ends."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def check_shared(folder: Path, given: str) -> None:
     """Refuse processes on several machines that do not share this folder; given: its flag."""
     seen = torch.tensor(int(time.time_ns()) if nr.is_first() else 0)
@@ -2144,7 +2151,7 @@ def check_shared(folder: Path, given: str) -> None:
         mark.unlink()
     if missing:
         many = dist.get_world_size()
-        dist.destroy_process_group()
+        leave_processes()
         raise UserError(
             f"{missing} of {many} processes do not see {folder}: {given} must "
             "name a folder on a disk that all machines share"
@@ -2218,7 +2225,9 @@ def train_command(argv: list[str], alone: bool) -> int:
     run = find_run(a)
     with run.lock:
         run.workers = a.workers or (1 if alone else usual_workers(run))
-        return finish_run(run)
+        code = finish_run(run)
+    leave_processes()
+    return code
 
 
 def command_of(argv: list[str], alone: bool) -> str:

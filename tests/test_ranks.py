@@ -4,6 +4,7 @@ Two of them give the numbers of one, are killed, resume and stop together.
 """
 
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -12,6 +13,7 @@ import sys
 import time
 
 import pytest
+import torch.distributed as dist
 
 import nanoreward as nr
 import train_small as front
@@ -19,7 +21,9 @@ from tests.conftest import ROOT
 
 LOOPS = list(nr.METHODS)  # what they start from and their reward models are trained by `fit`
 # micro-batches of 6: each process has several, of unequal number
-FLAGS = "--config smoke --micro 6 --updates 3 --min-ops 1 --eval-problems 10".split()
+FLAGS = (
+    "--config smoke --micro 6 --base-updates 60 --updates 3 --min-ops 1 --eval-problems 10".split()
+)
 
 
 def free_port():
@@ -28,20 +32,45 @@ def free_port():
         return str(s.getsockname()[1])
 
 
-def start(out, cache, n=2, resume=False, loops=LOOPS, more=()):
-    """n processes of one run, as torchrun starts them."""
-    argv = [sys.executable, "train_small.py", "--cache", str(cache)]
-    argv += ["--resume", str(out)] if resume else [*loops, *FLAGS, *more, "--out", str(out)]
-    env = dict(
-        os.environ,
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=free_port(),
-        WORLD_SIZE=str(n),
-        OMP_NUM_THREADS="1",
-    )
-    ranks = [env | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(n)]
-    pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    return [subprocess.Popen(argv, env=each, **pipe) for each in ranks]
+# Processes that begin when torch is loaded already, which takes longer than most of these runs.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["torch._dynamo", "train_small", "notebooks.curves"])
+
+
+def rank(argv, env, folder):
+    """One of the processes of torchrun; it writes what it says into this folder."""
+    os.environ.update(env)
+    for stream, name in ((1, "said"), (2, "errors")):
+        with open(folder / f"{name}-{env['RANK']}", "w") as file:
+            os.dup2(file.fileno(), stream)
+    sys.argv = ["train_small.py", *argv]
+    code = front.main()
+    assert not dist.is_initialized()  # one that is still in the group is aborted now and then
+    sys.exit(code)
+
+
+def start(folder, out, cache, resume=False, loops=LOOPS, more=()):
+    """Two processes of one run, as torchrun starts them; out and cache may be a list of two."""
+    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
+    started = []
+    for i in (0, 1):
+        mine, cached = (str(x[i] if isinstance(x, list) else x) for x in (out, cache))
+        argv = ["--resume", mine] if resume else [*loops, *FLAGS, *more, "--out", mine]
+        env = meet | {"RANK": str(i), "LOCAL_RANK": str(i), "OMP_NUM_THREADS": "1"}
+        args = ([*argv, "--cache", cached], env, folder)
+        process = FORKS.Process(target=rank, args=args, daemon=True)  # it ends with the tests
+        process.start()
+        started.append(process)
+    return started
+
+
+def ended(both, folder):
+    """The exit codes of the two processes, and what each has said and complained of."""
+    for process in both:
+        process.join(300)
+    names = [(f"said-{i}", f"errors-{i}") for i in (0, 1)]
+    texts = [[(folder / name).read_text() for name in each] for each in names]
+    return [process.exitcode for process in both], texts
 
 
 def lines(out):
@@ -88,28 +117,20 @@ def test_something_was_learned_in_every_loop(alone):
             assert any(m["grad_norm"] > 0 and m["flat_groups"] < 1 for m in mine), mine
 
 
-def test_two_processes_killed_twice_and_resumed_give_the_numbers_of_one(alone, tmp_path):
+def test_two_processes_killed_and_resumed_give_the_numbers_of_one(alone, tmp_path):
     out, cache = tmp_path / "run", tmp_path / "cache"
-
-    def begun(loop):
-        """Whether a whole line of the loop is logged."""
-        log = out / "jobs" / f"{loop}-0" / "metrics.jsonl"
-        return log.exists() and b"\n" in log.read_bytes()
-
-    for k, loop in enumerate(("self_rewarding", "denoise")):
-        both = start(out, cache, resume=k > 0)
-        deadline = time.time() + 600
-        while not begun(loop):
-            alive = all(p.poll() is None for p in both)
-            assert time.time() < deadline and alive, [p.communicate() for p in both]
-            time.sleep(0.02)
-        for p in both:
-            p.kill()
-            p.communicate()
-    first, second = start(out, cache, resume=True)
-    said, silent = first.communicate(timeout=900), second.communicate(timeout=900)
-    assert first.returncode == second.returncode == 0, (said, silent)
-    assert "An accuracy is that of" in said[0] and silent == ("", "")
+    both = start(tmp_path, out, cache)
+    log = out / "jobs" / "self_rewarding-0" / "metrics.jsonl"
+    deadline = time.time() + 600
+    while not (log.exists() and b"\n" in log.read_bytes()):
+        assert time.time() < deadline and all(p.is_alive() for p in both)
+        time.sleep(0.02)
+    for p in both:
+        p.kill()
+        p.join()
+    codes, (said, silent) = ended(start(tmp_path, out, cache, resume=True), tmp_path)
+    assert codes == [0, 0], (said, silent)
+    assert "An accuracy is that of" in said[0] and silent == ["", ""]
     assert_same(alone, out)
     a, b = (json.loads((folder / "summary.json").read_text())["results"] for folder in (alone, out))
     assert [x["loop"] for x in a] == LOOPS
@@ -121,25 +142,23 @@ def test_two_processes_killed_twice_and_resumed_give_the_numbers_of_one(alone, t
 
 def test_ctrl_c_heard_by_one_process_stops_all_of_them(tmp_path):
     out = tmp_path / "run"
-    first, second = start(out, tmp_path / "cache", loops=["ppo"], more=["--updates", "200"])
+    more = ["--updates", "200"]
+    both = start(tmp_path, out, tmp_path / "cache", loops=["ppo"], more=more)
     deadline = time.time() + 600
     while not (out / "jobs" / "ppo-0" / "metrics.jsonl").exists():
-        assert time.time() < deadline and first.poll() is None
+        assert time.time() < deadline and all(p.is_alive() for p in both)
         time.sleep(0.02)
-    second.send_signal(signal.SIGINT)
-    said, _ = first.communicate(timeout=300)
-    second.communicate(timeout=300)
-    if "An accuracy is that of" in said:
-        pytest.skip("the run was over before the signal came")
-    assert first.returncode == second.returncode == 130 and "go on with" in said
+    os.kill(both[1].pid, signal.SIGINT)
+    codes, (said, _) = ended(both, tmp_path)
+    assert codes == [130, 130] and "go on with" in said[0], said
 
 
-def test_a_run_of_several_processes_needs_a_folder(tmp_path):
-    env = dict(os.environ, RANK="0", WORLD_SIZE="2")
-    run = subprocess.run(
-        [sys.executable, "train_small.py", "ppo"], env=env, cwd=ROOT, capture_output=True, text=True
-    )
-    assert run.returncode == 2 and "--out" in run.stderr and run.stderr.count("\n") == 1
+def test_a_run_of_several_processes_needs_a_folder(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert front.main(["ppo"]) == 2
+    error = capsys.readouterr().err
+    assert "--out" in error and error.count("\n") == 1
 
 
 # ---- two machines --------------------------------------------------------------------------------
@@ -172,25 +191,30 @@ def hosts():
         yield list(zip(names, cable, strict=True))
     finally:
         for name in names:
-            # What a failed test left running there would keep the namespace alive.
-            left = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True)
-            for pid in left.stdout.split():
-                os.kill(int(pid), signal.SIGKILL)
+            kill_all(name)  # what a failed test left running would keep the namespace alive
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
+def kill_all(name):
+    """Kill what runs on this machine: torchrun, and the processes that would outlive it."""
+    running = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True)
+    pids = [int(pid) for pid in running.stdout.split()]
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    return len(pids)
+
+
 def on_hosts(hosts, *flags):
-    """torchrun on each of two machines; flags are the same, or a list with one for each."""
+    """torchrun on each of two machines."""
     port = free_port()
     started = []
     for i, (name, cable) in enumerate(hosts):
-        own = [flag[i] if isinstance(flag, list) else str(flag) for flag in flags]
         argv = f"ip netns exec {name} {sys.executable} -m torch.distributed.run --nnodes 2".split()
         argv += f"--node-rank {i} --nproc-per-node 1 --master-addr 10.77.0.1".split()
-        argv += ["--master-port", port, "train_small.py", *own]
+        argv += ["--master-port", port, "train_small.py", *map(str, flags)]
         env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": cable}
         pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-        started.append(subprocess.Popen(argv, env=env, start_new_session=True, **pipe))
+        started.append(subprocess.Popen(argv, env=env, **pipe))
     return started
 
 
@@ -202,12 +226,13 @@ def test_two_machines_killed_and_resumed_give_the_numbers_of_one(hosts, alone, t
     while not (out / "jobs" / "iterative_dpo-0" / "metrics.jsonl").exists():
         assert time.time() < deadline and all(p.poll() is None for p in both)
         time.sleep(0.02)
+    assert [kill_all(name) for name, _ in hosts] == [2, 2]
     for p in both:
-        os.killpg(p.pid, signal.SIGKILL)
         p.communicate()
     both = on_hosts(hosts, "--resume", out, "--cache", cache)
     said = [p.communicate(timeout=900) for p in both]
     assert [p.returncode for p in both] == [0, 0], said
+    assert "ppo/0    1" not in said[0][0] and "denoise/0    3" in said[0][0], said
     expected = tmp_path / "expected"
     expected.mkdir()
     text = (alone / "metrics.jsonl").read_text().splitlines(keepends=True)
@@ -218,14 +243,13 @@ def test_two_machines_killed_and_resumed_give_the_numbers_of_one(hosts, alone, t
 
 
 @pytest.mark.parametrize("unshared", ["--out", "--cache"])
-def test_machines_that_share_no_disk_are_told_so_in_a_line(hosts, unshared, tmp_path):
+def test_processes_that_share_no_disk_are_told_so_in_a_line(unshared, tmp_path):
     one, other = str(tmp_path / "one"), str(tmp_path / "other")
-    places = {"--out": str(tmp_path / "run"), "--cache": str(tmp_path / "cache")}
+    places = {"--out": tmp_path / "run", "--cache": tmp_path / "cache"}
     places[unshared] = [one, other]
-    flags = [word for pair in places.items() for word in pair]
-    both = on_hosts(hosts, "ppo", *FLAGS, *flags)
-    said = [p.communicate(timeout=300) for p in both]
-    assert all(p.returncode != 0 for p in both)
+    both = start(tmp_path, places["--out"], places["--cache"], loops=["ppo"])
+    codes, said = ended(both, tmp_path)
+    assert codes == [2, 2], said
     message = f"1 of 2 processes do not see {one}: {unshared} must name a folder on a disk"
     assert message in said[0][1]
     assert not list(tmp_path.rglob("state.pt")) and not list(tmp_path.rglob("*.tmp"))
