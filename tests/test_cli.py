@@ -251,15 +251,15 @@ def test_the_smallest_example_shows_a_problem_wrong_before_and_right_after(monke
     assert ast.unparse(last) == "if __name__ == '__main__':\n    main()"
 
 
-def test_a_finished_run_says_so_and_changes_nothing(smoke, cache):
+def test_a_finished_run_says_so_and_changes_nothing(smoke, cache, capsys):
     out, _ = smoke
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
     for argv in (
         ["--resume", out],
         "ppo --config smoke --seeds 2 --target ppo=0.0 --ceiling --out".split() + [out],
     ):
-        again = call(*argv, "--cache", cache)
-        assert again.returncode == 0 and "finished" in again.stdout
+        assert inside(*argv, "--cache", cache) == 0
+        assert "finished" in capsys.readouterr().out
     assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*")}
 
 
@@ -279,23 +279,17 @@ def test_a_missed_target_exits_one(smoke, cache, tmp_path):
     assert json.loads((out / "summary.json").read_text())["results"][0]["updates"] == 1
 
 
-@pytest.mark.parametrize(
-    "loop, flags",
-    [
-        ("ppo", "--updates 12"),
-        ("denoise", "--updates 12"),
-    ],
-)
-def test_killed_anywhere_and_resumed_bit_for_bit(cache, tmp_path, loop, flags):
+def test_killed_anywhere_and_resumed_bit_for_bit(cache, tmp_path):
     """A real SIGKILL at a moment nobody chose, twice; the outputs equal those of a quiet run.
 
-    A kill that is imitated is tried in every loop by test_resume.py.
+    It comes in the first method, and in the second. A kill that is imitated is tried in every loop
+    by test_resume.py.
     """
-    more = ["--config", "smoke", *flags.split(), "--eval-every", 3, "--seeds", 2, "--cache", cache]
-    more += ["--workers", 1]
-    assert inside(loop, *more, "--out", tmp_path / "quiet") == 0
+    run = ["ppo", "denoise", "--config", "smoke", "--updates", 12, "--eval-every", 3, "--seeds", 2]
+    run += ["--cache", cache, "--workers", 1]
+    assert inside(*run, "--out", tmp_path / "quiet") == 0
     out = tmp_path / "killed"
-    argv = [sys.executable, str(ROOT / "train_small.py"), loop, *map(str, more), "--out", str(out)]
+    argv = [sys.executable, str(ROOT / "train_small.py"), *map(str, run), "--out", str(out)]
     kills = 0
     for step in (5, 17):
         process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -323,12 +317,13 @@ def test_killed_anywhere_and_resumed_bit_for_bit(cache, tmp_path, loop, flags):
     assert subprocess.run(argv, capture_output=True).returncode == 0
     for name in ("metrics.jsonl", "samples.jsonl"):
         assert without_time(out / name) == without_time(tmp_path / "quiet" / name)
-    for seed in (0, 1):
-        name = f"models/{loop}-{seed}/model.safetensors"
+    for job in ("ppo-0", "denoise-0", "ppo-1", "denoise-1"):
+        name = f"models/{job}/model.safetensors"
         assert (out / name).read_bytes() == (tmp_path / "quiet" / name).read_bytes()
-    shown = lines(out / "samples.jsonl")[0]  # what the per-token pictures are drawn from
-    inner = {"ppo": {"token_rewards"}, "denoise": {"order", "sure", "said", "prospects"}}[loop]
-    assert inner <= set(shown) and all(len(shown[k]) > 0 for k in inner)
+    drawn = {"ppo": ["token_rewards"], "denoise": ["order", "sure", "said", "prospects"]}
+    for loop, inner in drawn.items():  # what the per-token pictures are drawn from
+        shown = next(line for line in lines(out / "samples.jsonl") if line["loop"] == loop)
+        assert all(len(shown[k]) > 0 for k in inner)
     results = [
         json.loads((f / "summary.json").read_text())["results"] for f in (out, tmp_path / "quiet")
     ]

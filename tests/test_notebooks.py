@@ -7,6 +7,7 @@ import sys
 
 import nbformat
 import pytest
+from jupyter_client.manager import start_new_kernel
 from nbclient import NotebookClient
 
 import nanoreward as nr
@@ -83,20 +84,29 @@ def test_what_the_text_of_a_notebook_names_is_there(path):
     assert set(re.findall(r"--[a-z][a-z-]*", text)) <= set(flags)
 
 
-# What takes a minute there learns as clearly with half of the problems, of one operation each.
+# What takes a minute there learns as clearly with a small model, from problems of one operation.
+SMALL_MODEL = "width=64, layers=2, heads=4, kv_heads=4, head_dim=16, mlp_width=128"
 SMALLER = {
     "00_the_whole_thing": {
         "max_ops=2": "max_ops=1",
         "response=20": "response=12",
-        "base_updates=400": "base_updates=250",
-        "prompts=64": "prompts=32",
-        "minibatch=128": "minibatch=64",
+        "base_updates=400": f"base_updates=400, base_batch=64, demos=10_000, {SMALL_MODEL}",
+        "lr=5e-4": "lr=1e-3",
     }
 }
 
 
+@pytest.fixture(scope="module")
+def kernel():
+    """One process that runs all notebooks: to load torch takes as long as most of them."""
+    manager, client = start_new_kernel(cwd=str(ROOT / "notebooks"))
+    client.stop_channels()
+    yield manager
+    manager.shutdown_kernel(now=True)
+
+
 @pytest.mark.parametrize("path", PATHS, ids=lambda p: p.stem)
-def test_a_notebook_runs_from_top_to_bottom(path):
+def test_a_notebook_runs_from_top_to_bottom(path, kernel):
     """Its own assertions are the test; what it reads from committed runs is printed as it was."""
 
     def printed(nb):
@@ -110,7 +120,11 @@ def test_a_notebook_runs_from_top_to_bottom(path):
     for cell in nb.cells:
         for number, smaller in SMALLER.get(path.stem, {}).items():
             cell.source = cell.source.replace(f"{number},", f"{smaller},")
-    NotebookClient(nb, timeout=300, resources={"metadata": {"path": str(path.parent)}}).execute()
+    forget = nbformat.v4.new_code_cell("%reset -f")  # the names of the notebook before it
+    before.insert(0, "")
+    nb.cells.insert(0, forget)
+    NotebookClient(nb, km=kernel, timeout=300).execute()
+    assert all(c.execution_count for c in nb.cells if c.cell_type == "code")
     if "smoke" not in path.read_text():  # numbers of committed runs: the same to the last digit
         assert printed(nb) == before
 

@@ -471,34 +471,31 @@ def test_probe_reward_depends_on_the_prompt(arm):
     assert at_the_end(logs, "truth") > 0.65
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_probe_credit_reaches_back_from_the_end(seed):
+def test_probe_credit_reaches_back_from_the_end():
     """The reward comes with EOS, the deed three tokens earlier."""
     world = World(lambda x, y: y[:1] == "7")
-    _, logs = play(world, seed=seed, response=4, vocab=FEW_IDS)
+    _, logs = play(world, response=4, vocab=FEW_IDS)
     assert at_the_end(logs, "reward") > 0.9
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_probe_constant_reward_is_what_the_value_head_learns_and_teaches_nothing_else(seed):
-    state, logs = play(World(lambda x, y: 1.0), no_eos=1.0, value_coef=1.0, lam=1.0, seed=seed)
+def test_probe_constant_reward_is_what_the_value_head_learns_and_teaches_nothing_else():
+    state, logs = play(World(lambda x, y: 1.0), no_eos=1.0, value_coef=1.0, lam=1.0)
     policy = state.policy
     prompt = torch.tensor([[1, 9], [1, 10]])
     rollout = nr.sample(policy, prompt, policy.config, generator=nr.rng(0, "s"))
     value = state.head(nr.predictive_hidden(policy, prompt, rollout.response))
     assert ((value - 1).abs() * rollout.mask).max() < 0.1
-    state, logs = play(World(lambda x, y: 1.0), arm="grpo", no_eos=1.0, updates=3, seed=seed)
+    state, logs = play(World(lambda x, y: 1.0), arm="grpo", no_eos=1.0, updates=3)
     assert all(m["flat_groups"] == 1 and m["loss"] == 0 and m["grad_norm"] == 0 for m in logs)
     # Where all rewards are equal, not one weight moves.
     pairs = zip(state.policy.parameters(), state.reference.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("arm", ["gae", "grpo", "rloo"])
-def test_probe_a_huge_kl_weight_keeps_the_policy_at_its_reference(arm, seed):
+def test_probe_a_huge_kl_weight_keeps_the_policy_at_its_reference(arm):
     world = World(lambda x, y: y[:1] == "7")
-    numbers = dict(arm=arm, seed=seed, vocab=FEW_IDS, updates=30)
+    numbers = dict(arm=arm, vocab=FEW_IDS, updates=30)
     _, free = play(world, **numbers)
     _, held = play(world, beta=30.0, epochs=2, **numbers)
     assert free[-1]["kl"] > 1.0 and abs(held[-1]["kl"]) < 0.2
