@@ -303,18 +303,10 @@ def test_killed_anywhere_and_resumed_bit_for_bit(cache, tmp_path):
         for log in out.glob("jobs/*/metrics.jsonl"):
             with log.open("a") as f:
                 f.write('{"loop": "ppo", "se')  # torn, as a full disk or a power cut leaves it
-        argv = [
-            sys.executable,
-            str(ROOT / "train_small.py"),
-            "--resume",
-            str(out),
-            "--cache",
-            str(cache),
-            "--workers",
-            "1",
-        ]
+        resume = ["--resume", str(out), "--cache", str(cache), "--workers", "1"]
+        argv = [sys.executable, str(ROOT / "train_small.py"), *resume]
     assert kills == 2, process.stderr.read()
-    assert subprocess.run(argv, capture_output=True).returncode == 0
+    assert inside(*resume) == 0
     for name in ("metrics.jsonl", "samples.jsonl"):
         assert without_time(out / name) == without_time(tmp_path / "quiet" / name)
     for job in ("ppo-0", "denoise-0", "ppo-1", "denoise-1"):

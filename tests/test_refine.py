@@ -332,7 +332,7 @@ def test_where_nothing_is_wrong_nothing_is_mended(grade):
     assert nr.answer_refined(state, Same(1, 1), ["3+4="], SMALL)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0])
 def test_probe_heads_learn_which_prefix_is_bad_and_refiners_what_follows(seed):
     """The whole loop in a world where a 9 is the error: heads and refiners find it in seconds."""
     task = Ones(1, 1)

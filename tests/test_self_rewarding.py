@@ -305,7 +305,7 @@ def test_sets_of_pairs_come_together_without_a_change_of_any_log_prob(m1):
         )
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0])
 def test_probe_the_judge_learns_what_most_of_its_judgements_say(seed):
     """Taught to say 4 in two cases of three and else 2, it says 4 nearly always in the end."""
     config = nr.replace(SMALL, updates=25, judgements=8, alpha=1.0, lr=2e-3, seed=seed)
@@ -383,7 +383,7 @@ class Lengths(Arithmetic):
         return self.encode([f"{min(9, sum(i > 2 for i in response))}??"])[0]
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0])
 def test_probe_what_the_own_judgement_prefers_is_learned(seed):
     """Taught in seconds to score lengths, the weights learn from their own scores to write more."""
     task = Lengths(1, 1)

@@ -136,7 +136,7 @@ class Digit(Arithmetic):
         return 0.0
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0])
 def test_probe_what_the_rewriter_writes_is_what_the_policy_learns_to_write(seed, monkeypatch):
     """A rewriter that turns everything into 7: in seconds the policy says so itself."""
     task = Digit(1, 1)

@@ -454,7 +454,7 @@ def at_the_end(logs, number):
 FEW_IDS = TASK.encode(["7"])[0][0] + 1
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0])
 @pytest.mark.parametrize("arm", ["gae", "grpo", "rloo"])
 def test_probe_one_token(arm, seed):
     """One prompt, one rewarded first token of many: found and kept."""
