@@ -1479,7 +1479,7 @@ WHY: dict[str, str] = {
         "On average 3 points, nearly all from a seed that writes the expression alone; in two of "
         "eight it is below."
     ),
-    "C3.3": ("On average the opposite; seeds differ by 32 points."),
+    "C3.3": "On average the opposite; seeds differ by 32 points.",
     "C3.4": (
         "Nine tries are no better than one: 1 point worse on average, by the seed between 12 worse "
         "and 10 better."

@@ -332,13 +332,12 @@ def test_where_nothing_is_wrong_nothing_is_mended(grade):
     assert nr.answer_refined(state, Same(1, 1), ["3+4="], SMALL)
 
 
-@pytest.mark.parametrize("seed", [0])
-def test_probe_heads_learn_which_prefix_is_bad_and_refiners_what_follows(seed):
+def test_probe_heads_learn_which_prefix_is_bad_and_refiners_what_follows():
     """The whole loop in a world where a 9 is the error: heads and refiners find it in seconds."""
     task = Ones(1, 1)
     numbers = {"prompts": 400, "continuations": 6, "minibatch": 64, "updates": 120, "lr": 0.01}
-    config = nr.replace(SMALL, response=5, seed=seed, **numbers)
-    student = nr.Transformer(config, nr.rng(seed, "init"))
+    config = nr.replace(SMALL, response=5, seed=0, **numbers)
+    student = nr.Transformer(config, nr.rng(0, "init"))
     with torch.no_grad():  # it writes 1, 2 and 9 and the end
         student.lm_head.weight.zero_()
     digits = task.encode(["1", "2", "9"])

@@ -305,19 +305,18 @@ def test_sets_of_pairs_come_together_without_a_change_of_any_log_prob(m1):
         )
 
 
-@pytest.mark.parametrize("seed", [0])
-def test_probe_the_judge_learns_what_most_of_its_judgements_say(seed):
+def test_probe_the_judge_learns_what_most_of_its_judgements_say():
     """Taught to say 4 in two cases of three and else 2, it says 4 nearly always in the end."""
-    config = nr.replace(SMALL, updates=25, judgements=8, alpha=1.0, lr=2e-3, seed=seed)
-    policy = rough(config, seed)
+    config = nr.replace(SMALL, updates=25, judgements=8, alpha=1.0, lr=2e-3, seed=0)
+    policy = rough(config, 0)
     demos = []
-    for i, x in enumerate(TASK.prompts(90, nr.rng(seed, "shown"))):
+    for i, x in enumerate(TASK.prompts(90, nr.rng(0, "shown"))):
         answer = f"#{i % 10}<eos>"
         asked = TASK.judge_prompt(*TASK.encode([x, answer]))
         demos += [(x, answer), (TASK.decode(asked), f"!{2 if i % 3 == 0 else 4}<eos>")]
     taught(policy, nr.encode_demos(TASK, demos, config), 100)
     state = nr.start_self_rewarding(policy, config)
-    problems = TASK.prompts(100, nr.rng(seed, "judged"))
+    problems = TASK.prompts(100, nr.rng(0, "judged"))
     b = nr.sample(policy, nr.encode_prompts(TASK, problems, config), config)
 
     def fours():
@@ -383,16 +382,15 @@ class Lengths(Arithmetic):
         return self.encode([f"{min(9, sum(i > 2 for i in response))}??"])[0]
 
 
-@pytest.mark.parametrize("seed", [0])
-def test_probe_what_the_own_judgement_prefers_is_learned(seed):
+def test_probe_what_the_own_judgement_prefers_is_learned():
     """Taught in seconds to score lengths, the weights learn from their own scores to write more."""
     task = Lengths(1, 1)
-    config = nr.replace(SMALL, rounds=4, updates=12, prompts=32, alpha=1.0, lr=1e-3, seed=seed)
-    policy = rough(config, seed)
+    config = nr.replace(SMALL, rounds=4, updates=12, prompts=32, alpha=1.0, lr=1e-3, seed=0)
+    policy = rough(config, 0)
     demos = [(f"{n}??", f"!{1 + n // 2}<eos>") for n in range(10)] * 5
     # And to answer with one to nine digits, so that there is something to prefer.
     lengths = cycle(range(1, 10))
-    demos += [(x, f"{'7' * next(lengths)}<eos>") for x in task.prompts(50, nr.rng(seed, "answers"))]
+    demos += [(x, f"{'7' * next(lengths)}<eos>") for x in task.prompts(50, nr.rng(0, "answers"))]
     taught(policy, nr.encode_demos(task, demos, config), 200)
     state = nr.start_self_rewarding(policy, config)
     logs = list(task_problems(state, task, config))

@@ -136,15 +136,14 @@ class Digit(Arithmetic):
         return 0.0
 
 
-@pytest.mark.parametrize("seed", [0])
-def test_probe_what_the_rewriter_writes_is_what_the_policy_learns_to_write(seed, monkeypatch):
+def test_probe_what_the_rewriter_writes_is_what_the_policy_learns_to_write(monkeypatch):
     """A rewriter that turns everything into 7: in seconds the policy says so itself."""
     task = Digit(1, 1)
     monkeypatch.setattr(nr, "NO_EOS", 0.0)  # else the first thing to be learned is to end at once
     numbers = {"prompts": 16, "samples": 8, "minibatch": 128, "epochs": 1}
-    numbers |= {"updates": 50, "lr": 1e-2, "response": 3, "vocab": 14, "seed": seed}
+    numbers |= {"updates": 50, "lr": 1e-2, "response": 3, "vocab": 14, "seed": 0}
     config = nr.replace(SMALL, c_pos=1.0, c_neg=0.1, **numbers)
-    state = nr.start_ppo(nr.Transformer(config, nr.rng(seed, "init")), config)
+    state = nr.start_ppo(nr.Transformer(config, nr.rng(0, "init")), config)
     state.models = {"rewriter": Rewriter(lambda source: TASK.encode(["7"])[0])}
     logs = list(nr.seq2seq(state, task, config))
     assert logs[-1]["reward"] > logs[0]["reward"] + 0.5

@@ -184,18 +184,17 @@ def test_ppo_takes_a_step_by_it_and_leaves_the_scorer_alone():
     assert [len(x["token_rewards"]) for x in shown] == b.mask.sum(1).tolist()
 
 
-@pytest.mark.parametrize("seed", [0])
-def test_probe_a_trained_sorm_punishes_the_token_that_is_the_error(seed):
+def test_probe_a_trained_sorm_punishes_the_token_that_is_the_error():
     """In a world of digits where a 9 is the error, the reward falls at the first 9."""
     task = Ones(1, 1)
     numbers = {"reward_data": 500, "reward_updates": 150, "continuations": 6}
-    c = nr.replace(SMALL, response=5, seed=seed, **numbers)
+    c = nr.replace(SMALL, response=5, seed=0, **numbers)
     digits = task.encode(["1", "2", "9"])
     never = [i for i in range(c.vocab) if [i] not in digits and i != c.eos_id]
     bias = torch.zeros(c.vocab).index_fill_(0, torch.tensor(never), -30.0)
 
     # The base writes 1, 2 and 9 and the end, untrained.
-    base = nr.Transformer(c, nr.rng(seed, "init"))
+    base = nr.Transformer(c, nr.rng(0, "init"))
     torch.nn.init.zeros_(base.lm_head.weight)
     base.lm_head.bias = torch.nn.Parameter(bias, requires_grad=False)
     state = SimpleNamespace(models=nr.sorm_models(base, task, c, nr.train_now))
